@@ -1,0 +1,317 @@
+"""Every error that raftlog raises.
+
+Each class answers four questions, as class attributes that an instance may override:
+
+``retriable``
+    the same call may succeed later without anything being changed by the caller;
+``fatal``
+    this handle will not work again: close it and open another;
+``indeterminate``
+    the operation may or may not have taken effect (False: it certainly did not);
+``hint``
+    what to do about it, in a sentence.
+
+All survive pickling (through Ray) and the wire: a broker answers with (class name, message, details) and
+:func:`from_wire` makes the same class again.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+
+class RaftlogError(Exception):
+    """Base of all errors of raftlog.
+
+    Args:
+        message: what happened, naming the thing.
+        details: plain values (str, int, float, bool, None and lists or dicts of them) that go with it; they are
+            readable as attributes.
+    """
+
+    retriable: ClassVar[bool] = False
+    fatal: ClassVar[bool] = False
+    indeterminate: bool = False
+    hint: ClassVar[str] = ""
+
+    def __init__(self, message: str = "", **details: Any) -> None:
+        super().__init__(message)
+        self.message = message
+        self.details = details
+        if "indeterminate" in details:
+            self.indeterminate = bool(details["indeterminate"])
+
+    def __getattr__(self, name: str) -> Any:
+        details = self.__dict__.get("details")
+        if details is not None and name in details:
+            return details[name]
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def __str__(self) -> str:
+        return f"{self.message} ({self.hint})" if self.hint else self.message
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (type(self), self.message, self.details)
+
+
+def _rebuild(cls: type[RaftlogError], message: str, details: dict[str, Any]) -> RaftlogError:
+    return cls(message, **details)
+
+
+def to_wire(error: RaftlogError) -> tuple[str, str, dict[str, Any]]:
+    """(class name, message, details) for an error response."""
+    return type(error).__name__, error.message, error.details
+
+
+def from_wire(name: str, message: str, details: dict[str, Any]) -> RaftlogError:
+    """The error that :func:`to_wire` described; a name this release does not know becomes RaftlogError."""
+    cls = _all_subclasses().get(name)
+    if cls is None:
+        return RaftlogError(f"{name}: {message}", **details)
+    return cls(message, **details)
+
+
+def _all_subclasses() -> dict[str, type[RaftlogError]]:
+    found: dict[str, type[RaftlogError]] = {}
+    stack: list[type[RaftlogError]] = [RaftlogError]
+    while stack:
+        cls = stack.pop()
+        found[cls.__name__] = cls
+        stack.extend(cls.__subclasses__())
+    return found
+
+
+# -- what the caller passed -------------------------------------------------------------------------------------
+
+
+class ConfigError(RaftlogError, ValueError):
+    """An unknown or contradictory setting, or a value out of its range."""
+
+
+class InvalidTopic(RaftlogError, ValueError):
+    """A topic name that is not 1 to 249 of [a-zA-Z0-9._-], or is "." or ".."."""
+
+
+class UnknownTopic(RaftlogError):
+    """No topic of that name."""
+
+    hint = "create it with log.create_topic(name), or look at log.topics()"
+
+
+class UnknownPartition(RaftlogError):
+    """The topic has no partition of that number."""
+
+
+class TopicExists(RaftlogError):
+    """A topic of that name is there already."""
+
+    hint = "pass exist_ok=True to accept it"
+
+
+class InvalidReplicationFactor(RaftlogError, ValueError):
+    """The replication factor is above the number of brokers, or below 1."""
+
+
+class InvalidRecord(RaftlogError, TypeError):
+    """A key, value or header of a wrong type."""
+
+    hint = "pass bytes, or give the producer a key_serializer / value_serializer"
+
+
+class RecordTooLarge(RaftlogError, ValueError):
+    """A record or batch above the limit; nothing of it was buffered."""
+
+
+class SerializationError(RaftlogError, ValueError):
+    """A serializer raised for this value."""
+
+
+class DeserializationError(RaftlogError, ValueError):
+    """A deserializer raised for a record; details: topic, partition, offset."""
+
+    hint = "seek past it with consumer.seek(topic_partition, offset + 1)"
+
+
+# -- bytes that do not check ------------------------------------------------------------------------------------
+
+
+class CorruptFrame(RaftlogError, ValueError):
+    """A log frame that is cut short, of an unknown version, or whose crc does not match."""
+
+
+class CorruptBatch(RaftlogError, ValueError):
+    """A record batch that does not check; nothing was appended."""
+
+
+# -- cluster and connection -------------------------------------------------------------------------------------
+
+
+class NotRunning(RaftlogError):
+    """No cluster of that name answers."""
+
+    hint = "start one with raftlog.start() or `raftlog start`"
+
+
+class ClusterInUse(RaftlogError):
+    """shutdown() found clients connected; details: clients."""
+
+    hint = "close them, or pass force=True"
+
+
+class IncompatibleVersion(RaftlogError):
+    """Two sides speak no common version."""
+
+    hint = "install the same raftlog release on both sides"
+
+
+class AuthenticationFailed(RaftlogError):
+    """The peer does not know the cluster's secret."""
+
+
+class ProtocolError(RaftlogError):
+    """The peer sent what the protocol does not allow; the connection is closed."""
+
+
+class ConnectionLost(RaftlogError, ConnectionError):
+    """The connection broke or could not be made."""
+
+    retriable = True
+
+
+class RequestTimeout(RaftlogError, TimeoutError):
+    """No answer in time: the request may or may not have been carried out."""
+
+    retriable = True
+    indeterminate = True
+
+
+class NotLeader(RaftlogError):
+    """This replica does not lead the partition; nothing happened. Details: leader (broker id or None), term."""
+
+    retriable = True
+
+
+class LeadershipLost(RaftlogError):
+    """The leader stepped down while the write was under way: it may or may not be committed."""
+
+    retriable = True
+    indeterminate = True
+
+
+class UnknownReplica(RaftlogError):
+    """The broker does not host that partition (any more, or not yet)."""
+
+    retriable = True
+
+
+class Busy(RaftlogError):
+    """A limit on work in flight is reached; nothing happened."""
+
+    retriable = True
+
+
+class StaleController(RaftlogError):
+    """A newer controller has taken over."""
+
+    fatal = True
+
+
+# -- storage ----------------------------------------------------------------------------------------------------
+
+
+class StorageFull(RaftlogError, OSError):
+    """No space left on the broker's device: writes are refused until there is room, reads go on."""
+
+    retriable = True
+
+
+class StorageFailed(RaftlogError, OSError):
+    """A read, write or sync failed. After a failed sync nothing in that file is trusted without a full check."""
+
+
+class DataDirError(RaftlogError):
+    """The data directory cannot be used; the message says which file and what to do."""
+
+    fatal = True
+
+
+class DataDirLocked(DataDirError):
+    """Another live broker has the directory open."""
+
+
+class ForeignDataDir(DataDirError):
+    """The directory belongs to another cluster or broker."""
+
+
+class DamagedData(DataDirError):
+    """Bytes below the sync floor do not check: this is damage, not a torn tail, and is never truncated."""
+
+
+# -- producing --------------------------------------------------------------------------------------------------
+
+
+class DeliveryTimeout(RaftlogError, TimeoutError):
+    """Not acknowledged within delivery_timeout_ms. ``indeterminate`` tells whether it may have been written."""
+
+
+class DeliveryFailed(RaftlogError):
+    """Deliveries failed that nobody had looked at; details: failures, one text each."""
+
+
+class BufferFull(RaftlogError, TimeoutError):
+    """No room in the producer's buffer within max_block_ms; the record was not buffered."""
+
+    retriable = True
+
+
+class OutOfOrderSequence(RaftlogError):
+    """A producer's batch does not follow its last one: one in between is missing. Nothing was appended."""
+
+
+class DuplicateSequence(RaftlogError):
+    """The batch was written before, too long ago for its offset to be known."""
+
+
+class ProducerFenced(RaftlogError):
+    """A newer producer with the same identity has taken over."""
+
+    fatal = True
+
+
+class UnknownProducer(RaftlogError):
+    """The partition knows nothing of this producer id, yet the sequence is not 0 (its state expired)."""
+
+
+# -- consuming --------------------------------------------------------------------------------------------------
+
+
+class OffsetOutOfRange(RaftlogError):
+    """No record at that offset: below the log's start or above its end. Details: start, end."""
+
+
+class LogTruncated(RaftlogError):
+    """The log no longer holds what the consumer read before its position."""
+
+
+class ConcurrentUse(RaftlogError, RuntimeError):
+    """A consumer was used from two threads at once."""
+
+
+# -- handles ----------------------------------------------------------------------------------------------------
+
+
+class Closed(RaftlogError, RuntimeError):
+    """The handle was closed."""
+
+    fatal = True
+
+
+class UseAfterFork(RaftlogError, RuntimeError):
+    """The handle was made in the parent process."""
+
+    fatal = True
+    hint = "make a new one in the child process"
+
+
+class NotPicklable(RaftlogError, TypeError):
+    """The handle is tied to its process; pass the Log (it pickles) and make the handle where it is used."""

@@ -1,0 +1,318 @@
+"""The rpc catalogue: every request and response, with its api number.
+
+A request is a msgspec struct (the *header*) and, where bytes move in bulk, a *payload* behind it that is never
+decoded on the way: record batches in Produce, contiguous log frames in Fetch and Raft. Structs travel as msgpack
+arrays: new fields are added at the end with defaults, so that an older peer's message still decodes.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Final, Generic, TypeVar
+
+import msgspec
+
+RPC_VERSION_MIN: Final = 1
+RPC_VERSION_MAX: Final = 1
+
+R = TypeVar("R", bound=msgspec.Struct)
+
+
+class Struct(msgspec.Struct, frozen=True, array_like=True):
+    """Base of all values that travel."""
+
+
+class Request(Struct, Generic[R], frozen=True):
+    """Base of requests: ``api`` numbers it, ``response`` is the type of its answer."""
+
+    api: ClassVar[int]
+    response: ClassVar[type[Struct]]
+
+
+class Empty(Struct, frozen=True):
+    """An answer without content."""
+
+
+class WireError(Struct, frozen=True):
+    """An error inside a response (see ``raftlog.errors.from_wire``)."""
+
+    name: str
+    message: str
+    details: dict[str, Any] = {}
+
+
+# -- produce and fetch ------------------------------------------------------------------------------------------
+
+
+class ProduceResponse(Struct, frozen=True):
+    base_offset: int
+    timestamp_ms: int
+    """The leader's time of the append (Kafka's log append time; the records keep their own timestamps)."""
+    log_start: int = 0
+
+
+class ProduceRequest(Request[ProduceResponse], frozen=True):
+    """Payload: one record batch. Sent one-way for acks=0."""
+
+    topic_id: bytes
+    partition: int
+    acks: int = -1
+
+    api = 10
+    response = ProduceResponse
+
+
+class FetchPartition(Struct, frozen=True):
+    topic_id: bytes
+    partition: int
+    offset: int
+    last_term: int = -1
+    """Term of the last record read, to detect a truncated log; -1: unknown."""
+    bytes_max: int = 1 << 20
+
+
+class FetchedPartition(Struct, frozen=True):
+    error: WireError | None
+    committed: int
+    """High watermark: the offset after the last committed record."""
+    log_start: int
+    length: int
+    """Bytes of this partition's frames in the payload; partitions follow one another in request order."""
+    last_stable: int = -1
+
+
+class FetchResponse(Struct, frozen=True):
+    partitions: list[FetchedPartition]
+
+
+class FetchRequest(Request[FetchResponse], frozen=True):
+    """Waits up to ``wait_ms`` for one byte of any partition. The frame that holds ``offset`` comes whole, and at
+    least one batch comes even above ``bytes_max``. The first frame may begin below ``offset``."""
+
+    wait_ms: int
+    bytes_max: int
+    partitions: list[FetchPartition]
+
+    api = 11
+    response = FetchResponse
+
+
+OFFSET_LATEST: Final = -1
+OFFSET_EARLIEST: Final = -2
+
+
+class OffsetQuery(Struct, frozen=True):
+    topic_id: bytes
+    partition: int
+    timestamp_ms: int
+    """Find the first record whose timestamp is at least this; or OFFSET_LATEST, OFFSET_EARLIEST."""
+
+
+class OffsetAnswer(Struct, frozen=True):
+    error: WireError | None
+    offset: int
+    timestamp_ms: int
+
+
+class ListOffsetsResponse(Struct, frozen=True):
+    answers: list[OffsetAnswer]
+
+
+class ListOffsetsRequest(Request[ListOffsetsResponse], frozen=True):
+    queries: list[OffsetQuery]
+
+    api = 12
+    response = ListOffsetsResponse
+
+
+# -- metadata ---------------------------------------------------------------------------------------------------
+
+
+class BrokerRow(Struct, frozen=True):
+    id: int
+    host: str
+    port: int
+    incarnation: int
+    node_id: str
+    state: str
+    """"alive", "draining" or "lost", as the answering broker sees it."""
+    pid: int = 0
+
+
+class PartitionRow(Struct, frozen=True):
+    replicas: list[int]
+    """Broker ids, the preferred leader first."""
+    leader: int = -1
+    """Broker id as far as the answering broker knows; -1: unknown."""
+    term: int = 0
+    replica_ids: list[int] = []
+
+
+class TopicRow(Struct, frozen=True):
+    name: str
+    topic_id: bytes
+    partitions: list[PartitionRow]
+    config: dict[str, Any]
+    internal: bool = False
+
+
+class MetadataResponse(Struct, frozen=True):
+    cluster_id: str
+    brokers: list[BrokerRow]
+    topics: list[TopicRow]
+    unknown_topics: list[str]
+    version: int
+    """Applied index of the metadata group at the answering broker: a client keeps the newest."""
+    metadata_leader: int = -1
+    """Broker id that leads the metadata group, where topics are created; -1: unknown."""
+    metadata_term: int = 0
+
+
+class MetadataRequest(Request[MetadataResponse], frozen=True):
+    """``topics``: names wanted; None for all."""
+
+    topics: list[str] | None = None
+
+    api = 13
+    response = MetadataResponse
+
+
+class CreateTopicResponse(Struct, frozen=True):
+    topic: TopicRow
+    version: int
+    created: bool
+
+
+class CreateTopicRequest(Request[CreateTopicResponse], frozen=True):
+    """To the leader of the metadata group. ``replication_factor`` 0 means "auto": min(3, brokers)."""
+
+    name: str
+    partitions: int
+    replication_factor: int
+    config: dict[str, Any]
+    exist_ok: bool = False
+
+    api = 14
+    response = CreateTopicResponse
+
+
+class DeleteTopicResponse(Struct, frozen=True):
+    version: int
+
+
+class DeleteTopicRequest(Request[DeleteTopicResponse], frozen=True):
+    name: str
+
+    api = 15
+    response = DeleteTopicResponse
+
+
+class InitProducerResponse(Struct, frozen=True):
+    producer_id: int
+    epoch: int
+
+
+class InitProducerRequest(Request[InitProducerResponse], frozen=True):
+    """A producer id that nobody had before (from a block that the metadata group gave to this broker)."""
+
+    transactional_id: str | None = None
+
+    api = 16
+    response = InitProducerResponse
+
+
+class MetadataCommandResponse(Struct, frozen=True):
+    result: Any
+    version: int
+
+
+class MetadataCommandRequest(Request[MetadataCommandResponse], frozen=True):
+    """The controller's and brokers' way to change metadata: one encoded command of ``raftlog.state.metadata`` as
+    payload, to the leader of the metadata group."""
+
+    api = 17
+    response = MetadataCommandResponse
+
+
+# -- status -----------------------------------------------------------------------------------------------------
+
+
+class ReplicaRow(Struct, frozen=True):
+    """One replica as its own broker sees it."""
+
+    topic: str
+    partition: int
+    replica_id: int
+    role: str
+    term: int
+    leader: int
+    """Broker id; -1: unknown."""
+    start_offset: int
+    end_offset: int
+    """After the last record in the log, committed or not."""
+    committed_offset: int
+    last_index: int
+    commit_index: int
+    applied_index: int
+    durable_index: int
+    voters: list[int]
+    """Broker ids."""
+    lagging: list[int] = []
+    """On a leader: broker ids whose replica is not caught up."""
+    fault: str = ""
+    """Why the replica is out of service; empty while it serves."""
+
+
+class BrokerStatusResponse(Struct, frozen=True):
+    broker: BrokerRow
+    replicas: list[ReplicaRow]
+    clients: list[str]
+    """Who is connected (client ids)."""
+    version: str
+    started_ms: int
+
+
+class BrokerStatusRequest(Request[BrokerStatusResponse], frozen=True):
+    """``topics``: names wanted; None for all replicas, the metadata group's included; [] for none."""
+
+    topics: list[str] | None = None
+
+    api = 18
+    response = BrokerStatusResponse
+
+
+# -- between brokers --------------------------------------------------------------------------------------------
+
+
+class Addresses(Struct, frozen=True):
+    """One-way: where brokers are, broker id -> (incarnation, host, port). The highest incarnation wins."""
+
+    brokers: dict[int, tuple[int, str, int]]
+
+    api: ClassVar[int] = 30
+
+
+class RaftMessages(Struct, frozen=True):
+    """One-way: Raft messages for replicas of the receiving broker, encoded by ``raftlog.broker.wire``; the entries
+    of each AppendRequest are its ``lengths`` bytes of the payload, in order."""
+
+    messages: list[Any]
+    lengths: list[int]
+
+    api: ClassVar[int] = 31
+
+
+REQUESTS: Final[dict[int, type[Request[Any]]]] = {
+    cls.api: cls
+    for cls in (
+        ProduceRequest,
+        FetchRequest,
+        ListOffsetsRequest,
+        MetadataRequest,
+        CreateTopicRequest,
+        DeleteTopicRequest,
+        InitProducerRequest,
+        MetadataCommandRequest,
+        BrokerStatusRequest,
+    )
+}
+ONE_WAY: Final[dict[int, type[Struct]]] = {Addresses.api: Addresses, RaftMessages.api: RaftMessages, ProduceRequest.api: ProduceRequest}
