@@ -1,0 +1,74 @@
+# Two commands matter: `make demo` and `make test`. Each builds .venv first if it has to.
+#
+# PYTHON: the interpreter to build .venv from (3.11 or newer).
+# RAY:    `make test RAY=no` leaves out the tests that start a real Ray cluster.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+RAY    ?= yes
+BIN    := .venv/bin
+READY  := .venv/.ready
+EXTRAS := test,lint,examples
+SAY    := @printf '\033[1m== %s\033[0m\n'
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint types imports deps unit ray-tests format bench clean
+
+help:  ## Show this list
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+setup: $(READY)  ## Build .venv with everything in it (the other targets do it by themselves)
+
+# The stamp is older than pyproject.toml exactly when the dependencies may have changed.
+$(READY): pyproject.toml
+	$(SAY) "setting up .venv with $(PYTHON)"
+	@$(PYTHON) -c 'import sys; sys.exit("raftlog needs Python 3.11 or newer, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else 0'
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	@VIRTUAL_ENV="$(CURDIR)/.venv" $(BIN)/uv pip install --quiet -e '.[$(EXTRAS)]'
+	@touch $@
+
+demo: $(READY)  ## 336,776 flights through a replicated topic on Ray, with a leader killed half way
+	$(SAY) "demo: examples/flights.py"
+	@$(BIN)/python examples/flights.py $(ARGS)
+
+test: lint types imports deps unit ray-tests  ## Everything that must pass: style, types, layers, dependencies, tests
+
+lint: $(READY)  ## Format and style (ruff)
+	$(SAY) "ruff: format and lint"
+	@$(BIN)/ruff format --check --quiet .
+	@$(BIN)/ruff check --quiet .
+
+types: $(READY)  ## Types (mypy --strict)
+	$(SAY) "mypy --strict"
+	@$(BIN)/mypy --no-error-summary
+
+imports: $(READY)  ## Which package may import which (import-linter)
+	$(SAY) "import-linter: the layers"
+	@PYTHONWARNINGS=ignore $(BIN)/lint-imports --no-cache > .venv/lint-imports.txt || { cat .venv/lint-imports.txt; exit 1; }
+
+deps: $(READY)  ## Declared dependencies are the imported ones (deptry)
+	$(SAY) "deptry: declared against imported dependencies"
+	@$(BIN)/deptry . > .venv/deptry.txt 2>&1 || { cat .venv/deptry.txt; exit 1; }
+
+unit: $(READY)  ## The tests without Ray
+	$(SAY) "pytest: everything without Ray"
+	@$(BIN)/python -m pytest -q -m "not ray"
+
+ray-tests: $(READY)  ## The tests on a real Ray cluster
+ifeq ($(RAY),yes)
+	$(SAY) "pytest: on a real Ray cluster"
+	@$(BIN)/python -m pytest -q -m ray || test $$? -eq 5  # 5: none were collected
+endif
+
+format: $(READY)  ## Format the code and fix what ruff can fix
+	$(SAY) "ruff: format and fix"
+	@$(BIN)/ruff check --quiet --fix-only .
+	@$(BIN)/ruff format --quiet .
+
+bench: $(READY)  ## Latency and throughput on this machine
+	$(SAY) "benchmarks"
+	@for script in bench/*.py; do case $$script in *bench/_*) continue;; esac; echo "-- $$script"; $(BIN)/python $$script || exit 1; done
+
+clean:  ## Remove .venv and every cache
+	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
