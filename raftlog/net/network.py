@@ -1,8 +1,8 @@
 """The Network seam and the bundle of seams that everything asynchronous is given.
 
 Code above the core reaches the outside through four seams only: the running loop's clock (``loop.time()``,
-``loop.call_later``), :class:`Network`, :class:`raftlog.storage.disk.Disk`, and a seeded ``random.Random``. The
-real ones serve production; the simulated ones (``raftlog.testing``) run a whole cluster in one process in
+``loop.call_later``), :class:`Network`, :class:`raftlog.storage.disk.Disk`, and a seeded ``random.Random``.
+The real ones serve production; the simulated ones (``raftlog.testing``) run a whole cluster in one process in
 virtual time.
 """
 
@@ -98,9 +98,12 @@ class RealNetwork:
             async with asyncio.timeout(timeout):
                 return await loop.create_connection(protocol_factory, host, port)
         except (OSError, TimeoutError) as error:
-            raise ConnectionLost(f"cannot connect to {host}:{port}: {error or 'no answer in time'}") from error
+            raise ConnectionLost(
+                f"cannot connect to {host}:{port}: {error or 'no answer in time'}"
+            ) from error
 
 
 def real_seams(seed: int | None = None) -> Seams:
-    """Production's seams. ``seed`` is for tests; by default the operating system's entropy seeds the Random."""
+    """Production's seams. ``seed`` is for tests; by default the operating system's entropy seeds the
+    Random."""
     return Seams(RealNetwork(), random.Random(seed), lambda: time.time_ns() // 1_000_000)

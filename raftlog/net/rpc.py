@@ -1,8 +1,9 @@
 """The rpc catalogue: every request and response, with its api number.
 
-A request is a msgspec struct (the *header*) and, where bytes move in bulk, a *payload* behind it that is never
-decoded on the way: record batches in Produce, contiguous log frames in Fetch and Raft. Structs travel as msgpack
-arrays: new fields are added at the end with defaults, so that an older peer's message still decodes.
+A request is a msgspec struct (the *header*) and, where bytes move in bulk, a *payload* behind it that is
+never decoded on the way: record batches in Produce, contiguous log frames in Fetch and Raft. Structs travel
+as msgpack arrays: new fields are added at the end with defaults, so that an older peer's message still
+decodes.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class WireError(Struct, frozen=True):
     details: dict[str, Any] = {}
 
 
-# -- produce and fetch ------------------------------------------------------------------------------------------
+# -- produce and fetch ---------------------------------------------------------------------------------------
 
 
 class ProduceResponse(Struct, frozen=True):
@@ -85,8 +86,8 @@ class FetchResponse(Struct, frozen=True):
 
 
 class FetchRequest(Request[FetchResponse], frozen=True):
-    """Waits up to ``wait_ms`` for one byte of any partition. The frame that holds ``offset`` comes whole, and at
-    least one batch comes even above ``bytes_max``. The first frame may begin below ``offset``."""
+    """Waits up to ``wait_ms`` for one byte of any partition. The frame that holds ``offset`` comes whole, and
+    at least one batch comes even above ``bytes_max``. The first frame may begin below ``offset``."""
 
     wait_ms: int
     bytes_max: int
@@ -124,7 +125,7 @@ class ListOffsetsRequest(Request[ListOffsetsResponse], frozen=True):
     response = ListOffsetsResponse
 
 
-# -- metadata ---------------------------------------------------------------------------------------------------
+# -- metadata ------------------------------------------------------------------------------------------------
 
 
 class BrokerRow(Struct, frozen=True):
@@ -226,14 +227,14 @@ class MetadataCommandResponse(Struct, frozen=True):
 
 
 class MetadataCommandRequest(Request[MetadataCommandResponse], frozen=True):
-    """The controller's and brokers' way to change metadata: one encoded command of ``raftlog.state.metadata`` as
-    payload, to the leader of the metadata group."""
+    """The controller's and brokers' way to change metadata: one encoded command of ``raftlog.state.metadata``
+    as payload, to the leader of the metadata group."""
 
     api = 17
     response = MetadataCommandResponse
 
 
-# -- status -----------------------------------------------------------------------------------------------------
+# -- status --------------------------------------------------------------------------------------------------
 
 
 class ReplicaRow(Struct, frozen=True):
@@ -280,7 +281,7 @@ class BrokerStatusRequest(Request[BrokerStatusResponse], frozen=True):
     response = BrokerStatusResponse
 
 
-# -- between brokers --------------------------------------------------------------------------------------------
+# -- between brokers -----------------------------------------------------------------------------------------
 
 
 class Addresses(Struct, frozen=True):
@@ -292,8 +293,8 @@ class Addresses(Struct, frozen=True):
 
 
 class RaftMessages(Struct, frozen=True):
-    """One-way: Raft messages for replicas of the receiving broker, encoded by ``raftlog.broker.wire``; the entries
-    of each AppendRequest are its ``lengths`` bytes of the payload, in order."""
+    """One-way: Raft messages for replicas of the receiving broker, encoded by ``raftlog.broker.wire``; the
+    entries of each AppendRequest are its ``lengths`` bytes of the payload, in order."""
 
     messages: list[Any]
     lengths: list[int]
@@ -315,4 +316,8 @@ REQUESTS: Final[dict[int, type[Request[Any]]]] = {
         BrokerStatusRequest,
     )
 }
-ONE_WAY: Final[dict[int, type[Struct]]] = {Addresses.api: Addresses, RaftMessages.api: RaftMessages, ProduceRequest.api: ProduceRequest}
+ONE_WAY: Final[dict[int, type[Struct]]] = {
+    Addresses.api: Addresses,
+    RaftMessages.api: RaftMessages,
+    ProduceRequest.api: ProduceRequest,
+}
