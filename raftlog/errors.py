@@ -168,6 +168,13 @@ class AuthenticationFailed(RaftlogError):
     """The peer does not know the cluster's secret."""
 
 
+class StaleIncarnation(RaftlogError):
+    """A newer process of the same broker has taken over: this one must stop. Details: broker_id, incarnation,
+    newest."""
+
+    fatal = True
+
+
 class ProtocolError(RaftlogError):
     """The peer sent what the protocol does not allow; the connection is closed."""
 
