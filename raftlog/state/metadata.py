@@ -1,0 +1,468 @@
+"""The state machine of the metadata group: brokers, topics, who holds which partition, and the cluster's
+counters.
+
+Every broker holds the image, so that it can answer clients and find out what it hosts without asking
+anybody. A command that cannot be carried out is *refused*: apply returns the error, the same on every
+replica, and changes nothing. Names and settings are checked where a request comes in, not here: rules may
+differ between releases, the state may not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar, Final, TypeAlias
+
+import msgspec
+
+from raftlog.errors import (
+    ConfigError,
+    ForeignDataDir,
+    RaftlogError,
+    StaleController,
+    TopicExists,
+    UnknownPartition,
+    UnknownTopic,
+)
+from raftlog.raft.types import Entry
+from raftlog.record.frame import Buffer, FrameKind
+from raftlog.state.command import (
+    ApplyMismatch,
+    CommandCodec,
+    CommandStruct,
+    SnapshotStruct,
+    UnknownCommand,
+    decode_snapshot,
+)
+
+FIRST_REPLICA_ID: Final = 1000
+"""Replica ids below belong to the metadata group's own replicas, which its founder numbers."""
+FEATURE_LEVEL_MAX: Final = 1
+"""The newest level this release can run at."""
+PRODUCER_ID_BLOCK_MAX: Final = 1_000_000
+_SNAPSHOT_VERSION: Final = 1
+
+Partition: TypeAlias = tuple[tuple[int, int], ...]
+"""(replica id, broker id) of each replica, the preferred leader first."""
+
+
+class Broker(msgspec.Struct, frozen=True, array_like=True):
+    """A registered broker. Its address is not here: that is soft state."""
+
+    broker_id: int
+    disk_id: bytes
+    """Random, made with the data directory: a broker whose disk was wiped is a new broker."""
+    node_id: str
+    zone: str
+
+
+class Topic(msgspec.Struct, frozen=True, array_like=True):
+    name: str
+    topic_id: bytes
+    """16 random bytes: a topic deleted and made again under its name is another topic."""
+    config: dict[str, Any]
+    """What was set explicitly, by the names of ``raftlog.config.TopicConfig``."""
+    internal: bool
+    partitions: tuple[Partition, ...]
+
+
+# -- commands
+# ---------------------------------------------------------------------------------------------------
+
+
+class FoundCluster(CommandStruct, frozen=True):
+    """Give the cluster its id, once."""
+
+    type = 1
+    cluster_id: str
+
+
+class RegisterBroker(CommandStruct, frozen=True):
+    """Make a broker known, or tell that it moved to another node."""
+
+    type = 2
+    broker_id: int
+    disk_id: bytes
+    node_id: str
+    zone: str = ""
+
+
+class CreateTopic(CommandStruct, frozen=True):
+    """``assignment``: for each partition the broker ids, the preferred leader first. Replica ids are
+    allotted by apply. Result: the Topic."""
+
+    type = 3
+    name: str
+    topic_id: bytes
+    config: dict[str, Any]
+    internal: bool
+    assignment: list[list[int]]
+
+
+class DeleteTopic(CommandStruct, frozen=True):
+    type = 4
+    name: str
+    topic_id: bytes
+
+
+class AllocateProducerIds(CommandStruct, frozen=True):
+    """Result: the first of ``count`` ids that nobody had before."""
+
+    type = 5
+    count: int
+
+
+class TakeControl(CommandStruct, frozen=True):
+    """Result: the new controller's epoch. Commands of earlier controllers are refused from here on."""
+
+    type = 6
+
+
+class RemoveBroker(CommandStruct, frozen=True):
+    """Forget a broker that holds no replica any more. From a controller."""
+
+    type = 7
+    controller_epoch: int
+    broker_id: int
+
+
+class SetFeatureLevel(CommandStruct, frozen=True):
+    """Let leaders propose commands of this level: every broker runs a release that knows them. It never goes
+    down. From a controller."""
+
+    type = 8
+    controller_epoch: int
+    level: int
+
+
+Command: TypeAlias = (
+    FoundCluster
+    | RegisterBroker
+    | CreateTopic
+    | DeleteTopic
+    | AllocateProducerIds
+    | TakeControl
+    | RemoveBroker
+    | SetFeatureLevel
+)
+
+_codec: Final[CommandCodec[Command]] = CommandCodec(
+    "metadata",
+    FoundCluster,
+    RegisterBroker,
+    CreateTopic,
+    DeleteTopic,
+    AllocateProducerIds,
+    TakeControl,
+    RemoveBroker,
+    SetFeatureLevel,
+)
+
+
+def encode_command(command: Command) -> bytes:
+    """The command as the payload of an entry of kind COMMAND, or of a MetadataCommandRequest."""
+    return _codec.encode(command)
+
+
+def decode_command(payload: Buffer) -> Command:
+    """The command in such a payload; UnknownCommand if this release does not know it."""
+    return _codec.decode(payload)
+
+
+# -- the machine
+# ------------------------------------------------------------------------------------------------
+
+
+class _Snapshot(SnapshotStruct, frozen=True):
+    applied_index: int
+    cluster_id: str
+    next_replica_id: int
+    next_producer_id: int
+    controller_epoch: int
+    feature_level: int
+    brokers: list[Broker]
+    topics: list[Topic]
+
+
+_Check: TypeAlias = Callable[..., RaftlogError | None]
+_CarryOut: TypeAlias = Callable[..., object]
+
+
+class MetadataState:
+    """The metadata after the entry at ``applied_index``.
+
+    ``brokers`` maps broker id to Broker and ``topics`` name to Topic, both in order of creation. What the
+    dicts hold is immutable.
+    """
+
+    __slots__ = (
+        "_topics_by_id",
+        "applied_index",
+        "brokers",
+        "cluster_id",
+        "controller_epoch",
+        "feature_level",
+        "next_producer_id",
+        "next_replica_id",
+        "topics",
+    )
+
+    def __init__(self) -> None:
+        self.applied_index = 0
+        self.cluster_id = ""
+        self.next_replica_id = FIRST_REPLICA_ID
+        self.next_producer_id = 0
+        self.controller_epoch = 0
+        self.feature_level = 1
+        self.brokers: dict[int, Broker] = {}
+        self.topics: dict[str, Topic] = {}
+        self._topics_by_id: dict[bytes, Topic] = {}
+
+    # -- look up
+    # ------------------------------------------------------------------------------------------------
+
+    def topic(self, name: str) -> Topic:
+        """The topic of that name; UnknownTopic if there is none."""
+        found = self.topics.get(name)
+        if found is None:
+            raise UnknownTopic(f"no topic {name!r}", topic=name)
+        return found
+
+    def topic_by_id(self, topic_id: bytes) -> Topic | None:
+        """The topic of that id, or None: never created, or deleted."""
+        return self._topics_by_id.get(topic_id)
+
+    def partition(self, topic_id: bytes, index: int) -> Partition:
+        """The replicas of a partition.
+
+        Raises:
+            UnknownTopic, UnknownPartition.
+        """
+        topic = self._topics_by_id.get(topic_id)
+        if topic is None:
+            raise UnknownTopic(f"no topic of id {topic_id.hex()}")
+        if not 0 <= index < len(topic.partitions):
+            raise UnknownPartition(
+                f"topic {topic.name!r} has partitions 0 to {len(topic.partitions) - 1}, not {index}",
+                topic=topic.name,
+                partition=index,
+            )
+        return topic.partitions[index]
+
+    def replicas_on(self, broker_id: int) -> Iterator[tuple[Topic, int, int]]:
+        """(topic, partition, replica id) of everything that a broker should hold."""
+        for topic in self.topics.values():
+            for index, partition in enumerate(topic.partitions):
+                for replica_id, holder in partition:
+                    if holder == broker_id:
+                        yield topic, index, replica_id
+
+    # -- decide (leader, on its staged state)
+    # -------------------------------------------------------------------
+
+    def check(self, command: Command) -> RaftlogError | None:
+        """Why the command would be refused in this state, or None. The leader asks before it proposes."""
+        if isinstance(command, SetFeatureLevel) and command.level > FEATURE_LEVEL_MAX:
+            # not in _refusal: a newer release would carry it out, so replicas of this one must halt at it
+            return ConfigError(f"feature level {command.level}; this release has {FEATURE_LEVEL_MAX}")
+        return self._refusal(command)
+
+    def _refusal(self, command: Command) -> RaftlogError | None:
+        epoch = getattr(command, "controller_epoch", None)
+        if epoch is not None and epoch != self.controller_epoch:
+            return StaleController(
+                f"controller of epoch {epoch}; epoch {self.controller_epoch} has taken over",
+                epoch=self.controller_epoch,
+            )
+        check, _ = self._handlers[type(command)]
+        return check(self, command) if check is not None else None
+
+    # -- apply (every replica)
+    # ----------------------------------------------------------------------------------
+
+    def apply(self, entry: Entry) -> object:
+        """Apply the entry after ``applied_index``.
+
+        Returns:
+            A command's result (see the commands), or the RaftlogError with which it was refused (state
+            unchanged); None for other entries.
+
+        Raises:
+            ApplyMismatch, UnknownCommand: the replica must halt; the state is as before.
+        """
+        if entry.index != self.applied_index + 1:
+            raise ApplyMismatch(f"entry {entry.index} does not follow {self.applied_index}")
+        result: object = None
+        if entry.kind == FrameKind.COMMAND:
+            result = self._apply_command(decode_command(entry.payload))
+        elif entry.kind not in (FrameKind.NOOP, FrameKind.CONF):
+            raise UnknownCommand(f"metadata entry {entry.index} is of kind {entry.kind}")
+        self.applied_index = entry.index
+        return result
+
+    def _apply_command(self, command: Command) -> object:
+        refusal = self._refusal(command)
+        if refusal is not None:
+            return refusal
+        _, carry_out = self._handlers[type(command)]
+        return carry_out(self, command)
+
+    def _check_found(self, command: FoundCluster) -> RaftlogError | None:
+        if self.cluster_id in ("", command.cluster_id):
+            return None
+        return ForeignDataDir(f"this is cluster {self.cluster_id}, not {command.cluster_id}")
+
+    def _found(self, command: FoundCluster) -> str:
+        self.cluster_id = command.cluster_id
+        return self.cluster_id
+
+    def _check_register(self, command: RegisterBroker) -> RaftlogError | None:
+        known = self.brokers.get(command.broker_id)
+        if known is not None and known.disk_id != command.disk_id:
+            return ForeignDataDir(
+                f"broker {known.broker_id} has disk {known.disk_id.hex()}, not {command.disk_id.hex()}: "
+                "a new data directory needs a new broker id"
+            )
+        for broker in self.brokers.values():
+            if broker.disk_id == command.disk_id and broker.broker_id != command.broker_id:
+                return ForeignDataDir(f"disk {broker.disk_id.hex()} is that of broker {broker.broker_id}")
+        return None
+
+    def _register(self, command: RegisterBroker) -> None:
+        self.brokers[command.broker_id] = Broker(
+            command.broker_id, command.disk_id, command.node_id, command.zone
+        )
+
+    def _check_create(self, command: CreateTopic) -> RaftlogError | None:
+        if command.name in self.topics:
+            return TopicExists(f"topic {command.name!r} exists", topic=command.name)
+        if command.topic_id in self._topics_by_id:
+            return TopicExists(f"topic id {command.topic_id.hex()} is taken")
+        if not command.assignment or not all(command.assignment):
+            return ConfigError(f"topic {command.name!r} needs a partition, and each of them a replica")
+        for index, holders in enumerate(command.assignment):
+            unknown = [each for each in holders if each not in self.brokers]
+            if unknown:
+                return ConfigError(f"partition {index} of {command.name!r} has unknown brokers {unknown}")
+            if len(set(holders)) != len(holders):
+                return ConfigError(f"partition {index} of {command.name!r} has a broker twice: {holders}")
+        return None
+
+    def _create(self, command: CreateTopic) -> Topic:
+        partitions: list[Partition] = []
+        for holders in command.assignment:
+            first = self.next_replica_id
+            self.next_replica_id = first + len(holders)
+            partitions.append(tuple(enumerate(holders, first)))
+        topic = Topic(command.name, command.topic_id, command.config, command.internal, tuple(partitions))
+        self.topics[topic.name] = self._topics_by_id[topic.topic_id] = topic
+        return topic
+
+    def _check_delete(self, command: DeleteTopic) -> RaftlogError | None:
+        known = self.topics.get(command.name)
+        if known is None or known.topic_id != command.topic_id:
+            return UnknownTopic(
+                f"no topic {command.name!r} of id {command.topic_id.hex()}", topic=command.name
+            )
+        return None
+
+    def _delete(self, command: DeleteTopic) -> None:
+        del self.topics[command.name]
+        del self._topics_by_id[command.topic_id]
+
+    def _check_allocate(self, command: AllocateProducerIds) -> RaftlogError | None:
+        if 1 <= command.count <= PRODUCER_ID_BLOCK_MAX:
+            return None
+        return ConfigError(f"a block of producer ids has 1 to {PRODUCER_ID_BLOCK_MAX}, not {command.count}")
+
+    def _allocate(self, command: AllocateProducerIds) -> int:
+        start = self.next_producer_id
+        self.next_producer_id = start + command.count
+        return start
+
+    def _take_control(self, _command: TakeControl) -> int:
+        self.controller_epoch += 1
+        return self.controller_epoch
+
+    def _check_remove(self, command: RemoveBroker) -> RaftlogError | None:
+        if command.broker_id not in self.brokers:
+            return ConfigError(f"no broker {command.broker_id}")
+        held = next(self.replicas_on(command.broker_id), None)
+        if held is not None:
+            topic, index, _ = held
+            return ConfigError(f"broker {command.broker_id} still holds partition {index} of {topic.name!r}")
+        return None
+
+    def _remove(self, command: RemoveBroker) -> None:
+        del self.brokers[command.broker_id]
+
+    def _check_level(self, command: SetFeatureLevel) -> RaftlogError | None:
+        if command.level < self.feature_level:
+            return ConfigError(f"feature level {command.level} is below the present {self.feature_level}")
+        return None
+
+    def _set_level(self, command: SetFeatureLevel) -> int:
+        if command.level > FEATURE_LEVEL_MAX:
+            raise UnknownCommand(f"feature level {command.level}; this release has {FEATURE_LEVEL_MAX}")
+        self.feature_level = command.level
+        return self.feature_level
+
+    _handlers: ClassVar[dict[type[CommandStruct], tuple[_Check | None, _CarryOut]]] = {
+        FoundCluster: (_check_found, _found),
+        RegisterBroker: (_check_register, _register),
+        CreateTopic: (_check_create, _create),
+        DeleteTopic: (_check_delete, _delete),
+        AllocateProducerIds: (_check_allocate, _allocate),
+        TakeControl: (None, _take_control),
+        RemoveBroker: (_check_remove, _remove),
+        SetFeatureLevel: (_check_level, _set_level),
+    }
+
+    # -- copies
+    # -------------------------------------------------------------------------------------------------
+
+    def copy(self) -> MetadataState:
+        """An independent copy; cheap, since what the dicts hold is immutable."""
+        copied = type(self)()
+        for name in self.__slots__:
+            value = getattr(self, name)
+            setattr(copied, name, value.copy() if isinstance(value, dict) else value)
+        return copied
+
+    def snapshot(self) -> bytes:
+        """The whole state, for :meth:`restore`."""
+        return msgspec.msgpack.encode(
+            _Snapshot(
+                version=_SNAPSHOT_VERSION,
+                applied_index=self.applied_index,
+                cluster_id=self.cluster_id,
+                next_replica_id=self.next_replica_id,
+                next_producer_id=self.next_producer_id,
+                controller_epoch=self.controller_epoch,
+                feature_level=self.feature_level,
+                brokers=list(self.brokers.values()),
+                topics=list(self.topics.values()),
+            )
+        )
+
+    @classmethod
+    def restore(cls, data: Buffer) -> MetadataState:
+        """The state that :meth:`snapshot` encoded.
+
+        Raises:
+            UnknownSnapshot: of another version, or not a snapshot.
+        """
+        state = decode_snapshot(data, _Snapshot, _SNAPSHOT_VERSION)
+        restored = cls()
+        restored.applied_index = state.applied_index
+        restored.cluster_id = state.cluster_id
+        restored.next_replica_id = state.next_replica_id
+        restored.next_producer_id = state.next_producer_id
+        restored.controller_epoch = state.controller_epoch
+        restored.feature_level = state.feature_level
+        restored.brokers = {broker.broker_id: broker for broker in state.brokers}
+        restored.topics = {topic.name: topic for topic in state.topics}
+        restored._topics_by_id = {topic.topic_id: topic for topic in state.topics}
+        return restored
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, MetadataState) and self.snapshot() == other.snapshot()
