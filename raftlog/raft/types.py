@@ -255,3 +255,6 @@ class Ready(msgspec.Struct, frozen=True):
     loads: tuple[LoadRequest, ...] = ()
     reads: tuple[tuple[int, int], ...] = ()
     """(context, index) of ReadIndex requests that may now be served once ``index`` is applied."""
+    snapshots: tuple[int, ...] = ()
+    """Followers that need entries the log no longer has: the host sends each a snapshot at or above
+    ``first_index - 1``. The follower's acknowledgement ends it, or ``RawNode.on_snapshot_failed(to)``."""
