@@ -1,0 +1,303 @@
+"""The leader's side: replicate, count, commit, keep in touch.
+
+Inputs only mark that something may have to be sent (``pump_wanted``); :func:`pump` looks at every follower
+once, when Ready is taken. Many proposals between two Readys so become one message per follower, and the news
+of a commit rides on entries that are about to go anyway.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from raftlog.errors import Busy, NotLeader
+from raftlog.raft.node import Node
+from raftlog.raft.progress import Progress, ProgressState
+from raftlog.raft.quorum import VoteResult, quorum_index, vote_result
+from raftlog.raft.types import (
+    AppendRequest,
+    AppendResponse,
+    Entry,
+    Heartbeat,
+    HeartbeatResponse,
+    LoadRequest,
+    Role,
+)
+from raftlog.record.frame import FRAME_HEADER_BYTES, Buffer, FrameKind
+
+
+def become_leader(node: Node) -> None:
+    """Take office: append the no-op at once, so that what earlier terms left can be committed (Raft section
+    8)."""
+    node.role = Role.LEADER
+    node.leader = node.id
+    node.votes = {}
+    node.early_until_ms = 0
+    log = node.log
+    node.progress = {}
+    follow_configuration(node)
+    node.uncommitted_bytes = log.size_of(log.commit + 1, log.last_index + 1)
+    node.term_start = append_entry(node, FrameKind.NOOP, b"", log.last_leader_time_ms).index
+    node.heartbeat_due_ms = node.now_ms + node.config.heartbeat_ms
+    node.deadline_ms = node.heartbeat_due_ms
+
+
+def follow_configuration(node: Node) -> None:
+    """Make ``progress`` hold exactly the other members of the configuration in force."""
+    members = node.confs.current.members - {node.id}
+    for gone in [replica for replica in node.progress if replica not in members]:
+        del node.progress[gone]
+    for replica in sorted(members - node.progress.keys()):
+        node.progress[replica] = Progress(replica, node.log.last_index + 1, node.now_ms)
+    node.pump_wanted = True
+
+
+# -- proposals -----------------------------------------------------------------------------------------------
+
+
+def propose(node: Node, kind: int, payload: Buffer, leader_time_ms: int) -> Entry:
+    """Append one entry as leader.
+
+    Raises:
+        NotLeader: nothing happened; details: leader (replica id or None), term.
+        Busy: too many bytes are uncommitted; nothing happened.
+    """
+    if node.role is not Role.LEADER:
+        raise NotLeader(
+            f"replica {node.id} does not lead in term {node.term}", leader=node.leader or None, term=node.term
+        )
+    size = FRAME_HEADER_BYTES + len(payload)
+    limit = node.config.uncommitted_bytes_max
+    if node.uncommitted_bytes and node.uncommitted_bytes + size > limit:
+        raise Busy(
+            f"{node.uncommitted_bytes} bytes are uncommitted; {size} more would pass the limit of {limit}"
+        )
+    return append_entry(node, kind, payload, leader_time_ms)
+
+
+def append_entry(node: Node, kind: int, payload: Buffer, leader_time_ms: int) -> Entry:
+    """Encode and append; the leader's time never runs back along the log."""
+    log = node.log
+    entry = Entry.create(
+        log.last_crc,
+        kind,
+        node.term,
+        log.last_index + 1,
+        max(leader_time_ms, log.last_leader_time_ms),
+        payload,
+    )
+    if node.append((entry,)):
+        follow_configuration(node)
+    node.uncommitted_bytes += len(entry.frame)
+    node.pump_wanted = True
+    return entry
+
+
+# -- commit --------------------------------------------------------------------------------------------------
+
+
+def advance_commit(node: Node) -> None:
+    """Commit what a quorum holds durably, counting only entries of this term.
+
+    An entry of an earlier term on a majority may still be overwritten (Raft figure 8); it is committed
+    together with the first entry of this term above it. Terms never fall along the log and this term began at
+    ``term_start``, so comparing indexes is enough.
+    """
+    conf = node.confs.current
+    match = {replica: progress.match for replica, progress in node.progress.items()}
+    match[node.id] = node.durability.index  # its own disk counts as one, and only what is synced
+    index = quorum_index(conf, match)
+    log = node.log
+    if index > log.commit and index >= node.term_start:
+        node.uncommitted_bytes -= log.size_of(log.commit + 1, index + 1)
+        log.commit = index
+        node.pump_wanted = True
+
+
+# -- sending -------------------------------------------------------------------------------------------------
+
+
+def pump(node: Node) -> None:
+    """Send every follower what it can take now."""
+    node.pump_wanted = False
+    for progress in node.progress.values():
+        if progress.connected:
+            if progress.state is ProgressState.REPLICATE:
+                _stream(node, progress)
+            elif progress.state is ProgressState.PROBE and not progress.paused:
+                _probe(node, progress)
+
+
+def _stream(node: Node, progress: Progress) -> None:
+    """Fill the follower's window; if there is nothing to send it, tell it the commit index if that is
+    news."""
+    log, config = node.log, node.config
+    sent = False
+    while progress.next <= log.last_index:
+        window = progress.window_bytes(config.inflight_messages_max, config.inflight_bytes_max)
+        if not window or progress.loading:
+            break
+        limit = min(window, config.append_bytes_max)
+        if progress.next < log.first_index:
+            _need_snapshot(node, progress)
+            return
+        if progress.next < log.offset:
+            progress.loading = True
+            node.loads.append(LoadRequest(progress.id, progress.next, limit))
+            break
+        entries, size = log.batch(progress.next, limit)
+        if size > window and progress.inflight_messages:
+            break
+        _send_entries(node, progress, entries, size)
+        sent = True
+    if not sent and progress.commit_sent < min(log.commit, progress.next - 1):
+        _send(node, progress, log.crc(progress.next - 1), ())
+
+
+def _send_entries(node: Node, progress: Progress, entries: tuple[Entry, ...], size: int) -> None:
+    _send(node, progress, entries[0].prev_crc, entries)
+    progress.sent(entries[-1].index, size)
+
+
+def _probe(node: Node, progress: Progress) -> None:
+    """Ask whether the logs meet below ``next``. What is in memory goes along: the guess is mostly right."""
+    log = node.log
+    if log.term(progress.next - 1) is None:
+        _need_snapshot(node, progress)
+        return
+    if log.offset <= progress.next <= log.last_index:
+        entries, _ = log.batch(progress.next, node.config.append_bytes_max)
+        _send(node, progress, entries[0].prev_crc, entries)
+    else:
+        _send(node, progress, log.crc(progress.next - 1), ())
+    progress.paused = True
+
+
+def _need_snapshot(node: Node, progress: Progress) -> None:
+    progress.become_snapshot()
+    node.snapshots.append(progress.id)
+
+
+def _send(node: Node, progress: Progress, prev_crc: int, entries: tuple[Entry, ...]) -> None:
+    log = node.log
+    prev_index = progress.next - 1
+    prev_term = log.term(prev_index)
+    assert prev_term is not None, (prev_index, log)
+    progress.commit_sent = min(log.commit, prev_index + len(entries))
+    node.messages.append(
+        AppendRequest(progress.id, node.id, node.term, prev_index, prev_term, prev_crc, log.commit, entries)
+    )
+
+
+def on_loaded(node: Node, to: int, entries: Sequence[Entry]) -> None:
+    """Entries that were not in memory have been read for follower ``to``."""
+    progress = node.progress.get(to)
+    if progress is None or not progress.loading:
+        return
+    progress.loading = False
+    node.pump_wanted = True
+    if not entries or progress.state is not ProgressState.REPLICATE or entries[0].index != progress.next:
+        return  # the follower moved on meanwhile
+    if node.log.term(entries[-1].index) != entries[-1].term:
+        return  # read before this term began, and cut since (log matching: the last one speaks for all)
+    _send_entries(node, progress, tuple(entries), sum(len(entry.frame) for entry in entries))
+
+
+def on_load_failed(node: Node, to: int) -> None:
+    """Storage could not read for ``to``: try again after its next heartbeat response."""
+    progress = node.progress.get(to)
+    if progress is not None and progress.loading:
+        progress.become_probe()
+        progress.paused = True
+
+
+# -- answers -------------------------------------------------------------------------------------------------
+
+
+def handle_append_response(node: Node, message: AppendResponse) -> None:
+    """A follower accepted or refused."""
+    progress = node.progress.get(message.sender)
+    if progress is None:
+        return
+    progress.heard_ms = node.now_ms
+    if message.rejected:
+        # Its hint names a term not above ours at the refused index; nor can the logs agree where ours is
+        # higher.
+        meet = node.log.meeting_point(message.hint_index, message.hint_term)
+        if progress.rejected(message.index, meet):
+            node.pump_wanted = True
+        return
+    assert message.index <= node.log.last_index, f"{message} is beyond {node.log}"
+    news = progress.acknowledged(message.index)
+    if progress.state is ProgressState.PROBE:
+        streams = message.index == progress.match  # else an old answer, which does not speak of this probe
+    else:
+        streams = progress.state is ProgressState.SNAPSHOT and message.index >= node.log.first_index - 1
+    if streams:
+        progress.become_replicate()
+    node.pump_wanted = True
+    if news and message.index > node.log.commit:
+        advance_commit(node)
+
+
+def handle_heartbeat_response(node: Node, message: HeartbeatResponse) -> None:
+    """A sign of life; also the moment to notice that something was lost."""
+    progress = node.progress.get(message.sender)
+    if progress is None:
+        return
+    progress.heard_ms = node.now_ms
+    progress.connected = True
+    if progress.state is ProgressState.PROBE:
+        progress.paused = False
+        node.pump_wanted = True
+    elif progress.state is ProgressState.REPLICATE and progress.match < progress.next - 1:
+        # Something is in flight. If neither log nor acknowledgement moved for a whole heartbeat, ask with an
+        # empty append behind it: a slow follower answers in its time, one that lost a message refuses it.
+        if (progress.seen_match, progress.seen_last) == (progress.match, message.last_index):
+            _send(node, progress, node.log.crc(progress.next - 1), ())
+        progress.seen_match, progress.seen_last = progress.match, message.last_index
+
+
+# -- connections and time ------------------------------------------------------------------------------------
+
+
+def peer_lost(node: Node, replica: int) -> None:
+    """The connection to a follower's broker broke, and what was in flight with it."""
+    progress = node.progress.get(replica)
+    if progress is not None:
+        progress.connected = False
+        if progress.state is not ProgressState.SNAPSHOT:
+            progress.become_probe()
+
+
+def peer_restored(node: Node, replica: int, forgot: bool) -> None:
+    """The connection is back: probe at once. ``forgot``: its disk may have lost what it acknowledged."""
+    progress = node.progress.get(replica)
+    if progress is not None:
+        if forgot:
+            progress.match = 0
+        progress.connected = True
+        progress.become_probe()
+        progress.next = node.log.last_index + 1 if forgot else progress.next
+        node.pump_wanted = True
+
+
+def tick(node: Node) -> None:
+    """Heartbeats are due: see first whether a quorum still answers (CheckQuorum, thesis section 6.2)."""
+    since = node.now_ms - node.config.election_timeout_ms
+    active = {replica: progress.heard_ms >= since for replica, progress in node.progress.items()}
+    active[node.id] = True
+    if vote_result(node.confs.current, active) is not VoteResult.WON:
+        node.become_follower(node.term, 0)
+        return
+    broadcast_heartbeat(node)
+    node.heartbeat_due_ms = node.deadline_ms = node.now_ms + node.config.heartbeat_ms
+
+
+def broadcast_heartbeat(node: Node, context: int = 0) -> None:
+    """One heartbeat to every follower, with the commit index as far as it is known to have the entries."""
+    commit = node.log.commit
+    for progress in node.progress.values():
+        known = min(progress.match, commit)
+        node.messages.append(Heartbeat(progress.id, node.id, node.term, known, context))
+        if known > progress.commit_sent:
+            progress.commit_sent = known

@@ -1,0 +1,365 @@
+"""The Raft core's face: inputs go in, :class:`Ready` comes out, nothing here touches the outside.
+
+A host drives it so::
+
+    node.step(message, now_ms) / node.tick(now_ms) / node.propose(…)
+    while node.has_ready():
+        ready = node.ready()
+        storage.append(ready.append)        # calls node.on_durable(sequence) once synced
+        network.send(ready.messages)        # at once: what must wait for the disk is held back in here
+        apply(ready.committed); node.applied_to(index)
+
+All calls come from one thread. A call that raises a typed error has changed nothing; an AssertionError
+(:class:`~raftlog.raft.log.LogDiverged` above all) means that an invariant is broken and the replica must
+halt.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+
+from raftlog.raft import election, follower, invariants, leader
+from raftlog.raft.config import RaftConfig, RecoveredLog
+from raftlog.raft.node import Node
+from raftlog.raft.progress import Progress
+from raftlog.raft.types import (
+    TERM_MAX,
+    Append,
+    AppendRequest,
+    AppendResponse,
+    ConfState,
+    Entry,
+    HardState,
+    Heartbeat,
+    HeartbeatResponse,
+    InstallSnapshot,
+    Message,
+    Ready,
+    Role,
+    SoftState,
+    VoteRequest,
+    VoteResponse,
+)
+from raftlog.record.frame import Buffer
+
+
+class RawNode:
+    """One replica's Raft state machine.
+
+    Args:
+        config: settings, the replica id among them.
+        recovered: what storage found.
+        random: the only source of chance; a seeded one makes every run the same.
+        now_ms: monotonic time in milliseconds, as in every later call.
+    """
+
+    __slots__ = ("_node", "_soft")
+
+    def __init__(
+        self, config: RaftConfig, recovered: RecoveredLog, random: random.Random, now_ms: int
+    ) -> None:
+        self._node = Node(config, recovered, random, now_ms)
+        self._soft = (self._node.role, self._node.term, 0)
+
+    # -- inputs ----------------------------------------------------------------------------------------------
+
+    def step(self, message: Message, now_ms: int) -> None:
+        """Take a message from another replica.
+
+        Raises:
+            LogDiverged: the sender's log and this one disagree where Raft proves that they cannot.
+        """
+        node = self._node
+        assert message.to == node.id, f"{message} came to replica {node.id}"
+        node.advance(now_ms)
+        if message.term != node.term and not self._admit(message):
+            return
+        self._dispatch(message)
+
+    def _dispatch(self, message: Message) -> None:
+        node = self._node
+        if isinstance(message, AppendRequest):
+            follower.handle_append(node, message)
+        elif isinstance(message, AppendResponse):
+            leader.handle_append_response(node, message)
+        elif isinstance(message, Heartbeat):
+            follower.handle_heartbeat(node, message)
+        elif isinstance(message, HeartbeatResponse):
+            leader.handle_heartbeat_response(node, message)
+        elif isinstance(message, VoteRequest):
+            election.handle_vote_request(node, message)
+        elif isinstance(message, VoteResponse):
+            election.handle_vote_response(node, message)
+        elif isinstance(message, InstallSnapshot):
+            node.heard_leader(message.sender)
+
+    def _admit(self, message: Message) -> bool:
+        """Settle terms (Raft section 5.1). Returns whether the message is still of interest."""
+        node = self._node
+        if message.term < node.term:
+            if isinstance(message, AppendRequest | Heartbeat | InstallSnapshot):
+                # A leader of an older term, perhaps one that leases keep in office while we went ahead: our
+                # term makes it step down, and us electable again.
+                node.messages.append(AppendResponse(message.sender, node.id, node.term, 0, True))
+            elif isinstance(message, VoteRequest):
+                node.messages.append(VoteResponse(message.sender, node.id, node.term, False, message.pre))
+            return False
+        if message.term > TERM_MAX:
+            return False
+        if isinstance(message, VoteRequest):
+            if node.in_lease and not message.transfer:
+                election.refuse_in_lease(node, message)
+                return False
+            if message.pre:
+                return True
+        elif isinstance(message, VoteResponse) and message.pre and message.granted:
+            return True
+        known = isinstance(message, AppendRequest | Heartbeat | InstallSnapshot)
+        node.become_follower(message.term, message.sender if known else 0)
+        return True
+
+    def tick(self, now_ms: int) -> None:
+        """Let time pass; does nothing before ``deadline_ms``."""
+        node = self._node
+        node.advance(now_ms)
+        if node.now_ms < node.deadline_ms:
+            return
+        if node.role is Role.LEADER:
+            leader.tick(node)
+        else:
+            election.on_deadline(node)
+
+    @property
+    def deadline_ms(self) -> int:
+        """When ``tick`` next has something to do. It moves with most inputs, later more often than
+        earlier."""
+        return self._node.deadline_ms
+
+    def propose(self, kind: int, payload: Buffer, leader_time_ms: int) -> Entry:
+        """Append an entry as leader; it is committed when it comes out in ``Ready.committed``.
+
+        Args:
+            kind: a FrameKind.
+            payload: copied into the entry's frame.
+            leader_time_ms: wall clock; raised to the last entry's if that is later.
+
+        Raises:
+            NotLeader: nothing happened; details: leader (replica id or None), term.
+            Busy: ``uncommitted_bytes_max`` would be passed; nothing happened.
+        """
+        return leader.propose(self._node, kind, payload, leader_time_ms)
+
+    def campaign(self, now_ms: int) -> None:
+        """Start a PreVote at once, if this replica is a voter and does not lead."""
+        node = self._node
+        node.advance(now_ms)
+        if node.role is not Role.LEADER and node.is_promotable:
+            election.start_pre_vote(node)
+
+    def peer_lost(self, replica: int, now_ms: int) -> None:
+        """The connection to ``replica``'s broker broke.
+
+        If it was the leader, its lease ends here and this replica campaigns early, in the order of ranks. On
+        a leader, nothing more is sent to it until ``peer_restored``.
+        """
+        node = self._node
+        node.advance(now_ms)
+        if node.role is Role.LEADER:
+            leader.peer_lost(node, replica)
+        elif replica == node.leader:
+            election.leader_lost(node, replica)
+
+    def peer_restored(self, replica: int, now_ms: int, *, forgot: bool = False) -> None:
+        """The connection is back: a leader probes at once.
+
+        Args:
+            replica: the peer.
+            now_ms: time.
+            forgot: the peer may have lost entries that it had acknowledged (a power cut with flush=interval):
+                what it was known to hold counts no longer.
+        """
+        node = self._node
+        node.advance(now_ms)
+        if node.role is Role.LEADER:
+            leader.peer_restored(node, replica, forgot)
+
+    def on_durable(self, sequence: int) -> None:
+        """``Append.sequence`` and all before it are synced."""
+        node = self._node
+        for message in node.durability.confirm(sequence):
+            self._release(message)
+        if node.role is Role.LEADER:
+            if node.durability.index > node.log.commit:
+                leader.advance_commit(node)
+        else:
+            follower.acknowledge(node)
+        node.log.trim(node.config.cache_bytes_max, node.durability.index)
+
+    def _release(self, message: Message) -> None:
+        """Send a message whose promise is durable now, unless its term is over: then nobody waits for it."""
+        if message.term != self._node.term:
+            return
+        if message.to == self._node.id:
+            self._dispatch(message)
+        else:
+            self._node.messages.append(message)
+
+    def on_loaded(self, to: int, entries: Sequence[Entry]) -> None:
+        """The answer to a LoadRequest for ``to``: entries without gaps from its ``index`` on."""
+        leader.on_loaded(self._node, to, entries)
+
+    def on_load_failed(self, to: int) -> None:
+        """A LoadRequest for ``to`` could not be served; it is tried again when the follower next answers."""
+        leader.on_load_failed(self._node, to)
+
+    def applied_to(self, index: int) -> None:
+        """The host has applied the committed entries up to ``index``."""
+        node = self._node
+        assert node.log.applied <= index <= node.log.taken, (index, node.log)
+        node.log.applied = index
+        node.log.trim(node.config.cache_bytes_max, node.durability.index)
+
+    def step_down(self, now_ms: int) -> None:
+        """Stop leading, in the same term (the host's disk stalls, say). Not elected before a full timeout
+        passes, unless nobody else is."""
+        node = self._node
+        node.advance(now_ms)
+        if node.role is Role.LEADER:
+            node.become_follower(node.term, 0)
+
+    # -- outputs ---------------------------------------------------------------------------------------------
+
+    def has_ready(self) -> bool:
+        """Whether ``ready()`` has anything to hand out."""
+        node = self._node
+        log = node.log
+        return bool(
+            node.pump_wanted
+            or node.messages
+            or log.taken != log.commit
+            or log.handed != log.last_index
+            or node.hard_state_changed
+            or node.durability.has_unassigned
+            or node.loads
+            or node.snapshots
+            or self._soft != (node.role, node.term, node.leader)
+        )
+
+    def ready(self) -> Ready:
+        """Hand out what the host must do now; each thing once."""
+        node = self._node
+        if node.pump_wanted:
+            leader.pump(node)
+        append = self._take_append()
+        for message in node.durability.assign():
+            self._release(message)
+        messages, node.messages = tuple(node.messages), []
+        loads, node.loads = tuple(node.loads), []
+        snapshots, node.snapshots = tuple(node.snapshots), []
+        soft = (node.role, node.term, node.leader)
+        soft_state = None
+        if soft != self._soft:
+            self._soft = soft
+            soft_state = SoftState(*soft)
+        return Ready(
+            append, messages, node.log.take_committed(), soft_state, loads=loads, snapshots=snapshots
+        )
+
+    def _take_append(self) -> Append | None:
+        """Entries that storage does not have and term and vote if they changed. The commit index goes along
+        with either, never alone: recovery starts lower without it, which costs nothing but time."""
+        node = self._node
+        entries = node.log.take_unhanded()
+        if not entries and not node.hard_state_changed:
+            return None
+        hard_state = HardState(node.term, node.vote, node.log.commit)
+        changed = hard_state != node.handed_state
+        node.handed_state = hard_state
+        sequence = node.durability.hand_out(node.log.handed, node.term)
+        return Append(sequence, hard_state if changed else None, entries)
+
+    # -- state -----------------------------------------------------------------------------------------------
+
+    @property
+    def id(self) -> int:
+        return self._node.id
+
+    @property
+    def role(self) -> Role:
+        return self._node.role
+
+    @property
+    def term(self) -> int:
+        return self._node.term
+
+    @property
+    def vote(self) -> int:
+        """Who got this replica's vote in this term; 0: nobody."""
+        return self._node.vote
+
+    @property
+    def leader(self) -> int:
+        """Who leads, as far as this replica knows; 0: unknown."""
+        return self._node.leader
+
+    @property
+    def serving(self) -> bool:
+        """Whether this is a leader whose own no-op is applied: its state machine then holds all that was ever
+        committed (Raft section 8)."""
+        node = self._node
+        return node.role is Role.LEADER and node.log.applied >= node.term_start
+
+    @property
+    def commit(self) -> int:
+        return self._node.log.commit
+
+    @property
+    def applied(self) -> int:
+        return self._node.log.applied
+
+    @property
+    def durable_index(self) -> int:
+        """The log is durable here up to this index."""
+        return self._node.durability.index
+
+    @property
+    def first_index(self) -> int:
+        """The first index still in the log."""
+        return self._node.log.first_index
+
+    @property
+    def last_index(self) -> int:
+        return self._node.log.last_index
+
+    @property
+    def last_crc(self) -> int:
+        """crc of the last entry's frame: ``prev_crc`` of the next."""
+        return self._node.log.last_crc
+
+    @property
+    def last_leader_time_ms(self) -> int:
+        """Time of the last entry (0 when unknown)."""
+        return self._node.log.last_leader_time_ms
+
+    @property
+    def conf(self) -> ConfState:
+        """The configuration in force: the last one in the log, committed or not."""
+        return self._node.confs.current
+
+    @property
+    def progress(self) -> Mapping[int, Progress]:
+        """On a leader, every other member by replica id; empty elsewhere. Only for reading."""
+        return self._node.progress
+
+    def entries_in_memory(self, low: int, high: int) -> list[Entry] | None:
+        """Entries [low, high); None when part of them is not in memory."""
+        return self._node.log.slice(low, high)
+
+    def check_invariants(self) -> None:
+        """Assert what must hold between two inputs (for tests).
+
+        Raises:
+            AssertionError: the first invariant that does not hold.
+        """
+        invariants.check_invariants(self._node)
