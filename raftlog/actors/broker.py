@@ -1,0 +1,196 @@
+"""The actor that hosts one broker.
+
+The broker's server runs on the actor's own event loop: peers and clients talk to it through sockets, and only the
+metadata actor calls methods here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+import ray
+
+from raftlog.broker.broker import Broker, BrokerPlace
+from raftlog.broker.founding import FoundingPlan, found
+from raftlog.broker.peers import Address
+from raftlog.config import BrokerConfig
+from raftlog.net.network import real_seams
+from raftlog.storage.identity import Identity, find_identity
+from raftlog.storage.real_disk import RealDisk
+from raftlog.version import software_version
+
+if TYPE_CHECKING:
+    from ray.actor import ActorHandle
+
+logger = logging.getLogger("raftlog.actors")
+
+_SWITCH_INTERVAL_S: Final = 0.0002
+"""Between threads of a broker: Python's default of 5 ms keeps the loop waiting for the thread that has synced."""
+
+
+class BrokerLaunch(msgspec.Struct, frozen=True):
+    """What a broker actor is started with.
+
+    Args:
+        cluster: name of the cluster.
+        broker_id: which broker.
+        data_dir: root of raftlog's data on its node; the broker's own folder is below it.
+        host: the node's own address, to bind to and be reached at.
+        plan: under which the cluster was founded.
+        zone: availability zone of the node, empty if unknown.
+        config: settings of the broker.
+    """
+
+    cluster: str
+    broker_id: int
+    data_dir: str
+    host: str
+    plan: FoundingPlan
+    zone: str = ""
+    config: dict[str, object] = {}
+
+
+class BrokerInfo(msgspec.Struct, frozen=True):
+    """A running broker: who and where."""
+
+    broker_id: int
+    address: Address
+    node_id: str
+    pid: int
+
+
+class NodeProbe(msgspec.Struct, frozen=True):
+    """What a node says of itself before brokers are placed on it."""
+
+    node_id: str
+    version: str
+    identities: dict[int, Identity]
+    """Broker id -> identity found below the data directory."""
+
+
+def broker_folder(data_dir: str, cluster: str, broker_id: int) -> Path:
+    """The directory of one broker's data."""
+    return Path(data_dir).expanduser() / cluster / f"broker-{broker_id}"
+
+
+async def find_identities(data_dir: str, cluster: str) -> dict[int, Identity]:
+    """The identities in all broker directories of a cluster on this machine."""
+    root = Path(data_dir).expanduser() / cluster
+    found_here: dict[int, Identity] = {}
+    if root.is_dir():
+        for folder in sorted(root.glob("broker-*")):
+            disk = RealDisk(folder)
+            identity = await find_identity(disk)
+            await disk.close()
+            if identity is not None:
+                found_here[int(folder.name.removeprefix("broker-"))] = identity
+    return found_here
+
+
+@ray.remote
+def probe_node(data_dir: str, cluster: str) -> NodeProbe:
+    """Run on a node: its version of raftlog, and whose data it holds."""
+    node_id = ray.get_runtime_context().get_node_id()
+    return NodeProbe(node_id, software_version(), asyncio.run(find_identities(data_dir, cluster)))
+
+
+@ray.remote
+def remove_data(data_dir: str, cluster: str) -> None:
+    """Run on a node: remove what an ephemeral cluster kept there."""
+    shutil.rmtree(Path(data_dir).expanduser() / cluster, ignore_errors=True)
+
+
+class BrokerHost:
+    """The actor's class. One broker, from :meth:`start` to the end of the process.
+
+    Args:
+        launch: what to run.
+    """
+
+    def __init__(self, launch: BrokerLaunch) -> None:
+        self._launch = launch
+        self._broker: Broker | None = None
+
+    async def start(self) -> BrokerInfo:
+        """Found or recover the broker's directory and serve.
+
+        Raises:
+            DataDirError: the directory is locked, of another cluster, or damaged.
+        """
+        if self._broker is not None:
+            return self._info(self._broker)
+        launch = self._launch
+        sys.setswitchinterval(_SWITCH_INTERVAL_S)
+        folder = broker_folder(launch.data_dir, launch.cluster, launch.broker_id)
+        disk = RealDisk(folder)
+        try:
+            await found(disk, launch.plan, launch.broker_id)
+            place = BrokerPlace(
+                host=launch.host,
+                node_id=ray.get_runtime_context().get_node_id(),
+                zone=launch.zone,
+            )
+            config = BrokerConfig.model_validate(launch.config)
+            self._broker = await Broker.start(real_seams(), disk, config=config, place=place)
+        except BaseException:
+            await disk.close()
+            raise
+        gc.collect()
+        gc.freeze()
+        return self._info(self._broker)
+
+    def _info(self, broker: Broker) -> BrokerInfo:
+        return BrokerInfo(broker.broker_id, broker.address, broker.place.node_id, os.getpid())
+
+    async def learn(self, addresses: dict[int, Address]) -> None:
+        """Where the other brokers are."""
+        if self._broker is not None:
+            self._broker.learn(addresses)
+
+    async def info(self) -> BrokerInfo | None:
+        """Who and where; None before :meth:`start`."""
+        return self._info(self._broker) if self._broker is not None else None
+
+    async def ready(self) -> None:
+        """Wait until the broker is registered with the metadata group."""
+        assert self._broker is not None, "start() comes first"
+        await self._broker.ready()
+
+    async def watch(self) -> str:
+        """Return only when the broker cannot go on, with the reason. (The call fails when the process dies.)"""
+        assert self._broker is not None, "start() comes first"
+        return str(await asyncio.shield(self._broker.failed))
+
+    async def clients(self) -> list[str]:
+        """Ids of the clients that are connected."""
+        if self._broker is None:
+            return []
+        connections = self._broker.server.connections
+        return sorted({one.peer.client_id for one in connections if one.peer.role == "client"})
+
+    async def stop(self) -> None:
+        """Close the broker cleanly; the actor may be killed afterwards."""
+        if self._broker is not None:
+            broker, self._broker = self._broker, None
+            await broker.close()
+
+
+BrokerActor = ray.remote(BrokerHost)
+
+
+def find_broker(cluster: str, broker_id: int) -> ActorHandle | None:
+    """The broker's actor if its name is taken (it may still be dead: ping it)."""
+    from raftlog.actors.options import NAMESPACE, broker_name
+
+    try:
+        return ray.get_actor(broker_name(cluster, broker_id), namespace=NAMESPACE)
+    except ValueError:
+        return None

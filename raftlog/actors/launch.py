@@ -1,0 +1,179 @@
+"""Starting, finding and stopping clusters: what is behind ``raftlog.start``, ``connect`` and ``shutdown``."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import time
+import uuid
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+
+from raftlog.actors.broker import find_broker
+from raftlog.actors.metadata import ClusterSpec, MetadataActor
+from raftlog.actors.options import NAMESPACE, metadata_name, metadata_options
+from raftlog.client.cluster import Bootstrap
+from raftlog.config import default_data_dir
+from raftlog.errors import NotRunning, RaftlogError
+
+if TYPE_CHECKING:
+    from ray.actor import ActorHandle
+
+logger = logging.getLogger("raftlog.actors")
+
+START_TIMEOUT_S: Final = 120.0
+_STEP_S: Final = 5.0
+_POLL_S: Final = 0.1
+
+
+def start(
+    name: str = "default",
+    brokers: int | None = None,
+    data_dir: str | Path | None = None,
+    ephemeral: bool = False,
+    *,
+    config: dict[str, object] | None = None,
+) -> Bootstrap:
+    """Attach to the cluster if it runs; else recover it from its data, or found it.
+
+    Ray is initialised if it is not: the running cluster if there is one, else one of this process.
+
+    Args:
+        name: of the cluster.
+        brokers: how many to found it with; None: one per node of the Ray cluster.
+        data_dir: root of the data on every node; None: RAFTLOG_DATA_DIR or the user's data folder.
+        ephemeral: keep the data in a temporary folder, removed at shutdown.
+        config: settings of the brokers (``raftlog.config.BrokerConfig``).
+
+    Returns:
+        How to reach it.
+
+    Raises:
+        DataDirError, ConfigError, IncompatibleVersion: why it cannot be started.
+    """
+    if not ray.is_initialized():
+        _init_ray()
+    if ephemeral:
+        data_dir = Path(tempfile.gettempdir()) / f"raftlog-{uuid.uuid4().hex}"
+    spec = ClusterSpec(name, brokers, str(data_dir or default_data_dir()), ephemeral, config or {})
+    actor = MetadataActor.options(**metadata_options(name)).remote(spec)
+    try:
+        return _call(actor, "bootstrap", timeout=START_TIMEOUT_S)
+    except RaftlogError:
+        ray.kill(actor)
+        raise
+
+
+def find(name: str = "default", timeout: float = 30.0) -> Bootstrap:
+    """How to reach a cluster that runs. Never starts Ray.
+
+    Raises:
+        NotRunning: no Ray, no such cluster, or it does not answer within ``timeout`` seconds.
+    """
+    if not ray.is_initialized():
+        _attach_ray()
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            actor = ray.get_actor(metadata_name(name), namespace=NAMESPACE)
+        except ValueError:
+            raise NotRunning(f"no raftlog cluster {name!r} on this Ray cluster") from None
+        left = deadline - time.monotonic()
+        try:
+            bootstrap: Bootstrap = _call(actor, "bootstrap", timeout=max(min(left, _STEP_S), _POLL_S))
+            return bootstrap
+        except (RayActorError, GetTimeoutError) as error:
+            if left <= 0:
+                raise NotRunning(
+                    f"the metadata actor of cluster {name!r} does not answer within {timeout:g} s ({error})"
+                ) from error
+            time.sleep(_POLL_S)  # it is being restarted
+
+
+def stop(name: str = "default", force: bool = False, ignore: tuple[str, ...] = ()) -> None:
+    """Stop a cluster's brokers and its metadata actor; the data stays (unless the cluster is ephemeral).
+
+    Args:
+        name: of the cluster.
+        force: even though clients are connected.
+        ignore: ids of clients that do not count.
+
+    Raises:
+        NotRunning: no such cluster.
+        ClusterInUse: clients are connected.
+    """
+    if not ray.is_initialized():
+        _attach_ray()
+    try:
+        actor = ray.get_actor(metadata_name(name), namespace=NAMESPACE)
+    except ValueError:
+        raise NotRunning(f"no raftlog cluster {name!r} on this Ray cluster") from None
+    _call(actor, "stop", force, ignore, timeout=START_TIMEOUT_S)
+    ray.kill(actor)
+    _wait_until_gone(name)
+
+
+def broker_actor(name: str, broker_id: int) -> ActorHandle:
+    """The actor that hosts a broker.
+
+    Raises:
+        NotRunning: no such broker runs.
+    """
+    actor = find_broker(name, broker_id)
+    if actor is None:
+        raise NotRunning(f"no broker {broker_id} of cluster {name!r} runs")
+    return actor
+
+
+def metadata_actor(name: str) -> ActorHandle:
+    """The metadata actor of a cluster.
+
+    Raises:
+        NotRunning: no such cluster.
+    """
+    try:
+        return ray.get_actor(metadata_name(name), namespace=NAMESPACE)
+    except ValueError:
+        raise NotRunning(f"no raftlog cluster {name!r} on this Ray cluster") from None
+
+
+def _call(actor: ActorHandle, method: str, *args: object, timeout: float) -> Any:
+    """Call a method of the metadata actor; what it raised comes out as it was raised there."""
+    try:
+        return ray.get(getattr(actor, method).remote(*args), timeout=timeout)
+    except RayTaskError as error:
+        cause = error.cause
+        if isinstance(cause, RaftlogError):
+            raise cause from None
+        raise
+
+
+def _wait_until_gone(name: str) -> None:
+    """Until the name can be taken again."""
+    deadline = time.monotonic() + _STEP_S
+    while time.monotonic() < deadline:
+        try:
+            ray.get_actor(metadata_name(name), namespace=NAMESPACE)
+        except (ValueError, RayError):
+            return
+        time.sleep(_POLL_S)
+    logger.warning("Ray still knows the metadata actor of %r", name)
+
+
+def _init_ray() -> None:
+    """Attach to the Ray cluster of this machine or of RAY_ADDRESS; without one, start a local one."""
+    try:
+        ray.init(address="auto", namespace=NAMESPACE, log_to_driver=False)
+    except ConnectionError:
+        logger.info("no Ray cluster found: starting a local one")
+        ray.init(address="local", namespace=NAMESPACE, log_to_driver=False, include_dashboard=False)
+
+
+def _attach_ray() -> None:
+    try:
+        ray.init(address="auto", namespace=NAMESPACE, log_to_driver=False)
+    except ConnectionError as error:
+        raise NotRunning(f"there is no Ray cluster to connect to ({error})") from error

@@ -1,0 +1,488 @@
+"""A broker: many replicas, one store, one server, one clock.
+
+The broker drives its replicas. Whatever has something to do is *marked*; marked replicas are pumped together, once
+per turn of the loop or at the end of what one socket read brought, and what they want sent leaves in one frame per
+connection. That is where the cost of a message is shared between groups.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import random
+from collections.abc import Coroutine, Iterable
+from dataclasses import dataclass
+from typing import Any, Final
+
+from raftlog.broker.metadata import MetadataReplica, MetadataService, metadata_spec
+from raftlog.broker.partition import PartitionReplica
+from raftlog.broker.peers import Address, Peers
+from raftlog.broker.replica import Replica
+from raftlog.broker.service import Service
+from raftlog.config import BrokerConfig, TopicConfig
+from raftlog.errors import DamagedData, RaftlogError, StorageFailed, StorageFull, UnknownReplica
+from raftlog.net.handshake import Local
+from raftlog.net.network import Seams
+from raftlog.net.rpc import BrokerRow, MetadataCommandRequest, ReplicaRow
+from raftlog.net.server import RpcServer
+from raftlog.raft.config import RaftConfig
+from raftlog.raft.types import ConfState, Message, Role, SoftState
+from raftlog.state.metadata import RegisterBroker, Topic
+from raftlog.storage.disk import Disk
+from raftlog.storage.identity import Identity, load_identity, store_identity
+from raftlog.storage.spec import ReplicaSpec
+from raftlog.storage.store import BrokerStore, StorageConfig
+
+logger = logging.getLogger("raftlog.broker")
+
+_TICK_S: Final = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class BrokerPlace:
+    """Where a broker runs.
+
+    Args:
+        host: address of the node to bind to and be reached at.
+        port: 0 to take the one it had before if that is free, else any.
+        node_id: the node (Ray's id, or any name).
+        zone: its zone, empty if unknown.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 0
+    node_id: str = "local"
+    zone: str = ""
+
+
+class Broker:
+    """One broker. Make it with :meth:`start`.
+
+    Args:
+        seams: the way out.
+        identity: as stored, with this run's incarnation.
+        store: recovered.
+        config: limits and timings.
+        place: where it runs.
+    """
+
+    def __init__(
+        self,
+        seams: Seams,
+        disk: Disk,
+        identity: Identity,
+        store: BrokerStore,
+        config: BrokerConfig,
+        place: BrokerPlace,
+    ) -> None:
+        self.seams = seams
+        self.identity = identity
+        self.store = store
+        self.config = config
+        self.place = place
+        self.started_ms: Final = seams.wall_ms()
+        self.failed: asyncio.Future[RaftlogError] = asyncio.get_running_loop().create_future()
+        """Done when the broker cannot go on (its storage failed): whoever hosts it should end the process."""
+        self._disk = disk
+        self._loop = asyncio.get_running_loop()
+        self._by_id: dict[int, Replica[Any]] = {}
+        self._partitions: dict[tuple[bytes, int], PartitionReplica] = {}
+        self._dirty: list[Replica[Any]] = []
+        self._pump_scheduled = False
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._closed = False
+        self._saving = asyncio.Lock()
+        self._reconcile_wanted = asyncio.Event()
+        local = Local(
+            cluster_id=identity.cluster_id,
+            role="broker",
+            broker_id=identity.broker_id,
+            client_id=f"broker-{identity.broker_id}",
+            incarnation=identity.incarnation,
+        )
+        self.server = RpcServer(seams, local, identity.secret, Service(self))
+        self.peers = Peers(
+            seams,
+            local,
+            identity.secret,
+            on_up=self._peer_up,
+            on_down=self._peer_down,
+            on_learned=self._addresses_changed,
+        )
+        self.metadata: MetadataService
+        self._registered: asyncio.Task[None]
+        store.on_fault = self._store_fault
+
+    @classmethod
+    async def start(
+        cls,
+        seams: Seams,
+        disk: Disk,
+        *,
+        config: BrokerConfig | None = None,
+        place: BrokerPlace | None = None,
+        storage: StorageConfig | None = None,
+    ) -> Broker:
+        """Recover what is in a founded directory (see ``founding.py``) and begin to serve.
+
+        Raises:
+            DataDirError: not founded, locked by another process, of another broker, or damaged.
+        """
+        config = config or BrokerConfig()
+        place = place or BrokerPlace()
+        identity = await load_identity(disk)
+        store = await BrokerStore.open(disk, storage or StorageConfig(), disk_id=identity.disk_id)
+        try:
+            await _found_metadata_replica(identity, store)
+            identity = identity.next_incarnation()
+            await store_identity(disk, identity)
+            broker = cls(seams, disk, identity, store, config, place)
+            await broker._begin()
+        except BaseException:
+            await store.close()
+            raise
+        return broker
+
+    async def _begin(self) -> None:
+        address = await self._listen()
+        self.peers.local = self.server.local
+        members = self.identity.metadata_voters
+        own = dict(members)[self.broker_id]
+        replica = await MetadataReplica.open(
+            self, self.store.logs[own], members, self._metadata_changed
+        )
+        self._by_id[own] = replica
+        registration = RegisterBroker(
+            self.broker_id, self.identity.disk_id, self.place.node_id, self.place.zone
+        )
+        self.metadata = MetadataService(self, replica, self.identity.cluster_id, registration)
+        await self._open_partitions()
+        self.peers.learn({**self.identity.addresses, self.broker_id: (self.identity.incarnation, *address)})
+        self.spawn(self._tick_forever())
+        self.spawn(self._reconcile_forever())
+        self._registered = self.spawn(self.metadata.register())
+
+    async def _listen(self) -> tuple[str, int]:
+        known = self.identity.addresses.get(self.broker_id)
+        ports = [self.place.port]
+        if self.place.port == 0 and known is not None:
+            ports.insert(0, known[2])
+        for port in ports:
+            try:
+                return await self.server.start(self.place.host, port)
+            except OSError as error:
+                if port == ports[-1]:
+                    raise
+                logger.info("port %d is taken (%s): another will do", port, error)
+        raise AssertionError("a port was tried")
+
+    # -- Host: what replicas need -------------------------------------------------------------------------------
+
+    @property
+    def broker_id(self) -> int:
+        return self.identity.broker_id
+
+    def raft_config(self, replica_id: int) -> RaftConfig:
+        return RaftConfig(
+            id=replica_id,
+            election_timeout_ms=self.config.election_timeout_ms,
+            heartbeat_ms=self.config.heartbeat_ms,
+        )
+
+    def now_ms(self) -> int:
+        return int(self._loop.time() * 1000)
+
+    def wall_ms(self) -> int:
+        return self.seams.wall_ms()
+
+    def random_for(self, replica_id: int) -> random.Random:
+        return random.Random(self.seams.random.getrandbits(64) ^ replica_id)
+
+    def random_bytes(self, count: int) -> bytes:
+        return self.seams.random.randbytes(count)
+
+    def send(self, broker_id: int, message: Message) -> None:
+        self.peers.send(broker_id, message)
+
+    async def ready(self) -> None:
+        """Wait until the metadata group has a leader and knows this broker."""
+        await asyncio.shield(self._registered)
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Run a coroutine of this broker; what it raises is logged, and it is cancelled at close."""
+        task = self._loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._task_done)
+        return task
+
+    def _task_done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            logger.error("broker %d: a task failed", self.broker_id, exc_info=task.exception())
+
+    def mark(self, replica: Replica[Any]) -> None:
+        if not replica.dirty:
+            replica.dirty = True
+            self._dirty.append(replica)
+            if not self._pump_scheduled:
+                self._pump_scheduled = True
+                self._loop.call_soon(self.pump)
+
+    def pump(self) -> None:
+        """Carry out what the marked replicas want, and send what that brings about."""
+        self._pump_scheduled = False
+        while self._dirty:
+            dirty, self._dirty = self._dirty, []
+            for replica in dirty:
+                replica.pump()
+        self.peers.flush()
+
+    def leadership_changed(self, replica: Replica[Any], before: SoftState | None) -> None:
+        node = replica.node
+        if before is None or (node.role, node.term) != (before.role, before.term):
+            logger.debug(
+                "broker %d: %s is %s in term %d", self.broker_id, replica.name, node.role.value, node.term
+            )
+
+    # -- time ---------------------------------------------------------------------------------------------------
+
+    async def _tick_forever(self) -> None:
+        while not self._closed:
+            await asyncio.sleep(_TICK_S)
+            now = self.now_ms()
+            for replica in self._by_id.values():
+                replica.tick(now)
+
+    # -- peers --------------------------------------------------------------------------------------------------
+
+    def _peer_up(self, broker_id: int) -> None:
+        for replica in self._by_id.values():
+            replica.peer_up(broker_id)
+
+    def _peer_down(self, broker_id: int) -> None:
+        for replica in self._by_id.values():
+            replica.peer_down(broker_id)
+
+    def alive_brokers(self) -> set[int]:
+        """Broker ids this broker is connected to, itself included."""
+        return {broker_id for broker_id in self.metadata.image.brokers if self.peers.is_up(broker_id)}
+
+    def learn(self, addresses: dict[int, Address]) -> None:
+        """Tell this broker where others are."""
+        self.peers.learn(addresses)
+
+    @property
+    def address(self) -> Address:
+        """(incarnation, host, port) of this broker."""
+        return self.peers.book[self.broker_id]
+
+    def _addresses_changed(self) -> None:
+        self.spawn(self._save_addresses())
+
+    async def _save_addresses(self) -> None:
+        async with self._saving:
+            if self.identity.addresses != self.peers.book:
+                self.identity = self.identity.with_addresses(dict(self.peers.book))
+                await store_identity(self._disk, self.identity)
+
+    async def call_broker(
+        self, broker_id: int, request: MetadataCommandRequest, payload: bytes, timeout: float
+    ) -> Any:
+        response, _ = await self.peers.connection(broker_id).call(request, (payload,), timeout=timeout)
+        return response.result
+
+    # -- which replicas are here --------------------------------------------------------------------------------
+
+    def replica(self, replica_id: int) -> Replica[Any] | None:
+        return self._by_id.get(replica_id)
+
+    def replicas(self) -> Iterable[Replica[Any]]:
+        return self._by_id.values()
+
+    def partition(self, topic_id: bytes, partition: int) -> PartitionReplica:
+        """The replica of a partition on this broker.
+
+        Raises:
+            UnknownReplica: there is none (any more, or yet).
+        """
+        found = self._partitions.get((topic_id, partition))
+        if found is None:
+            topic = self.metadata.image.topic_by_id(topic_id)
+            name = topic.name if topic is not None else topic_id.hex()
+            raise UnknownReplica(f"broker {self.broker_id} has no replica of {name}/{partition}")
+        return found
+
+    def _metadata_changed(self) -> None:
+        self._reconcile_wanted.set()
+
+    async def _reconcile_forever(self) -> None:
+        """Make the replicas here what the image says."""
+        while not self._closed:
+            await self._reconcile_wanted.wait()
+            self._reconcile_wanted.clear()
+            try:
+                await self._drop_partitions()
+                await self._create_partitions()
+                await self._open_partitions()
+            except (StorageFull, StorageFailed) as error:
+                logger.warning("broker %d: cannot follow the metadata now: %s", self.broker_id, error)
+                await asyncio.sleep(1.0)
+                self._reconcile_wanted.set()
+
+    def _assigned(self) -> dict[int, tuple[Topic, int]]:
+        return {
+            replica_id: (topic, partition)
+            for topic, partition, replica_id in self.metadata.image.replicas_on(self.broker_id)
+        }
+
+    async def _drop_partitions(self) -> None:
+        """Remove replicas whose creation this image knows of and that it does not assign here (any more)."""
+        assigned = self._assigned()
+        known_below = self.metadata.image.next_replica_id
+        own = self.metadata.replica.replica_id
+        for replica_id in [*self.store.logs, *self.store.lost]:
+            if replica_id in assigned or replica_id == own or replica_id >= known_below:
+                continue
+            replica = self._by_id.pop(replica_id, None)
+            if isinstance(replica, PartitionReplica):
+                spec = replica.log.spec
+                self._partitions.pop((spec.topic_id, spec.partition), None)
+                replica.retire(UnknownReplica(f"{replica.name} was deleted"))
+            await self.store.remove(replica_id)
+
+    async def _create_partitions(self) -> None:
+        specs = []
+        for replica_id, (topic, partition) in self._assigned().items():
+            if replica_id in self.store.logs or replica_id in self.store.lost:
+                continue
+            settings = TopicConfig.model_validate(topic.config)
+            specs.append(
+                ReplicaSpec(
+                    replica_id=replica_id,
+                    topic=topic.name,
+                    topic_id=topic.topic_id,
+                    partition=partition,
+                    conf=ConfState(voters=tuple(member for member, _ in topic.partitions[partition])),
+                    segment_bytes=settings.segment_bytes,
+                    internal=topic.internal,
+                )
+            )
+        if specs:
+            await self.store.create_many(specs)
+
+    async def _open_partitions(self) -> None:
+        """Bring to life what is on the disk and in the image."""
+        for replica_id, (topic, partition) in self._assigned().items():
+            if replica_id in self._by_id or replica_id not in self.store.logs:
+                continue
+            members = topic.partitions[partition]
+            replica = await PartitionReplica.open(
+                self,
+                self.store.logs[replica_id],
+                dict(members),
+                preferred=members[0][0] == replica_id,
+                batch_bytes_max=TopicConfig.model_validate(topic.config).max_message_bytes,
+            )
+            self._by_id[replica_id] = replica
+            self._partitions[(topic.topic_id, partition)] = replica
+            replica.tick(self.now_ms())
+
+    # -- trouble and the end ------------------------------------------------------------------------------------
+
+    def _store_fault(self, fault: RaftlogError | None) -> None:
+        if fault is None:
+            logger.warning("broker %d: its storage takes writes again", self.broker_id)
+            return
+        logger.error("broker %d: %s", self.broker_id, fault)
+        if not isinstance(fault, StorageFull):
+            for replica in self._by_id.values():
+                replica.retire(fault)
+            if not self.failed.done():
+                self.failed.set_result(fault)
+
+    async def close(self) -> None:
+        """Stop serving, make everything durable, release the directory."""
+        await self._stop()
+        await self.store.close()
+
+    async def abort(self) -> None:
+        """Stop as a killed process would, as far as a living one can: nothing is flushed."""
+        await self._stop()
+        await self._disk.close()
+
+    async def _stop(self) -> None:
+        self._closed = True
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self.server.close()
+        await self.peers.close()
+
+    # -- looking ------------------------------------------------------------------------------------------------
+
+    def row(self) -> BrokerRow:
+        """This broker as it presents itself."""
+        incarnation, host, port = self.address
+        return BrokerRow(
+            self.broker_id, host, port, incarnation, self.place.node_id, "alive", os.getpid()
+        )
+
+    def broker_rows(self) -> list[BrokerRow]:
+        """Every broker of the cluster as this one sees it."""
+        rows = []
+        for broker_id, info in sorted(self.metadata.image.brokers.items()):
+            if broker_id == self.broker_id:
+                rows.append(self.row())
+                continue
+            incarnation, host, port = self.peers.book.get(broker_id, (0, "", 0))
+            state = "alive" if self.peers.is_up(broker_id) else "lost"
+            rows.append(BrokerRow(broker_id, host, port, incarnation, info.node_id, state))
+        return rows
+
+    def replica_row(self, replica: Replica[Any]) -> ReplicaRow:
+        """One replica as this broker sees it."""
+        node, log = replica.node, replica.log
+        committed = replica.committed_offset if isinstance(replica, PartitionReplica) else 0
+        lagging = []
+        if node.role is Role.LEADER:
+            lagging = sorted(
+                replica.hosts[member]
+                for member, progress in node.progress.items()
+                if member != node.id
+                and (progress.match < node.commit or not self.peers.is_up(replica.hosts[member]))
+            )
+        leader = replica.leader_broker
+        return ReplicaRow(
+            topic=log.spec.topic,
+            partition=log.spec.partition,
+            replica_id=replica.replica_id,
+            role=node.role.value,
+            term=node.term,
+            leader=-1 if leader is None else leader,
+            start_offset=log.start_offset,
+            end_offset=log.end_offset,
+            committed_offset=committed,
+            last_index=node.last_index,
+            commit_index=node.commit,
+            applied_index=node.applied,
+            durable_index=node.durable_index,
+            voters=sorted(replica.hosts[member] for member in node.conf.voters if member in replica.hosts),
+            lagging=lagging,
+            fault=str(replica.fault) if replica.fault is not None else "",
+        )
+
+
+async def _found_metadata_replica(identity: Identity, store: BrokerStore) -> None:
+    """A directory that never ran (incarnation 0) gets its replica of the metadata group; any other must have it."""
+    spec = metadata_spec(identity.metadata_voters, identity.broker_id)
+    if spec.replica_id in store.logs:
+        return
+    if identity.incarnation > 0:
+        raise DamagedData(
+            f"broker {identity.broker_id} has lost its replica of the metadata group; an empty one must not vote: "
+            "move the directory away and add the broker anew"
+        )
+    await store.create(spec)
+

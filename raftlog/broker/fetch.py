@@ -1,0 +1,149 @@
+"""Fetch: a consumer's long poll over several partitions of one broker.
+
+A session reads what is there. If that is nothing, it waits on every partition at once and is woken by the first
+that applies records, or by its timer. Frames go out as the contiguous ranges that storage returns, never copied or
+decoded. Only committed entries are read, so what a consumer saw cannot be taken back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from raftlog.broker.partition import PartitionReplica
+from raftlog.errors import RaftlogError, to_wire
+from raftlog.net.rpc import FetchedPartition, FetchPartition, FetchRequest, FetchResponse, WireError
+from raftlog.net.server import Reply
+from raftlog.record.frame import Buffer
+
+
+def wire_error(error: RaftlogError) -> WireError:
+    """An error as part of a response."""
+    return WireError(*to_wire(error))
+
+
+class FetchSession:
+    """One FetchRequest until it is answered.
+
+    Args:
+        request: what is wanted.
+        reply: how to answer; exactly once.
+        find: the partition's replica on this broker (raises UnknownReplica and the like).
+        spawn: runs a coroutine, for reads that must wait for the disk.
+    """
+
+    __slots__ = ("_answered", "_find", "_parked", "_reply", "_request", "_spawn", "_timer")
+
+    def __init__(
+        self,
+        request: FetchRequest,
+        reply: Reply,
+        find: Callable[[bytes, int], PartitionReplica],
+        spawn: Callable[[Coroutine[Any, Any, None]], object],
+    ) -> None:
+        self._request = request
+        self._reply = reply
+        self._find = find
+        self._spawn = spawn
+        self._parked: list[PartitionReplica] = []
+        self._timer: asyncio.TimerHandle | None = None
+        self._answered = False
+
+    def serve(self) -> None:
+        """Answer now if there is anything to say, else wait."""
+        ready, waiting = self._look()
+        if ready or self._request.wait_ms <= 0 or not waiting:
+            self._answer()
+            return
+        for replica in waiting:
+            replica.wait_for_records(self)
+        self._parked = waiting
+        self._timer = asyncio.get_running_loop().call_later(self._request.wait_ms / 1000, self.wake)
+
+    def wake(self) -> None:
+        """Records came, the leadership went, or the time is up."""
+        if not self._answered:
+            self._answer()
+
+    def _look(self) -> tuple[bool, list[PartitionReplica]]:
+        """Whether anything can be answered at once (records or an error), and which partitions have to wait."""
+        waiting = []
+        for wanted in self._request.partitions:
+            try:
+                replica = self._find(wanted.topic_id, wanted.partition)
+                replica.check_readable(wanted.offset)
+            except RaftlogError:
+                return True, []
+            if wanted.offset < replica.committed_offset:
+                return True, []
+            waiting.append(replica)
+        return False, waiting
+
+    def _answer(self) -> None:
+        self._answered = True
+        if self._timer is not None:
+            self._timer.cancel()
+        for replica in self._parked:
+            replica.stop_waiting(self)
+        answer = _Answer(self._request.bytes_max)
+        for wanted in self._request.partitions:
+            replica = self._readable(wanted, answer)
+            if replica is not None:
+                found = replica.log.try_read(
+                    wanted.offset, replica.node.applied, min(answer.left, wanted.bytes_max)
+                )
+                if found is None:
+                    self._spawn(self._answer_from_disk())
+                    return
+                answer.add(replica, found)
+        self._reply.ok(FetchResponse(answer.rows), answer.buffers)
+
+    async def _answer_from_disk(self) -> None:
+        """The same where memory did not suffice; the partitions before are read again (they are cached)."""
+        answer = _Answer(self._request.bytes_max)
+        for wanted in self._request.partitions:
+            replica = self._readable(wanted, answer)
+            if replica is not None:
+                try:
+                    found = await replica.log.read(
+                        wanted.offset, replica.node.applied, min(answer.left, wanted.bytes_max)
+                    )
+                except RaftlogError as error:
+                    answer.fail(error)
+                else:
+                    answer.add(replica, found)
+        self._reply.ok(FetchResponse(answer.rows), answer.buffers)
+
+    def _readable(self, wanted: FetchPartition, answer: _Answer) -> PartitionReplica | None:
+        """The replica to read from; None when the partition's row is complete without reading."""
+        try:
+            replica = self._find(wanted.topic_id, wanted.partition)
+            replica.check_readable(wanted.offset)
+        except RaftlogError as error:
+            answer.fail(error)
+            return None
+        if answer.left <= 0 or wanted.offset >= replica.committed_offset:
+            answer.add(replica, [])
+            return None
+        return replica
+
+
+class _Answer:
+    """A FetchResponse being put together."""
+
+    __slots__ = ("buffers", "left", "rows")
+
+    def __init__(self, bytes_max: int) -> None:
+        self.rows: list[FetchedPartition] = []
+        self.buffers: list[Buffer] = []
+        self.left = bytes_max
+
+    def add(self, replica: PartitionReplica, found: list[Buffer]) -> None:
+        length = sum(map(len, found))
+        self.rows.append(FetchedPartition(None, replica.committed_offset, replica.machine.log_start, length))
+        self.buffers += found
+        self.left -= length
+
+    def fail(self, error: RaftlogError) -> None:
+        self.rows.append(FetchedPartition(wire_error(error), -1, -1, 0))

@@ -1,0 +1,326 @@
+"""The metadata group as a broker sees it: its own replica of it, and how topics and producer ids come about.
+
+Every broker holds a replica, so every broker has the image at hand (KIP-500's idea): it answers MetadataRequest from
+it and finds out from it which partitions it hosts. Changes are commands to the group's leader; a broker that does
+not lead forwards its own needs (registration, a block of producer ids) to the one that does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any, Final, Protocol
+
+from raftlog.broker.replica import Done, Host, Replica, recover
+from raftlog.config import TopicConfig, validate_topic_name
+from raftlog.controller.placement import BrokerInfo, place
+from raftlog.errors import NotLeader, RaftlogError, TopicExists, UnknownTopic
+from raftlog.net.rpc import (
+    CreateTopicRequest,
+    CreateTopicResponse,
+    DeleteTopicRequest,
+    DeleteTopicResponse,
+    MetadataCommandRequest,
+    PartitionRow,
+    TopicRow,
+)
+from raftlog.raft.types import ConfState, Entry
+from raftlog.record.frame import FrameKind
+from raftlog.state.metadata import (
+    AllocateProducerIds,
+    Command,
+    CreateTopic,
+    DeleteTopic,
+    FoundCluster,
+    MetadataState,
+    RegisterBroker,
+    Topic,
+    encode_command,
+)
+from raftlog.storage.replica_log import ReplicaLog
+from raftlog.storage.spec import ReplicaSpec
+
+logger = logging.getLogger("raftlog.broker")
+
+METADATA_TOPIC: Final = "__metadata"
+METADATA_TOPIC_ID: Final = bytes(16)
+METADATA_VOTERS_MAX: Final = 5
+"""Voters of the metadata group; every further broker is a learner of it."""
+PRODUCER_ID_BLOCK: Final = 1000
+_FORWARD_TIMEOUT_S: Final = 5.0
+_RETRY_S: Final = 0.1
+
+
+def metadata_spec(members: Sequence[tuple[int, int]], broker_id: int) -> ReplicaSpec:
+    """The metadata group's replica on one broker.
+
+    Args:
+        members: (broker id, replica id) of the founding brokers; the first five vote.
+        broker_id: which of them.
+    """
+    voters = tuple(replica_id for _, replica_id in members[:METADATA_VOTERS_MAX])
+    learners = tuple(replica_id for _, replica_id in members[METADATA_VOTERS_MAX:])
+    return ReplicaSpec(
+        replica_id=dict(members)[broker_id],
+        topic=METADATA_TOPIC,
+        topic_id=METADATA_TOPIC_ID,
+        partition=0,
+        conf=ConfState(voters=voters, learners=learners),
+        segment_bytes=16 << 20,
+        internal=True,
+    )
+
+
+class MetadataReplica(Replica[MetadataState]):
+    """This broker's replica of the metadata group.
+
+    Args:
+        members: (broker id, replica id) of the founding brokers.
+        changed: told after the image changed.
+    """
+
+    def __init__(
+        self,
+        host: Host,
+        log: ReplicaLog,
+        machine: MetadataState,
+        applied: int,
+        members: Sequence[tuple[int, int]],
+        changed: Callable[[], None],
+    ) -> None:
+        hosts = {replica_id: broker_id for broker_id, replica_id in members}
+        super().__init__(host, log, machine, applied, hosts, preferred=members[0][0] == host.broker_id)
+        self._changed = changed
+
+    @classmethod
+    async def open(
+        cls, host: Host, log: ReplicaLog, members: Sequence[tuple[int, int]], changed: Callable[[], None]
+    ) -> MetadataReplica:
+        """Restore the image from the newest snapshot and the committed log above it."""
+        machine = MetadataState.restore(log.snapshot.data) if log.snapshot is not None else MetadataState()
+        applied = await recover(log, machine)
+        return cls(host, log, machine, applied, members, changed)
+
+    def command(self, command: Command, done: Done) -> None:
+        """Propose a command; ``done`` hears its result, or the typed error it was refused with.
+
+        Raises:
+            NotLeader, Busy, StorageFull, and whatever the staged image refuses the command with: nothing happened.
+        """
+        staged = self.check_serving()
+        refusal = staged.check(command)
+        if refusal is not None:
+            raise refusal
+        self.propose(staged, FrameKind.COMMAND, encode_command(command), done)
+
+    def applied(self, entry: Entry, result: object) -> object:
+        return result
+
+    def applied_all(self) -> None:
+        self._changed()
+
+
+class MetadataHost(Host, Protocol):
+    """What the metadata service needs of its broker, on top of what a replica does."""
+
+    async def call_broker(
+        self, broker_id: int, request: MetadataCommandRequest, payload: bytes, timeout: float
+    ) -> Any: ...
+
+    def alive_brokers(self) -> set[int]: ...
+
+    def random_bytes(self, count: int) -> bytes: ...
+
+
+class MetadataService:
+    """Topics, producer ids and the registration of this broker.
+
+    Args:
+        host: the broker.
+        replica: its replica of the metadata group.
+        cluster_id: what the group's first leader founds.
+        registration: how this broker presents itself.
+    """
+
+    def __init__(
+        self, host: MetadataHost, replica: MetadataReplica, cluster_id: str, registration: RegisterBroker
+    ) -> None:
+        self._host = host
+        self.replica = replica
+        self._cluster_id = cluster_id
+        self._registration = registration
+        self._producer_ids = range(0)
+        self._filling = asyncio.Lock()
+
+    @property
+    def image(self) -> MetadataState:
+        """The applied metadata."""
+        return self.replica.machine
+
+    # -- topics -------------------------------------------------------------------------------------------------
+
+    def create_topic(self, request: CreateTopicRequest, done: Done) -> None:
+        """Place and create a topic; ``done(CreateTopicResponse, None)`` once it is committed.
+
+        Raises:
+            NotLeader, InvalidTopic, ConfigError, TopicExists, InvalidReplicationFactor.
+        """
+        staged = self.replica.check_serving()
+        validate_topic_name(request.name)
+        config = TopicConfig.model_validate(request.config).model_dump(exclude_unset=True, mode="json")
+        existing = staged.topics.get(request.name)
+        if existing is not None:
+            if not request.exist_ok:
+                raise TopicExists(f"topic {request.name!r} exists")
+            done(CreateTopicResponse(self.row(existing), staged.applied_index, created=False), None)
+            return
+        command = CreateTopic(
+            name=request.name,
+            topic_id=self._host.random_bytes(16),
+            config=config,
+            internal=False,
+            assignment=self._place(staged, request.partitions, request.replication_factor),
+        )
+
+        def created(result: Any, error: RaftlogError | None) -> None:
+            topic = self.image.topics.get(request.name)
+            if error is None and isinstance(result, RaftlogError):
+                error = result
+            if error is not None or topic is None:
+                done(None, error or UnknownTopic(f"topic {request.name!r} was deleted at once"))
+            else:
+                done(CreateTopicResponse(self.row(topic), self.image.applied_index, created=True), None)
+
+        self.replica.command(command, created)
+
+    def _place(self, staged: MetadataState, partitions: int, replication_factor: int) -> list[list[int]]:
+        alive = self._host.alive_brokers()
+        replicas: dict[int, int] = dict.fromkeys(staged.brokers, 0)
+        leaders: dict[int, int] = dict.fromkeys(staged.brokers, 0)
+        for topic in staged.topics.values():
+            for partition in topic.partitions:
+                for position, (_, broker_id) in enumerate(partition):
+                    replicas[broker_id] = replicas.get(broker_id, 0) + 1
+                    if position == 0:
+                        leaders[broker_id] = leaders.get(broker_id, 0) + 1
+        infos = [
+            BrokerInfo(info.broker_id, info.node_id, info.zone, replicas[info.broker_id], leaders[info.broker_id])
+            for info in staged.brokers.values()
+        ]
+        usable = [info for info in infos if info.id in alive]
+        if replication_factor == 0:
+            replication_factor = min(3, len(usable))
+        if len(usable) < replication_factor <= len(infos):
+            usable = infos  # as many brokers as asked for exist; the absent ones will catch up
+        return place(partitions, replication_factor, usable)
+
+    def delete_topic(self, request: DeleteTopicRequest, done: Done) -> None:
+        """Delete a topic; ``done(DeleteTopicResponse, None)`` once that is committed.
+
+        Raises:
+            NotLeader, UnknownTopic.
+        """
+        staged = self.replica.check_serving()
+        topic = staged.topics.get(request.name)
+        if topic is None:
+            raise UnknownTopic(f"no topic {request.name!r}")
+
+        def deleted(result: Any, error: RaftlogError | None) -> None:
+            if error is None and isinstance(result, RaftlogError):
+                error = result
+            done(None if error else DeleteTopicResponse(self.image.applied_index), error)
+
+        self.replica.command(DeleteTopic(name=topic.name, topic_id=topic.topic_id), deleted)
+
+    def row(self, topic: Topic, leader_of: Callable[[int], tuple[int, int]] | None = None) -> TopicRow:
+        """A topic for clients. ``leader_of``: replica ids -> (leader's broker id, term) as far as known here."""
+        rows = []
+        for partition in topic.partitions:
+            leader, term = -1, 0
+            if leader_of is not None:
+                for replica_id, _ in partition:
+                    found = leader_of(replica_id)
+                    if found[1] > term:
+                        leader, term = found
+            rows.append(
+                PartitionRow(
+                    replicas=[broker_id for _, broker_id in partition],
+                    leader=leader,
+                    term=term,
+                    replica_ids=[replica_id for replica_id, _ in partition],
+                )
+            )
+        return TopicRow(topic.name, topic.topic_id, rows, dict(topic.config), topic.internal)
+
+    # -- commands of this broker --------------------------------------------------------------------------------
+
+    async def call(self, command: Command) -> Any:
+        """Have a command applied, here or by whichever broker leads the metadata group; return its result.
+
+        Raises:
+            RaftlogError: what it was refused with, or the leader cannot be reached (retriable).
+        """
+        replica = self.replica
+        if replica.staged is not None:
+            return await self.apply_here(command)
+        leader = replica.leader_broker
+        if leader is None or leader == self._host.broker_id:
+            raise NotLeader("the metadata group has no leader that serves yet", leader=None, term=replica.node.term)
+        return await self._host.call_broker(
+            leader, MetadataCommandRequest(), encode_command(command), _FORWARD_TIMEOUT_S
+        )
+
+    async def apply_here(self, command: Command) -> Any:
+        """The same on the leader."""
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+
+        def done(result: Any, error: RaftlogError | None) -> None:
+            if future.done():
+                return
+            if error is None and isinstance(result, RaftlogError):
+                error = result
+            if error is not None:
+                future.set_exception(error)
+            else:
+                future.set_result(result)
+
+        self.replica.command(command, done)
+        return await future
+
+    async def register(self) -> None:
+        """See to it that this broker, as it is now, is in the image; the first leader also founds the cluster."""
+        wanted = self._registration
+        while True:
+            image = self.image
+            try:
+                if not image.cluster_id:
+                    if self.replica.staged is not None:
+                        await self.apply_here(FoundCluster(self._cluster_id))
+                else:
+                    known = image.brokers.get(wanted.broker_id)
+                    if known is not None and (known.disk_id, known.node_id, known.zone) == (
+                        wanted.disk_id,
+                        wanted.node_id,
+                        wanted.zone,
+                    ):
+                        return
+                    await self.call(wanted)
+            except RaftlogError as error:
+                if not error.retriable:
+                    raise
+                logger.debug("broker %d is not registered yet: %s", self._host.broker_id, error)
+            await asyncio.sleep(_RETRY_S)
+
+    async def producer_id(self) -> int:
+        """An id that no producer of this cluster ever had or will have.
+
+        It comes from a block that the metadata group gave to this incarnation of this broker alone; what is left of
+        a block when the broker goes is never used.
+        """
+        async with self._filling:
+            if not self._producer_ids:
+                start = await self.call(AllocateProducerIds(PRODUCER_ID_BLOCK))
+                self._producer_ids = range(start, start + PRODUCER_ID_BLOCK)
+            producer_id, self._producer_ids = self._producer_ids[0], self._producer_ids[1:]
+            return producer_id

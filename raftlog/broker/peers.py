@@ -1,0 +1,229 @@
+"""Connections from this broker to every other: who is where, and the way out for Raft messages.
+
+Two connections lead to each peer: *control* for heartbeats, votes and everything small and urgent, *bulk* for
+entries and their acknowledgements, so that a large frame cannot starve a heartbeat. Each direction of a pair has
+its own: an answer travels on the answering broker's connections. A message for a peer that cannot be reached is
+dropped; Raft repeats what matters.
+
+Addresses are soft state: broker id -> (incarnation, host, port), the highest incarnation wins. They are seeded by
+whoever starts the brokers, exchanged in handshakes and between connected peers, and remembered on disk.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping
+from typing import Final
+
+from raftlog.broker.wire import encode_messages
+from raftlog.errors import ConnectionLost, RaftlogError
+from raftlog.net.connection import RpcConnection
+from raftlog.net.handshake import Local
+from raftlog.net.network import Seams
+from raftlog.net.rpc import Addresses
+from raftlog.raft.types import AppendRequest, AppendResponse, InstallSnapshot, Message
+
+logger = logging.getLogger("raftlog.broker")
+
+Address = tuple[int, str, int]
+"""(incarnation, host, port)."""
+
+_DIAL_TIMEOUT_S: Final = 3.0
+_BACKOFF_MIN_S: Final = 0.02
+_BACKOFF_MAX_S: Final = 0.5
+_BULK: Final = (AppendRequest, AppendResponse, InstallSnapshot)
+
+
+class _Link:
+    """The two connections to one peer, kept up by one task."""
+
+    __slots__ = ("broker_id", "bulk", "bulk_out", "control", "control_out", "nudge", "task")
+
+    def __init__(self, broker_id: int) -> None:
+        self.broker_id = broker_id
+        self.control: RpcConnection | None = None
+        self.bulk: RpcConnection | None = None
+        self.control_out: list[Message] = []
+        self.bulk_out: list[Message] = []
+        self.nudge = asyncio.Event()
+        self.task: asyncio.Task[None] | None = None
+
+
+class Peers:
+    """All links of one broker.
+
+    Args:
+        seams: the way out.
+        local: who this broker is; its ``address`` is set by the time of :meth:`start`.
+        secret: the cluster's.
+        on_up: told when both connections to a broker stand.
+        on_down: told when one of them broke.
+        on_learned: told when the address book changed (to remember it on disk).
+    """
+
+    def __init__(
+        self,
+        seams: Seams,
+        local: Local,
+        secret: bytes,
+        *,
+        on_up: Callable[[int], None],
+        on_down: Callable[[int], None],
+        on_learned: Callable[[], None],
+    ) -> None:
+        self._seams = seams
+        self.local = local
+        self._secret = secret
+        self._on_up = on_up
+        self._on_down = on_down
+        self._on_learned = on_learned
+        self._links: dict[int, _Link] = {}
+        self._waiting: set[_Link] = set()
+        self._closed = False
+        self.book: dict[int, Address] = {}
+
+    # -- the address book ---------------------------------------------------------------------------------------
+
+    def learn(self, addresses: Mapping[int, Address]) -> None:
+        """Take over what is newer than what is known, and start or hurry the dialling of those brokers."""
+        news = {
+            broker_id: address
+            for broker_id, address in addresses.items()
+            if broker_id not in self.book or address[0] > self.book[broker_id][0]
+        }
+        if not news:
+            return
+        self.book.update(news)
+        for broker_id in news:
+            if broker_id != self.local.broker_id:
+                self._dial(broker_id)
+        for link in self._links.values():
+            if link.control is not None and link.broker_id not in news:
+                link.control.send(Addresses(self.book))
+        self._on_learned()
+
+    def hurry(self, broker_id: int) -> None:
+        """That broker has just shown signs of life: do not wait for the back-off to dial it."""
+        link = self._links.get(broker_id)
+        if link is not None:
+            link.nudge.set()
+
+    def is_up(self, broker_id: int) -> bool:
+        """True while both connections to that broker stand (and always for this broker itself)."""
+        if broker_id == self.local.broker_id:
+            return True
+        link = self._links.get(broker_id)
+        return link is not None and link.bulk is not None
+
+    def connection(self, broker_id: int) -> RpcConnection:
+        """The control connection, for requests.
+
+        Raises:
+            ConnectionLost: it is down.
+        """
+        link = self._links.get(broker_id)
+        if link is None or link.control is None:
+            raise ConnectionLost(f"no connection to broker {broker_id}")
+        return link.control
+
+    # -- messages -----------------------------------------------------------------------------------------------
+
+    def send(self, broker_id: int, message: Message) -> None:
+        """Queue a message; it leaves with the next :meth:`flush`."""
+        link = self._links.get(broker_id)
+        if link is None or link.bulk is None:
+            return
+        (link.bulk_out if isinstance(message, _BULK) else link.control_out).append(message)
+        self._waiting.add(link)
+
+    def flush(self) -> None:
+        """Send what is queued: at most one frame per connection."""
+        if not self._waiting:
+            return
+        for link in sorted(self._waiting, key=lambda link: link.broker_id):
+            if link.control_out:
+                if link.control is not None:
+                    link.control.send(*encode_messages(link.control_out))
+                link.control_out = []
+            if link.bulk_out:
+                if link.bulk is not None:
+                    link.bulk.send(*encode_messages(link.bulk_out))
+                link.bulk_out = []
+        self._waiting.clear()
+
+    # -- dialling -----------------------------------------------------------------------------------------------
+
+    def _dial(self, broker_id: int) -> None:
+        if self._closed:
+            return
+        link = self._links.get(broker_id)
+        if link is None:
+            link = self._links[broker_id] = _Link(broker_id)
+            link.task = asyncio.get_running_loop().create_task(self._maintain(link))
+        else:
+            link.nudge.set()
+
+    async def _maintain(self, link: _Link) -> None:
+        """Dial, hold, and dial again, until closed."""
+        backoff = _BACKOFF_MIN_S
+        while not self._closed:
+            down = asyncio.Event()
+            try:
+                control = await self._open(link.broker_id, "control", down)
+                try:
+                    bulk = await self._open(link.broker_id, "bulk", down)
+                except RaftlogError:
+                    control.close()
+                    raise
+            except RaftlogError as error:
+                logger.debug("broker %d cannot reach broker %d: %s", self.local.broker_id, link.broker_id, error)
+                link.nudge.clear()
+                try:
+                    async with asyncio.timeout(backoff * self._seams.random.uniform(0.5, 1.0)):
+                        await link.nudge.wait()
+                    backoff = _BACKOFF_MIN_S
+                except TimeoutError:
+                    backoff = min(backoff * 2, _BACKOFF_MAX_S)
+                continue
+            backoff = _BACKOFF_MIN_S
+            link.control, link.bulk = control, bulk
+            control.send(Addresses(self.book))
+            self._on_up(link.broker_id)
+            try:
+                await down.wait()
+            finally:
+                link.control = link.bulk = None
+                link.control_out, link.bulk_out = [], []
+                control.close()
+                bulk.close()
+            if not self._closed:
+                self._on_down(link.broker_id)
+
+    async def _open(self, broker_id: int, purpose: str, down: asyncio.Event) -> RpcConnection:
+        _, host, port = self.book[broker_id]
+        connection = await RpcConnection.open(
+            self._seams,
+            host,
+            port,
+            self.local,
+            self._secret,
+            purpose=purpose,
+            timeout=_DIAL_TIMEOUT_S,
+            on_close=lambda _connection, _error: down.set(),
+        )
+        if connection.peer.broker_id != broker_id:
+            connection.close()
+            raise ConnectionLost(
+                f"{host}:{port} is broker {connection.peer.broker_id} now, not broker {broker_id}"
+            )
+        return connection
+
+    async def close(self) -> None:
+        """Close every connection and stop dialling."""
+        self._closed = True
+        tasks = [link.task for link in self._links.values() if link.task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._links.clear()

@@ -1,0 +1,350 @@
+"""A replica: drives one RawNode and the state machine behind it.
+
+The host's whole part in Raft is :meth:`Replica.pump`: what the core says must become durable goes to the store,
+messages go to the peers, committed entries are applied; and what comes back (a sync that is done, a message, time)
+goes into the core. Everything here is synchronous and runs on the broker's loop.
+
+On a leader there are two machines: ``machine`` is the applied state; ``staged`` is the applied state plus every entry
+above it in the log. Decisions (which offset, is it a duplicate, may the topic be created) are made against ``staged``
+and ``staged`` is advanced in the same step as the append, so that what is decided is what ``apply`` will find.
+``staged`` exists only while the leader serves: from its no-op applied until it leaves leadership, when whoever waits
+hears that the outcome is indeterminate.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Coroutine, Mapping
+from functools import partial
+from typing import Any, Final, Generic, Protocol, Self, TypeVar
+
+from raftlog.errors import LeadershipLost, NotLeader, RaftlogError, StorageFailed
+from raftlog.raft.config import RaftConfig, RecoveredLog
+from raftlog.raft.raw_node import RawNode
+from raftlog.raft.types import Entry, LoadRequest, Message, Role, Snapshot, SoftState
+from raftlog.record.frame import Buffer
+from raftlog.storage.replica_log import ReplicaLog
+from raftlog.storage.store import BrokerStore
+
+logger = logging.getLogger("raftlog.broker")
+
+Done = Callable[[Any, RaftlogError | None], None]
+"""Told the result of an entry once it is applied, or why it never will be known."""
+
+_CAMPAIGN_AGAIN_MS: Final = 50
+_RECOVERY_CHUNK_BYTES: Final = 8 << 20
+
+
+class StateMachine(Protocol):
+    """A replicated state machine (see ``raftlog.state``)."""
+
+    def apply(self, entry: Entry) -> object: ...
+
+    def copy(self) -> Self: ...
+
+    def snapshot(self) -> bytes: ...
+
+
+M = TypeVar("M", bound=StateMachine)
+
+
+class Host(Protocol):
+    """What a replica needs of its broker."""
+
+    @property
+    def broker_id(self) -> int: ...
+
+    @property
+    def store(self) -> BrokerStore: ...
+
+    def raft_config(self, replica_id: int) -> RaftConfig: ...
+
+    def now_ms(self) -> int: ...
+
+    def wall_ms(self) -> int: ...
+
+    def random_for(self, replica_id: int) -> Any: ...
+
+    def mark(self, replica: Replica[Any]) -> None:
+        """The replica has something to do: pump it soon."""
+
+    def send(self, broker_id: int, message: Message) -> None: ...
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> object: ...
+
+    def leadership_changed(self, replica: Replica[Any], before: SoftState | None) -> None: ...
+
+
+class Replica(Generic[M]):
+    """One member of one group on this broker.
+
+    Args:
+        host: the broker.
+        log: the replica's log as storage recovered it.
+        machine: its state machine, applied up to ``applied`` (see :meth:`recover`).
+        hosts: replica id -> broker id of every member.
+        preferred: this replica is the one that should lead a brand-new group.
+    """
+
+    def __init__(
+        self, host: Host, log: ReplicaLog, machine: M, applied: int, hosts: Mapping[int, int], *, preferred: bool
+    ) -> None:
+        self.host = host
+        self.log = log
+        self.machine = machine
+        self.hosts = dict(hosts)
+        self.preferred = preferred
+        self.staged: M | None = None
+        self.fault: RaftlogError | None = None
+        self.dirty = False
+        self.replica_id: Final = log.spec.replica_id
+        self._waiters: dict[int, list[Done]] = {}
+        self._soft: SoftState | None = None
+        self._campaign_at = 0
+        recovered = RecoveredLog(
+            hard_state=log.hard_state,
+            confs=tuple(log.confs),
+            first_index=log.first_index,
+            prev_term=log.prev_term,
+            prev_crc=log.prev_crc,
+            terms=tuple(log.terms),
+            last_index=log.last_index,
+            tail=tuple(log.tail),
+            applied=applied,
+        )
+        self.node = RawNode(
+            host.raft_config(self.replica_id), recovered, host.random_for(self.replica_id), host.now_ms()
+        )
+
+    # -- what comes in ------------------------------------------------------------------------------------------
+
+    def step(self, message: Message) -> None:
+        """A message from a peer."""
+        if self.fault is None:
+            self.node.step(message, self.host.now_ms())
+            self.host.mark(self)
+
+    def tick(self, now_ms: int) -> None:
+        """Time has passed. Cheap when nothing is due."""
+        if self.fault is not None:
+            return
+        node = self.node
+        if node.deadline_ms <= now_ms:
+            node.tick(now_ms)
+            self.host.mark(self)
+        if self.preferred and node.term == 0 and now_ms >= self._campaign_at:
+            # A brand-new group: nobody has voted yet, so its first replica need not wait for a timeout. It asks
+            # again until a majority of the others have come into being.
+            self._campaign_at = now_ms + _CAMPAIGN_AGAIN_MS
+            node.campaign(now_ms)
+            self.host.mark(self)
+
+    def peer_up(self, broker_id: int) -> None:
+        """The connections to that broker stand again."""
+        for replica_id, host_id in self.hosts.items():
+            if host_id == broker_id and self.fault is None:
+                self.node.peer_restored(replica_id, self.host.now_ms())
+                self.host.mark(self)
+
+    def peer_down(self, broker_id: int) -> None:
+        """A connection to that broker broke: if it led this group, campaign without waiting for the timeout."""
+        for replica_id, host_id in self.hosts.items():
+            if host_id == broker_id and self.fault is None:
+                self.node.peer_lost(replica_id, self.host.now_ms())
+                self.host.mark(self)
+
+    # -- proposing ----------------------------------------------------------------------------------------------
+
+    def check_serving(self) -> M:
+        """The staged machine of a leader that serves.
+
+        Raises:
+            NotLeader: this replica does not lead, or has not applied its no-op yet. Nothing happened.
+            StorageFull, StorageFailed: the broker's device takes no writes.
+        """
+        if self.fault is not None:
+            raise self.fault
+        if self.staged is None:
+            raise NotLeader(
+                f"{self.name} is not led by broker {self.host.broker_id}",
+                leader=self.leader_broker,
+                term=self.node.term,
+            )
+        if self.host.store.fault is not None:
+            raise self.host.store.fault
+        return self.staged
+
+    def propose(self, staged: M, kind: int, payload: Buffer, done: Done) -> Entry:
+        """Append an entry that was decided against ``staged``; ``done`` hears the result of its application.
+
+        Raises:
+            Busy: too much is in flight. Nothing happened.
+        """
+        node = self.node
+        entry = node.propose(kind, payload, max(self.host.wall_ms(), node.last_leader_time_ms))
+        staged.apply(entry)
+        self._waiters[entry.index] = [done]
+        self.host.mark(self)
+        return entry
+
+    def wait_for(self, index: int, done: Done) -> None:
+        """``done`` also hears the result of the entry at ``index``, which is in flight."""
+        self._waiters[index].append(done)
+
+    # -- the cycle ----------------------------------------------------------------------------------------------
+
+    def pump(self) -> None:
+        """Carry out what the core asks for, until it asks for nothing more."""
+        self.dirty = False
+        if self.fault is not None:
+            return
+        node, host = self.node, self.host
+        while node.has_ready():
+            ready = node.ready()
+            if ready.append is not None:
+                host.store.append(self.log, ready.append, partial(self._durable, ready.append.sequence))
+            hosts = self.hosts
+            for message in ready.messages:
+                broker_id = hosts.get(message.to)
+                if broker_id is not None:
+                    host.send(broker_id, message)
+            if ready.committed:
+                self._apply(ready.committed)
+                if self.fault is not None:
+                    return
+            if ready.soft_state is not None:
+                self._leadership(ready.soft_state)
+            for load in ready.loads:
+                host.spawn(self._load(load))
+        if self.staged is None and node.serving:
+            self._begin_serving()
+
+    def _durable(self, sequence: int, error: BaseException | None) -> None:
+        if error is not None:
+            self.retire(error if isinstance(error, RaftlogError) else StorageFailed(str(error)))
+        elif self.fault is None:
+            self.node.on_durable(sequence)
+            self.host.mark(self)
+
+    def _apply(self, entries: tuple[Entry, ...]) -> None:
+        machine, log, waiters = self.machine, self.log, self._waiters
+        for entry in entries:
+            if log.is_segment_end(entry.index - 1):
+                self._save_snapshot(entry)
+            try:
+                result = machine.apply(entry)
+            except AssertionError as error:
+                # Replicas that disagree with their own log must not go on: the broker's other groups can.
+                logger.exception("%s halts at index %d", self.name, entry.index)
+                self.retire(StorageFailed(f"{self.name} cannot apply index {entry.index}: {error}"))
+                return
+            done = waiters.pop(entry.index, None)
+            answer = self.applied(entry, result)
+            if done is not None:
+                for tell in done:
+                    tell(answer, None)
+        last = entries[-1].index
+        self.node.applied_to(last)
+        log.set_committed(last)
+        self.applied_all()
+
+    def applied(self, entry: Entry, result: object) -> object:
+        """One entry was applied with ``result``; returns what to tell who proposed it (for subclasses)."""
+        return result
+
+    def applied_all(self) -> None:
+        """A run of entries was applied (for subclasses)."""
+
+    def stopped_serving(self) -> None:
+        """This replica served as leader and does no longer (for subclasses)."""
+
+    def _save_snapshot(self, following: Entry) -> None:
+        """The machine stands exactly at the end of a segment: keep its state there."""
+        self.log.save_snapshot(
+            Snapshot(
+                index=following.index - 1,
+                term=self.node.term_at(following.index - 1),
+                crc=following.prev_crc,
+                conf=self.node.conf,
+                data=self.machine.snapshot(),
+            )
+        )
+
+    def _leadership(self, soft: SoftState) -> None:
+        before, self._soft = self._soft, soft
+        if self.staged is not None and (soft.role is not Role.LEADER or before is None or soft.term != before.term):
+            self.staged = None
+            self._fail_waiters()
+            self.stopped_serving()
+        self.host.leadership_changed(self, before)
+
+    def _begin_serving(self) -> None:
+        staged = self.machine.copy()
+        node = self.node
+        if node.last_index > node.applied:
+            above = node.entries_in_memory(node.applied + 1, node.last_index + 1)
+            assert above is not None, "entries above the applied index are always in memory"
+            for entry in above:
+                staged.apply(entry)
+        self.staged = staged
+        logger.info("broker %d serves %s in term %d", self.host.broker_id, self.name, node.term)
+
+    def _fail_waiters(self) -> None:
+        waiters, self._waiters = self._waiters, {}
+        if waiters:
+            error = LeadershipLost(
+                f"broker {self.host.broker_id} left the leadership of {self.name} while the write was under way"
+            )
+            for done in waiters.values():
+                for tell in done:
+                    tell(None, error)
+
+    async def _load(self, load: LoadRequest) -> None:
+        try:
+            entries = await self.log.entries(load.index, self.node.last_index + 1, load.bytes_max)
+        except RaftlogError as error:
+            logger.warning("%s: cannot read entries from index %d: %s", self.name, load.index, error)
+            self.node.on_load_failed(load.to)
+        else:
+            self.node.on_loaded(load.to, entries)
+        self.host.mark(self)
+
+    def retire(self, error: RaftlogError) -> None:
+        """Take this replica out of service for good (until the broker is started anew)."""
+        if self.fault is None:
+            self.fault = error
+            self.staged = None
+            self._fail_waiters()
+            self.stopped_serving()
+            logger.error("broker %d: %s is out of service: %s", self.host.broker_id, self.name, error)
+
+    # -- looking ------------------------------------------------------------------------------------------------
+
+    @property
+    def name(self) -> str:
+        return f"{self.log.spec.topic}/{self.log.spec.partition}"
+
+    @property
+    def leader_broker(self) -> int | None:
+        """Broker id of the leader as far as this replica knows."""
+        return self.hosts.get(self.node.leader)
+
+
+async def recover(log: ReplicaLog, machine: StateMachine) -> int:
+    """Apply what a recovered log knows to be committed above the machine's snapshot.
+
+    Args:
+        log: as storage recovered it.
+        machine: restored from ``log.snapshot``, or new when there is none.
+
+    Returns:
+        The index applied.
+    """
+    applied = log.snapshot.index if log.snapshot is not None else log.first_index - 1
+    commit = min(log.hard_state.commit, log.last_index)
+    while applied < commit:
+        for entry in await log.entries(applied + 1, commit + 1, _RECOVERY_CHUNK_BYTES):
+            machine.apply(entry)
+            applied = entry.index
+    log.set_committed(applied)
+    return applied

@@ -1,0 +1,209 @@
+"""What a broker answers: one method per request of the rpc catalogue."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from raftlog.broker.fetch import FetchSession, wire_error
+from raftlog.broker.wire import decode_messages
+from raftlog.errors import ProtocolError, RaftlogError
+from raftlog.net import rpc
+from raftlog.net.server import Reply, ServerConnection
+from raftlog.state.metadata import decode_command
+from raftlog.version import software_version
+
+if TYPE_CHECKING:
+    from raftlog.broker.broker import Broker
+
+logger = logging.getLogger("raftlog.broker")
+
+
+class Service:
+    """The handler behind a broker's server.
+
+    Args:
+        broker: whose.
+    """
+
+    def __init__(self, broker: Broker) -> None:
+        self._broker = broker
+        self._handlers: dict[type[Any], Callable[[Any, memoryview, Reply], None]] = {
+            rpc.ProduceRequest: self._produce,
+            rpc.FetchRequest: self._fetch,
+            rpc.ListOffsetsRequest: self._list_offsets,
+            rpc.MetadataRequest: self._metadata,
+            rpc.CreateTopicRequest: self._create_topic,
+            rpc.DeleteTopicRequest: self._delete_topic,
+            rpc.InitProducerRequest: self._init_producer,
+            rpc.MetadataCommandRequest: self._metadata_command,
+            rpc.BrokerStatusRequest: self._status,
+        }
+
+    # -- Handler ------------------------------------------------------------------------------------------------
+
+    def on_open(self, connection: ServerConnection) -> None:
+        peer = connection.peer
+        if peer.role == "broker" and peer.address is not None:
+            host, port = peer.address
+            self._broker.learn({peer.broker_id: (peer.incarnation, host, port)})
+            self._broker.peers.hurry(peer.broker_id)
+
+    def on_request(
+        self, connection: ServerConnection, request: rpc.Request[Any], payload: memoryview, reply: Reply
+    ) -> None:
+        self._handlers[type(request)](request, payload, reply)
+
+    def on_one_way(self, connection: ServerConnection, message: rpc.Struct, payload: memoryview) -> None:
+        broker = self._broker
+        if type(message) is rpc.RaftMessages:
+            if connection.peer.role != "broker":
+                raise ProtocolError(f"Raft messages from a {connection.peer.role}")
+            for raft_message in decode_messages(message, payload):
+                replica = broker.replica(raft_message.to)
+                if replica is not None:
+                    replica.step(raft_message)
+        elif type(message) is rpc.ProduceRequest:
+            try:
+                broker.partition(message.topic_id, message.partition).produce(payload, _nobody_waits)
+            except RaftlogError as error:
+                logger.debug("broker %d drops an unacknowledged batch: %s", broker.broker_id, error)
+        elif type(message) is rpc.Addresses:
+            broker.learn(message.brokers)
+
+    def on_batch_end(self) -> None:
+        self._broker.pump()
+
+    def on_close(self, connection: ServerConnection, error: Exception | None) -> None:
+        pass
+
+    # -- records ------------------------------------------------------------------------------------------------
+
+    def _produce(self, request: rpc.ProduceRequest, payload: memoryview, reply: Reply) -> None:
+        self._broker.partition(request.topic_id, request.partition).produce(payload, partial(_answer, reply))
+
+    def _fetch(self, request: rpc.FetchRequest, payload: memoryview, reply: Reply) -> None:
+        FetchSession(request, reply, self._broker.partition, self._broker.spawn).serve()
+
+    def _list_offsets(self, request: rpc.ListOffsetsRequest, payload: memoryview, reply: Reply) -> None:
+        self._broker.spawn(self._find_offsets(request, reply))
+
+    async def _find_offsets(self, request: rpc.ListOffsetsRequest, reply: Reply) -> None:
+        answers = []
+        for query in request.queries:
+            try:
+                answers.append(await self._find_offset(query))
+            except RaftlogError as error:
+                answers.append(rpc.OffsetAnswer(wire_error(error), -1, -1))
+        reply.ok(rpc.ListOffsetsResponse(answers))
+
+    async def _find_offset(self, query: rpc.OffsetQuery) -> rpc.OffsetAnswer:
+        replica = self._broker.partition(query.topic_id, query.partition)
+        replica.check_readable(replica.committed_offset)
+        if query.timestamp_ms == rpc.OFFSET_EARLIEST:
+            return rpc.OffsetAnswer(None, replica.machine.log_start, -1)
+        if query.timestamp_ms == rpc.OFFSET_LATEST:
+            return rpc.OffsetAnswer(None, replica.committed_offset, -1)
+        found = await replica.log.find_time(query.timestamp_ms, replica.node.applied)
+        if found is None:
+            return rpc.OffsetAnswer(None, replica.committed_offset, -1)
+        return rpc.OffsetAnswer(None, max(found, replica.machine.log_start), query.timestamp_ms)
+
+    # -- metadata -----------------------------------------------------------------------------------------------
+
+    def _metadata(self, request: rpc.MetadataRequest, payload: memoryview, reply: Reply) -> None:
+        broker = self._broker
+        service = broker.metadata
+        image = service.image
+        unknown = []
+        if request.topics is None:
+            topics = list(image.topics.values())
+        else:
+            topics = []
+            for name in request.topics:
+                topic = image.topics.get(name)
+                if topic is None:
+                    unknown.append(name)
+                else:
+                    topics.append(topic)
+        leader = service.replica.leader_broker
+        reply.ok(
+            rpc.MetadataResponse(
+                cluster_id=broker.identity.cluster_id,
+                brokers=broker.broker_rows(),
+                topics=[service.row(topic, self._leader_of) for topic in topics],
+                unknown_topics=unknown,
+                version=image.applied_index,
+                metadata_leader=-1 if leader is None else leader,
+                metadata_term=service.replica.node.term,
+            )
+        )
+
+    def _leader_of(self, replica_id: int) -> tuple[int, int]:
+        replica = self._broker.replica(replica_id)
+        if replica is None or replica.leader_broker is None:
+            return -1, 0
+        return replica.leader_broker, replica.node.term
+
+    def _create_topic(self, request: rpc.CreateTopicRequest, payload: memoryview, reply: Reply) -> None:
+        self._broker.metadata.create_topic(request, partial(_answer, reply))
+
+    def _delete_topic(self, request: rpc.DeleteTopicRequest, payload: memoryview, reply: Reply) -> None:
+        self._broker.metadata.delete_topic(request, partial(_answer, reply))
+
+    def _init_producer(self, request: rpc.InitProducerRequest, payload: memoryview, reply: Reply) -> None:
+        self._broker.spawn(self._give_producer_id(reply))
+
+    async def _give_producer_id(self, reply: Reply) -> None:
+        try:
+            reply.ok(rpc.InitProducerResponse(await self._broker.metadata.producer_id(), 0))
+        except RaftlogError as error:
+            reply.fail(error)
+
+    def _metadata_command(
+        self, request: rpc.MetadataCommandRequest, payload: memoryview, reply: Reply
+    ) -> None:
+        def done(result: Any, error: RaftlogError | None) -> None:
+            if error is None and isinstance(result, RaftlogError):
+                error = result
+            if error is not None:
+                reply.fail(error)
+            else:
+                reply.ok(rpc.MetadataCommandResponse(result, self._broker.metadata.image.applied_index))
+
+        self._broker.metadata.replica.command(decode_command(payload), done)
+
+    # -- status -------------------------------------------------------------------------------------------------
+
+    def _status(self, request: rpc.BrokerStatusRequest, payload: memoryview, reply: Reply) -> None:
+        broker = self._broker
+        wanted = None if request.topics is None else set(request.topics)
+        rows = [
+            broker.replica_row(replica)
+            for replica in broker.replicas()
+            if wanted is None or replica.log.spec.topic in wanted
+        ]
+        clients = sorted(
+            {
+                connection.peer.client_id
+                for connection in broker.server.connections
+                if connection.peer.role == "client"
+            }
+        )
+        reply.ok(
+            rpc.BrokerStatusResponse(broker.row(), rows, clients, software_version(), broker.started_ms)
+        )
+
+
+def _answer(reply: Reply, result: Any, error: RaftlogError | None) -> None:
+    if error is not None:
+        reply.fail(error)
+    else:
+        reply.ok(result)
+
+
+def _nobody_waits(result: Any, error: RaftlogError | None) -> None:
+    """acks=0: the outcome goes nowhere."""
+
