@@ -499,10 +499,10 @@ def print_carriers(
     console.print(rows)
 
 
-def run(directory: Path, console: Console) -> int:
+def run(directory: Path, flights: int | None, console: Console) -> int:
     """The whole demo on one directory; 0 if everything agrees, 1 if anything does not."""
     console.print("reading the flights")
-    table = read_flights()
+    table = read_flights().iloc[:flights]
     records = to_records(table)
     by_pandas = totals_by_pandas(table)
     console.print(f"starting Ray and {BROKERS} brokers")
@@ -525,15 +525,16 @@ def run(directory: Path, console: Console) -> int:
     log.close()
     raftlog.shutdown(CLUSTER, force=True)
     console.print("comparing the replicas on disk")
-    problems += accounts.problems + check_totals(outcome.totals, by_pandas)
+    problems += check_totals(outcome.totals, by_pandas)
     problems += check_replicas(verify_brokers(directory / "log"))
     receipt.write_text(json.dumps(outcome.places))
     print_carriers(console, outcome.totals, by_pandas)
     return report(accounts, problems, outcome.failover_ms, console)
 
 
-def report(accounts: Accounts, problems: Sequence[str], failover_ms: float, console: Console) -> int:
-    """Print what differs, then the last line; the exit code."""
+def report(accounts: Accounts, others: Sequence[str], failover_ms: float, console: Console) -> int:
+    """Print what differs, in the accounts and among ``others``, then the last line; return the exit code."""
+    problems = [*accounts.problems, *others]
     for problem in problems[:PROBLEMS_SHOWN]:
         console.print(problem, style="red", markup=False)
     if len(problems) > PROBLEMS_SHOWN:
@@ -556,13 +557,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--data-dir", type=Path, help="keep the log there; what an earlier run left is checked first"
     )
+    parser.add_argument("--flights", type=int, metavar="N", help="only the first N flights (all: 336,776)")
     options = parser.parse_args(arguments)
     console = Console(highlight=False)
     try:
         if options.data_dir is not None:
-            return run(options.data_dir.absolute(), console)
+            return run(options.data_dir.absolute(), options.flights, console)
         with tempfile.TemporaryDirectory(prefix="raftlog-flights-") as directory:
-            return run(Path(directory), console)
+            return run(Path(directory), options.flights, console)
     finally:
         ray.shutdown()
 
