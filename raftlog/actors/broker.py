@@ -1,7 +1,7 @@
 """The actor that hosts one broker.
 
-The broker's server runs on the actor's own event loop: peers and clients talk to it through sockets, and only the
-metadata actor calls methods here.
+The broker's server runs on the actor's own event loop: peers and clients talk to it through sockets, and only
+the metadata actor calls methods here.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 import ray
@@ -23,7 +23,7 @@ from raftlog.broker.founding import FoundingPlan, found
 from raftlog.broker.peers import Address
 from raftlog.config import BrokerConfig
 from raftlog.net.network import real_seams
-from raftlog.storage.identity import Identity, find_identity
+from raftlog.storage.identity import Identity, load_identity
 from raftlog.storage.real_disk import RealDisk
 from raftlog.version import software_version
 
@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("raftlog.actors")
 
 _SWITCH_INTERVAL_S: Final = 0.0002
-"""Between threads of a broker: Python's default of 5 ms keeps the loop waiting for the thread that has synced."""
+"""Between threads of a broker: Python's default of 5 ms keeps the loop waiting for the thread that has
+synced."""
 
 
 class BrokerLaunch(msgspec.Struct, frozen=True):
@@ -42,7 +43,7 @@ class BrokerLaunch(msgspec.Struct, frozen=True):
     Args:
         cluster: name of the cluster.
         broker_id: which broker.
-        data_dir: root of raftlog's data on its node; the broker's own folder is below it.
+        data_dir: the cluster's data directory on its node; the broker's own folder is below it.
         host: the node's own address, to bind to and be reached at.
         plan: under which the cluster was founded.
         zone: availability zone of the node, empty if unknown.
@@ -76,36 +77,35 @@ class NodeProbe(msgspec.Struct, frozen=True):
     """Broker id -> identity found below the data directory."""
 
 
-def broker_folder(data_dir: str, cluster: str, broker_id: int) -> Path:
-    """The directory of one broker's data."""
-    return Path(data_dir).expanduser() / cluster / f"broker-{broker_id}"
+def broker_folder(data_dir: str, broker_id: int) -> Path:
+    """The directory of one broker's data below the cluster's."""
+    return Path(data_dir).expanduser() / f"broker-{broker_id}"
 
 
-async def find_identities(data_dir: str, cluster: str) -> dict[int, Identity]:
-    """The identities in all broker directories of a cluster on this machine."""
-    root = Path(data_dir).expanduser() / cluster
+async def _identities(folders: list[Path]) -> dict[int, Identity]:
+    """Broker id -> identity, of those of the folders that have one."""
     found_here: dict[int, Identity] = {}
-    if root.is_dir():
-        for folder in sorted(root.glob("broker-*")):
-            disk = RealDisk(folder)
-            identity = await find_identity(disk)
-            await disk.close()
-            if identity is not None:
-                found_here[int(folder.name.removeprefix("broker-"))] = identity
+    for folder in folders:
+        disk = RealDisk(folder)
+        identity = await load_identity(disk)
+        await disk.close()
+        if identity is not None:
+            found_here[int(folder.name.removeprefix("broker-"))] = identity
     return found_here
 
 
 @ray.remote
-def probe_node(data_dir: str, cluster: str) -> NodeProbe:
+def probe_node(data_dir: str) -> NodeProbe:
     """Run on a node: its version of raftlog, and whose data it holds."""
+    folders = sorted(Path(data_dir).expanduser().glob("broker-*"))
     node_id = ray.get_runtime_context().get_node_id()
-    return NodeProbe(node_id, software_version(), asyncio.run(find_identities(data_dir, cluster)))
+    return NodeProbe(node_id, software_version(), asyncio.run(_identities(folders)))
 
 
 @ray.remote
-def remove_data(data_dir: str, cluster: str) -> None:
+def remove_data(data_dir: str) -> None:
     """Run on a node: remove what an ephemeral cluster kept there."""
-    shutil.rmtree(Path(data_dir).expanduser() / cluster, ignore_errors=True)
+    shutil.rmtree(Path(data_dir).expanduser(), ignore_errors=True)
 
 
 class BrokerHost:
@@ -129,7 +129,7 @@ class BrokerHost:
             return self._info(self._broker)
         launch = self._launch
         sys.setswitchinterval(_SWITCH_INTERVAL_S)
-        folder = broker_folder(launch.data_dir, launch.cluster, launch.broker_id)
+        folder = broker_folder(launch.data_dir, launch.broker_id)
         disk = RealDisk(folder)
         try:
             await found(disk, launch.plan, launch.broker_id)
@@ -165,7 +165,8 @@ class BrokerHost:
         await self._broker.ready()
 
     async def watch(self) -> str:
-        """Return only when the broker cannot go on, with the reason. (The call fails when the process dies.)"""
+        """Return only when the broker cannot go on, with the reason. (The call fails when the process
+        dies.)"""
         assert self._broker is not None, "start() comes first"
         return str(await asyncio.shield(self._broker.failed))
 
@@ -186,7 +187,7 @@ class BrokerHost:
 BrokerActor = ray.remote(BrokerHost)
 
 
-def find_broker(cluster: str, broker_id: int) -> ActorHandle | None:
+def find_broker(cluster: str, broker_id: int) -> ActorHandle[Any] | None:
     """The broker's actor if its name is taken (it may still be dead: ping it)."""
     from raftlog.actors.options import NAMESPACE, broker_name
 

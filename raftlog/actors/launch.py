@@ -7,7 +7,7 @@ import tempfile
 import time
 import uuid
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
@@ -16,7 +16,7 @@ from raftlog.actors.broker import find_broker
 from raftlog.actors.metadata import ClusterSpec, MetadataActor
 from raftlog.actors.options import NAMESPACE, metadata_name, metadata_options
 from raftlog.client.cluster import Bootstrap
-from raftlog.config import default_data_dir
+from raftlog.config import Environment, default_data_dir
 from raftlog.errors import NotRunning, RaftlogError
 
 if TYPE_CHECKING:
@@ -44,7 +44,8 @@ def start(
     Args:
         name: of the cluster.
         brokers: how many to found it with; None: one per node of the Ray cluster.
-        data_dir: root of the data on every node; None: RAFTLOG_DATA_DIR or the user's data folder.
+        data_dir: the cluster's data directory on every node; None: RAFTLOG_DATA_DIR or the user's data
+            folder.
         ephemeral: keep the data in a temporary folder, removed at shutdown.
         config: settings of the brokers (``raftlog.config.BrokerConfig``).
 
@@ -58,13 +59,20 @@ def start(
         _init_ray()
     if ephemeral:
         data_dir = Path(tempfile.gettempdir()) / f"raftlog-{uuid.uuid4().hex}"
-    spec = ClusterSpec(name, brokers, str(data_dir or default_data_dir()), ephemeral, config or {})
-    actor = MetadataActor.options(**metadata_options(name)).remote(spec)
+    spec = ClusterSpec(
+        name,
+        brokers,
+        str(data_dir or Environment.read().data_dir or default_data_dir(name)),
+        ephemeral,
+        config or {},
+    )
+    actor = cast("ActorHandle[Any]", MetadataActor.options(**metadata_options(name)).remote(spec))
     try:
-        return _call(actor, "bootstrap", timeout=START_TIMEOUT_S)
+        bootstrap: Bootstrap = _call(actor, "bootstrap", timeout=START_TIMEOUT_S)
     except RaftlogError:
         ray.kill(actor)
         raise
+    return bootstrap
 
 
 def find(name: str = "default", timeout: float = 30.0) -> Bootstrap:
@@ -116,7 +124,7 @@ def stop(name: str = "default", force: bool = False, ignore: tuple[str, ...] = (
     _wait_until_gone(name)
 
 
-def broker_actor(name: str, broker_id: int) -> ActorHandle:
+def broker_actor(name: str, broker_id: int) -> ActorHandle[Any]:
     """The actor that hosts a broker.
 
     Raises:
@@ -128,7 +136,7 @@ def broker_actor(name: str, broker_id: int) -> ActorHandle:
     return actor
 
 
-def metadata_actor(name: str) -> ActorHandle:
+def metadata_actor(name: str) -> ActorHandle[Any]:
     """The metadata actor of a cluster.
 
     Raises:
@@ -140,7 +148,7 @@ def metadata_actor(name: str) -> ActorHandle:
         raise NotRunning(f"no raftlog cluster {name!r} on this Ray cluster") from None
 
 
-def _call(actor: ActorHandle, method: str, *args: object, timeout: float) -> Any:
+def _call(actor: ActorHandle[Any], method: str, *args: object, timeout: float) -> Any:
     """Call a method of the metadata actor; what it raised comes out as it was raised there."""
     try:
         return ray.get(getattr(actor, method).remote(*args), timeout=timeout)

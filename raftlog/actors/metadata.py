@@ -1,11 +1,11 @@
 """The metadata actor: founds or recovers a cluster, and keeps its brokers running.
 
-It is named, detached, pinned to the head node and restarted by Ray. It holds nothing that cannot be found again: the
-cluster's identity is on the brokers' disks, topics and assignments are in the metadata Raft group, and running
-brokers are found by their names. Produce and consume go on while it is down.
+It is named, detached, pinned to the head node and restarted by Ray. It holds nothing that cannot be found
+again: the cluster's identity is on the brokers' disks, topics and assignments are in the metadata Raft group,
+and running brokers are found by their names. Produce and consume go on while it is down.
 
-One loop compares what should run with what runs. It is woken by the end of a broker (a call that a broker answers
-only when it dies is always pending) and otherwise looks around every few seconds.
+One loop compares what should run with what runs. It is woken by the end of a broker (a call that a broker
+answers only when it dies is always pending) and otherwise looks around every few seconds.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import msgspec
 import ray
@@ -37,7 +37,6 @@ from raftlog.errors import (
     DataDirError,
     ForeignDataDir,
     IncompatibleVersion,
-
     RaftlogError,
 )
 from raftlog.storage.identity import Identity
@@ -60,7 +59,7 @@ class ClusterSpec(msgspec.Struct, frozen=True):
     Args:
         name: of the cluster.
         brokers: how many; None: one per node.
-        data_dir: root of the data on every node.
+        data_dir: the data directory of this cluster, on every node.
         ephemeral: the data goes with the cluster.
         config: settings of the brokers.
     """
@@ -92,7 +91,7 @@ class MetadataHost:
         self._plan: FoundingPlan | None = None
         self._nodes: dict[int, Node] = {}
         """broker id -> where it belongs."""
-        self._running: dict[int, tuple[ActorHandle, BrokerInfo]] = {}
+        self._running: dict[int, tuple[ActorHandle[Any], BrokerInfo]] = {}
         self._troubles: dict[int, str] = {}
         self._wake = asyncio.Event()
         self._watchers: set[asyncio.Task[None]] = set()
@@ -100,7 +99,7 @@ class MetadataHost:
         self._stopping = False
         self._loop_task: asyncio.Task[None] | None = None
 
-    # -- what handles call --------------------------------------------------------------------------------------
+    # -- what handles call -----------------------------------------------------------------------------------
 
     async def bootstrap(self) -> Bootstrap:
         """How to reach the cluster, once every broker that can run runs.
@@ -153,7 +152,7 @@ class MetadataHost:
             nodes = {node.node_id for node in self._nodes.values()}
             await asyncio.gather(
                 *(
-                    remove_data.options(**probe_options(node_id)).remote(self._spec.data_dir, self._spec.name)
+                    remove_data.options(**probe_options(node_id)).remote(self._spec.data_dir)
                     for node_id in nodes
                 ),
                 return_exceptions=True,
@@ -168,14 +167,14 @@ class MetadataHost:
                 logger.info("a broker does not say who is connected: %s", error)
         return found
 
-    async def _stop_broker(self, actor: ActorHandle) -> None:
+    async def _stop_broker(self, actor: ActorHandle[Any]) -> None:
         try:
             await asyncio.wait_for(actor.stop.remote(), _CALL_TIMEOUT_S)
         except (RayError, TimeoutError) as error:
             logger.warning("a broker did not stop cleanly: %s", error)
         ray.kill(actor)
 
-    # -- beginning ----------------------------------------------------------------------------------------------
+    # -- beginning -------------------------------------------------------------------------------------------
 
     async def _begin(self) -> None:
         nodes = _alive_nodes()
@@ -191,16 +190,13 @@ class MetadataHost:
 
     async def _probe(self, nodes: dict[str, Node]) -> list[NodeProbe]:
         """Ask every node for its version and for the data it holds."""
-        refs = [
-            probe_node.options(**probe_options(node_id)).remote(self._spec.data_dir, self._spec.name)
-            for node_id in nodes
-        ]
+        refs = [probe_node.options(**probe_options(node_id)).remote(self._spec.data_dir) for node_id in nodes]
         try:
             probes: list[NodeProbe] = await asyncio.wait_for(asyncio.gather(*refs), _CALL_TIMEOUT_S)
         except RayError as error:
             raise IncompatibleVersion(
-                f"a node of the Ray cluster cannot run raftlog ({error}): install it in the image or environment of "
-                "every node"
+                f"a node of the Ray cluster cannot run raftlog ({error}): install it in the image or "
+                "environment of every node"
             ) from error
         versions = {probe.version for probe in probes}
         if versions != {software_version()}:
@@ -221,8 +217,8 @@ class MetadataHost:
                 before = found.setdefault(broker_id, identity)
                 if before is not None and before.disk_id != identity.disk_id:
                     raise ForeignDataDir(
-                        f"two nodes hold different data of broker {broker_id} of cluster {spec.name!r}: move away the "
-                        "one that does not belong"
+                        f"two nodes hold different data of broker {broker_id} of cluster {spec.name!r}: "
+                        "move away the one that does not belong"
                     )
                 where.setdefault(broker_id, []).append(probe.node_id)
         count = spec.brokers if spec.brokers is not None else len(nodes)
@@ -245,7 +241,7 @@ class MetadataHost:
         reasons = "; ".join(f"broker {one}: {why}" for one, why in sorted(self._troubles.items()))
         return DataDirError(f"no broker of cluster {self._spec.name!r} could be started: {reasons}")
 
-    # -- keeping it so ------------------------------------------------------------------------------------------
+    # -- keeping it so ---------------------------------------------------------------------------------------
 
     async def _reconcile_forever(self) -> None:
         while not self._stopping:
@@ -273,7 +269,7 @@ class MetadataHost:
     async def _start_broker(self, broker_id: int) -> bool:
         """Find the broker's actor or make one; True when it runs."""
         assert self._plan is not None
-        actor = await self._find_alive(broker_id)
+        actor: ActorHandle[Any] | None = await self._find_alive(broker_id)
         try:
             if actor is None:
                 node = self._nodes[broker_id]
@@ -286,7 +282,8 @@ class MetadataHost:
                     zone=node.zone,
                     config=self._spec.config,
                 )
-                actor = BrokerActor.options(**broker_options(self._spec.name, broker_id, node.node_id)).remote(launch)
+                options = broker_options(self._spec.name, broker_id, node.node_id)
+                actor = cast("ActorHandle[Any]", BrokerActor.options(**options).remote(launch))
             info = await asyncio.wait_for(actor.start.remote(), _CALL_TIMEOUT_S)
         except (RayError, RaftlogError, TimeoutError, ValueError) as error:
             # ValueError: the name of the actor that died is not free yet.
@@ -303,7 +300,7 @@ class MetadataHost:
         watcher.add_done_callback(self._watchers.discard)
         return True
 
-    async def _find_alive(self, broker_id: int) -> ActorHandle | None:
+    async def _find_alive(self, broker_id: int) -> ActorHandle[Any] | None:
         """A broker that runs already (this actor was restarted); a name may also belong to a dead one."""
         actor = find_broker(self._spec.name, broker_id)
         if actor is None:
@@ -316,7 +313,7 @@ class MetadataHost:
             logger.warning("broker %d of %s does not answer", broker_id, self._spec.name)
         return actor
 
-    async def _watch(self, broker_id: int, actor: ActorHandle) -> None:
+    async def _watch(self, broker_id: int, actor: ActorHandle[Any]) -> None:
         """Wait for the end of a broker, and have it started again."""
         try:
             reason = await actor.watch.remote()
@@ -338,7 +335,7 @@ def _alive_nodes() -> dict[str, Node]:
             node["NodeManagerAddress"],
             str(node.get("Labels", {}).get("ray.io/availability-zone", "")),
         )
-        for node in ray.nodes()
+        for node in ray.nodes()  # type: ignore[no-untyped-call]
         if node["Alive"]
     }
 

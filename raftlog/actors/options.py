@@ -6,7 +6,8 @@ from typing import Any, Final
 
 NAMESPACE: Final = "raftlog"
 _CPU_SLIVER: Final = 0.01
-"""Of a core: an actor that reserves nothing can be placed on a node that has nothing, and one reserves 1 by default."""
+"""Of a core: an actor that reserves nothing can be placed on a node that has nothing, and one reserves 1 by
+default."""
 _HEAD_SLIVER: Final = 0.001
 
 _ENVIRONMENT: Final = {

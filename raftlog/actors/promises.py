@@ -1,12 +1,12 @@
 """``delivery.ref``: a Ray ObjectRef that resolves to a delivery's RecordMetadata.
 
-Refs of deliveries under way hang on a small *promises* actor of this process, never on a broker: hundreds of pending
-calls on an async actor starve every other call on it. Even here only one call per *batch* is pending; a record's ref
-is a call that takes that batch's outcome as its argument, and such a call waits at the caller until its argument is
-there. 5,000 refs therefore cost the actor a handful of pending calls.
+Refs of deliveries under way hang on a small *promises* actor of this process, never on a broker: hundreds of
+pending calls on an async actor starve every other call on it. Even here only one call per *batch* is pending;
+a record's ref is a call that takes that batch's outcome as its argument, and such a call waits at the caller
+until its argument is there. 5,000 refs therefore cost the actor a handful of pending calls.
 
-The actor and the refs are owned by the producing process: when that is killed, whoever waits on them gets Ray's
-OwnerDiedError at once. While it lives, it settles every batch within its delivery timeout.
+The actor and the refs are owned by the producing process: when that is killed, whoever waits on them gets
+Ray's OwnerDiedError at once. While it lives, it settles every batch within its delivery timeout.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import itertools
 import os
 import threading
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import ray
 
@@ -42,8 +42,9 @@ class PromisesHost:
         return self._outcomes.setdefault(batch, asyncio.get_running_loop().create_future())
 
     async def outcome(self, batch: int) -> Any:
-        """Wait for a batch's outcome: (topic, partition, base offset), or the error it failed with. The producer
-        settles every batch within its delivery timeout, and this actor ends with the producer's process."""
+        """Wait for a batch's outcome: (topic, partition, base offset), or the error it failed with. The
+        producer settles every batch within its delivery timeout, and this actor ends with the producer's
+        process."""
         try:
             return await self._future(batch)
         finally:
@@ -74,13 +75,13 @@ class _Promises:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._actor: ActorHandle | None = None
+        self._actor: ActorHandle[Any] | None = None
         self._pid = 0
         self._job = ""
         self._numbers = itertools.count()
-        self._outcomes: weakref.WeakKeyDictionary[Completion, ObjectRef] = weakref.WeakKeyDictionary()
+        self._outcomes: weakref.WeakKeyDictionary[Completion, ObjectRef[Any]] = weakref.WeakKeyDictionary()
 
-    def ref(self, batch: Completion, index: int, timestamp_ms: int) -> ObjectRef:
+    def ref(self, batch: Completion, index: int, timestamp_ms: int) -> ObjectRef[Any]:
         """The ref of one record."""
         if not ray.is_initialized():
             raise NotRunning("delivery.ref is a Ray ObjectRef, and Ray is not initialised in this process")
@@ -95,11 +96,11 @@ class _Promises:
                 batch.add_callback(lambda: actor.tell.remote(number, _outcome(batch)))
             return actor.pick.remote(outcome, index, timestamp_ms)
 
-    def _actor_here(self) -> ActorHandle:
+    def _actor_here(self) -> ActorHandle[Any]:
         """The actor of this process and this connection to Ray."""
         job = ray.get_runtime_context().get_job_id()
         if self._actor is None or (self._pid, self._job) != (os.getpid(), job):
-            self._actor = PromisesActor.options(**promises_options()).remote()
+            self._actor = cast("ActorHandle[Any]", PromisesActor.options(**promises_options()).remote())
             self._pid, self._job = os.getpid(), job
             self._outcomes.clear()
         return self._actor

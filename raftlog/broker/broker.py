@@ -1,8 +1,8 @@
 """A broker: many replicas, one store, one server, one clock.
 
-The broker drives its replicas. Whatever has something to do is *marked*; marked replicas are pumped together, once
-per turn of the loop or at the end of what one socket read brought, and what they want sent leaves in one frame per
-connection. That is where the cost of a message is shared between groups.
+The broker drives its replicas. Whatever has something to do is *marked*; marked replicas are pumped together,
+once per turn of the loop or at the end of what one socket read brought, and what they want sent leaves in one
+frame per connection. That is where the cost of a message is shared between groups.
 """
 
 from __future__ import annotations
@@ -15,13 +15,15 @@ from collections.abc import Coroutine, Iterable
 from dataclasses import dataclass
 from typing import Any, Final
 
+import msgspec
+
 from raftlog.broker.metadata import MetadataReplica, MetadataService, metadata_spec
 from raftlog.broker.partition import PartitionReplica
 from raftlog.broker.peers import Address, Peers
 from raftlog.broker.replica import Replica
 from raftlog.broker.service import Service
 from raftlog.config import BrokerConfig, TopicConfig
-from raftlog.errors import DamagedData, RaftlogError, StorageFailed, StorageFull, UnknownReplica
+from raftlog.errors import DamagedData, DataDirError, RaftlogError, StorageFailed, StorageFull, UnknownReplica
 from raftlog.net.handshake import Local
 from raftlog.net.network import Seams
 from raftlog.net.rpc import BrokerRow, MetadataCommandRequest, ReplicaRow
@@ -31,8 +33,8 @@ from raftlog.raft.types import ConfState, Message, Role, SoftState
 from raftlog.state.metadata import RegisterBroker, Topic
 from raftlog.storage.disk import Disk
 from raftlog.storage.identity import Identity, load_identity, store_identity
-from raftlog.storage.spec import ReplicaSpec
-from raftlog.storage.store import BrokerStore, StorageConfig
+from raftlog.storage.spec import ReplicaSpec, StorageConfig
+from raftlog.storage.store import BrokerStore
 
 logger = logging.getLogger("raftlog.broker")
 
@@ -132,10 +134,14 @@ class Broker:
         config = config or BrokerConfig()
         place = place or BrokerPlace()
         identity = await load_identity(disk)
+        if identity is None:
+            raise DataDirError(
+                "the data directory belongs to no cluster yet: found one (raftlog.broker.founding)"
+            )
         store = await BrokerStore.open(disk, storage or StorageConfig(), disk_id=identity.disk_id)
         try:
             await _found_metadata_replica(identity, store)
-            identity = identity.next_incarnation()
+            identity = msgspec.structs.replace(identity, incarnation=identity.incarnation + 1)
             await store_identity(disk, identity)
             broker = cls(seams, disk, identity, store, config, place)
             await broker._begin()
@@ -149,9 +155,7 @@ class Broker:
         self.peers.local = self.server.local
         members = self.identity.metadata_voters
         own = dict(members)[self.broker_id]
-        replica = await MetadataReplica.open(
-            self, self.store.logs[own], members, self._metadata_changed
-        )
+        replica = await MetadataReplica.open(self, self.store.logs[own], members, self._metadata_changed)
         self._by_id[own] = replica
         registration = RegisterBroker(
             self.broker_id, self.identity.disk_id, self.place.node_id, self.place.zone
@@ -177,7 +181,7 @@ class Broker:
                 logger.info("port %d is taken (%s): another will do", port, error)
         raise AssertionError("a port was tried")
 
-    # -- Host: what replicas need -------------------------------------------------------------------------------
+    # -- Host: what replicas need ----------------------------------------------------------------------------
 
     @property
     def broker_id(self) -> int:
@@ -245,7 +249,7 @@ class Broker:
                 "broker %d: %s is %s in term %d", self.broker_id, replica.name, node.role.value, node.term
             )
 
-    # -- time ---------------------------------------------------------------------------------------------------
+    # -- time ------------------------------------------------------------------------------------------------
 
     async def _tick_forever(self) -> None:
         while not self._closed:
@@ -254,7 +258,7 @@ class Broker:
             for replica in self._by_id.values():
                 replica.tick(now)
 
-    # -- peers --------------------------------------------------------------------------------------------------
+    # -- peers -----------------------------------------------------------------------------------------------
 
     def _peer_up(self, broker_id: int) -> None:
         for replica in self._by_id.values():
@@ -283,7 +287,7 @@ class Broker:
     async def _save_addresses(self) -> None:
         async with self._saving:
             if self.identity.addresses != self.peers.book:
-                self.identity = self.identity.with_addresses(dict(self.peers.book))
+                self.identity = msgspec.structs.replace(self.identity, addresses=dict(self.peers.book))
                 await store_identity(self._disk, self.identity)
 
     async def call_broker(
@@ -292,7 +296,7 @@ class Broker:
         response, _ = await self.peers.connection(broker_id).call(request, (payload,), timeout=timeout)
         return response.result
 
-    # -- which replicas are here --------------------------------------------------------------------------------
+    # -- which replicas are here -----------------------------------------------------------------------------
 
     def replica(self, replica_id: int) -> Replica[Any] | None:
         return self._by_id.get(replica_id)
@@ -388,7 +392,7 @@ class Broker:
             self._partitions[(topic.topic_id, partition)] = replica
             replica.tick(self.now_ms())
 
-    # -- trouble and the end ------------------------------------------------------------------------------------
+    # -- trouble and the end ---------------------------------------------------------------------------------
 
     def _store_fault(self, fault: RaftlogError | None) -> None:
         if fault is None:
@@ -420,14 +424,12 @@ class Broker:
         await self.server.close()
         await self.peers.close()
 
-    # -- looking ------------------------------------------------------------------------------------------------
+    # -- looking ---------------------------------------------------------------------------------------------
 
     def row(self) -> BrokerRow:
         """This broker as it presents itself."""
         incarnation, host, port = self.address
-        return BrokerRow(
-            self.broker_id, host, port, incarnation, self.place.node_id, "alive", os.getpid()
-        )
+        return BrokerRow(self.broker_id, host, port, incarnation, self.place.node_id, "alive", os.getpid())
 
     def broker_rows(self) -> list[BrokerRow]:
         """Every broker of the cluster as this one sees it."""
@@ -475,14 +477,14 @@ class Broker:
 
 
 async def _found_metadata_replica(identity: Identity, store: BrokerStore) -> None:
-    """A directory that never ran (incarnation 0) gets its replica of the metadata group; any other must have it."""
+    """A directory that never ran (incarnation 0) gets its replica of the metadata group; any other must have
+    it."""
     spec = metadata_spec(identity.metadata_voters, identity.broker_id)
     if spec.replica_id in store.logs:
         return
     if identity.incarnation > 0:
         raise DamagedData(
-            f"broker {identity.broker_id} has lost its replica of the metadata group; an empty one must not vote: "
-            "move the directory away and add the broker anew"
+            f"broker {identity.broker_id} has lost its replica of the metadata group, and an empty one "
+            "must not vote: move the directory away and add the broker anew"
         )
     await store.create(spec)
-

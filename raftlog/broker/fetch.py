@@ -1,8 +1,8 @@
 """Fetch: a consumer's long poll over several partitions of one broker.
 
-A session reads what is there. If that is nothing, it waits on every partition at once and is woken by the first
-that applies records, or by its timer. Frames go out as the contiguous ranges that storage returns, never copied or
-decoded. Only committed entries are read, so what a consumer saw cannot be taken back.
+A session reads what is there. If that is nothing, it waits on every partition at once and is woken by the
+first that applies records, or by its timer. Frames go out as the contiguous ranges that storage returns,
+never copied or decoded. Only committed entries are read, so what a consumer saw cannot be taken back.
 """
 
 from __future__ import annotations
@@ -67,7 +67,8 @@ class FetchSession:
             self._answer()
 
     def _look(self) -> tuple[bool, list[PartitionReplica]]:
-        """Whether anything can be answered at once (records or an error), and which partitions have to wait."""
+        """Whether anything can be answered at once (records or an error), and which partitions have to
+        wait."""
         waiting = []
         for wanted in self._request.partitions:
             try:
@@ -88,31 +89,31 @@ class FetchSession:
             replica.stop_waiting(self)
         answer = _Answer(self._request.bytes_max)
         for wanted in self._request.partitions:
-            replica = self._readable(wanted, answer)
-            if replica is not None:
-                found = replica.log.try_read(
-                    wanted.offset, replica.node.applied, min(answer.left, wanted.bytes_max)
+            source = self._readable(wanted, answer)
+            if source is not None:
+                found = source.log.try_read(
+                    wanted.offset, source.node.applied, min(answer.left, wanted.bytes_max)
                 )
                 if found is None:
                     self._spawn(self._answer_from_disk())
                     return
-                answer.add(replica, found)
+                answer.add(source, found)
         self._reply.ok(FetchResponse(answer.rows), answer.buffers)
 
     async def _answer_from_disk(self) -> None:
         """The same where memory did not suffice; the partitions before are read again (they are cached)."""
         answer = _Answer(self._request.bytes_max)
         for wanted in self._request.partitions:
-            replica = self._readable(wanted, answer)
-            if replica is not None:
+            source = self._readable(wanted, answer)
+            if source is not None:
                 try:
-                    found = await replica.log.read(
-                        wanted.offset, replica.node.applied, min(answer.left, wanted.bytes_max)
+                    found = await source.log.read(
+                        wanted.offset, source.node.applied, min(answer.left, wanted.bytes_max)
                     )
                 except RaftlogError as error:
                     answer.fail(error)
                 else:
-                    answer.add(replica, found)
+                    answer.add(source, found)
         self._reply.ok(FetchResponse(answer.rows), answer.buffers)
 
     def _readable(self, wanted: FetchPartition, answer: _Answer) -> PartitionReplica | None:

@@ -1,7 +1,8 @@
 """Founding a cluster: once, explicitly, and on every broker's disk before the first election.
 
-A plan names the founding brokers and the secret. Writing it into a directory gives that directory an identity; a
-directory that has one is recovered and never founded again, and one of another cluster is refused.
+A plan names the founding brokers and the secret. Writing it into a directory gives that directory an
+identity; a directory that has one is recovered and never founded again, and one of another cluster is
+refused.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from random import Random, SystemRandom
 
 from raftlog.errors import ForeignDataDir
 from raftlog.storage.disk import Disk
-from raftlog.storage.identity import Identity, find_identity, store_identity
+from raftlog.storage.identity import Identity, load_identity, store_identity
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +35,8 @@ class FoundingPlan:
 
     @classmethod
     def new(cls, name: str, brokers: Sequence[int], random: Random | None = None) -> FoundingPlan:
-        """A plan with a fresh cluster id and secret (from the operating system unless ``random`` is given)."""
+        """A plan with a fresh cluster id and secret (from the operating system unless ``random`` is
+        given)."""
         source = random or SystemRandom()
         cluster_id = str(uuid.UUID(bytes=source.randbytes(16), version=4))
         return cls(cluster_id, name, source.randbytes(32), tuple(brokers))
@@ -46,14 +48,16 @@ class FoundingPlan:
 
 
 def decide(name: str, found: Mapping[int, Identity | None], random: Random | None = None) -> FoundingPlan:
-    """What the directories say: the plan they were founded under, or a new one if not one of them has an identity.
+    """What the directories say: the plan they were founded under, or a new one if not one of them has an
+    identity.
 
     Args:
         name: the cluster's name.
         found: broker id -> the identity in its directory, None where there is none.
 
     Raises:
-        ForeignDataDir: the directories belong to different clusters, to one of another name, or to another broker.
+        ForeignDataDir: the directories belong to different clusters, to one of another name, or to another
+            broker.
     """
     known = {broker_id: identity for broker_id, identity in found.items() if identity is not None}
     if not known:
@@ -62,11 +66,14 @@ def decide(name: str, found: Mapping[int, Identity | None], random: Random | Non
     for broker_id, identity in known.items():
         if identity.cluster_id != first.cluster_id:
             raise ForeignDataDir(
-                f"brokers {first.broker_id} and {broker_id} have data of different clusters ({first.cluster_id} and "
+                f"brokers {first.broker_id} and {broker_id} have data of different clusters "
+                f"({first.cluster_id} and "
                 f"{identity.cluster_id}): move away the directory that does not belong here"
             )
         if identity.broker_id != broker_id:
-            raise ForeignDataDir(f"the directory of broker {broker_id} holds data of broker {identity.broker_id}")
+            raise ForeignDataDir(
+                f"the directory of broker {broker_id} holds data of broker {identity.broker_id}"
+            )
     if first.cluster_name != name:
         raise ForeignDataDir(f"the data belongs to cluster {first.cluster_name!r}, not {name!r}")
     members = tuple(broker_id for broker_id, _ in first.metadata_voters)
@@ -74,9 +81,9 @@ def decide(name: str, found: Mapping[int, Identity | None], random: Random | Non
 
 
 def may_run(plan: FoundingPlan, found: Mapping[int, Identity | None]) -> list[int]:
-    """Which founding brokers may be started: those with an identity, and, while not one has ever run, all of them
-    (a founding that was interrupted is completed). A member whose identity is gone afterwards has lost its data: an
-    empty replica in its place must not vote."""
+    """Which founding brokers may be started: those with an identity, and, while not one has ever run, all of
+    them (a founding that was interrupted is completed). A member whose identity is gone afterwards has lost
+    its data: an empty replica in its place must not vote."""
     if all(identity is None or identity.incarnation == 0 for identity in found.values()):
         return list(plan.brokers)
     return [broker_id for broker_id in plan.brokers if found.get(broker_id) is not None]
@@ -88,12 +95,13 @@ async def found(disk: Disk, plan: FoundingPlan, broker_id: int, random: Random |
     Raises:
         ForeignDataDir: the directory belongs to another cluster, or to another broker of this one.
     """
-    known = await find_identity(disk)
+    known = await load_identity(disk)
     if known is not None:
         if (known.cluster_id, known.broker_id) != (plan.cluster_id, broker_id):
             raise ForeignDataDir(
                 f"the directory belongs to broker {known.broker_id} of cluster {known.cluster_name!r} "
-                f"({known.cluster_id}), not to broker {broker_id} of {plan.cluster_name!r} ({plan.cluster_id})"
+                f"({known.cluster_id}), not to broker {broker_id} of {plan.cluster_name!r} "
+                f"({plan.cluster_id})"
             )
         return known
     identity = Identity(

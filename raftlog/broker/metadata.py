@@ -1,8 +1,9 @@
 """The metadata group as a broker sees it: its own replica of it, and how topics and producer ids come about.
 
-Every broker holds a replica, so every broker has the image at hand (KIP-500's idea): it answers MetadataRequest from
-it and finds out from it which partitions it hosts. Changes are commands to the group's leader; a broker that does
-not lead forwards its own needs (registration, a block of producer ids) to the one that does.
+Every broker holds a replica, so every broker has the image at hand (KIP-500's idea): it answers
+MetadataRequest from it and finds out from it which partitions it hosts. Changes are commands to the group's
+leader; a broker that does not lead forwards its own needs (registration, a block of producer ids) to the one
+that does.
 """
 
 from __future__ import annotations
@@ -106,7 +107,8 @@ class MetadataReplica(Replica[MetadataState]):
         """Propose a command; ``done`` hears its result, or the typed error it was refused with.
 
         Raises:
-            NotLeader, Busy, StorageFull, and whatever the staged image refuses the command with: nothing happened.
+            NotLeader, Busy, StorageFull, and whatever the staged image refuses the command with: nothing
+            happened.
         """
         staged = self.check_serving()
         refusal = staged.check(command)
@@ -158,7 +160,7 @@ class MetadataService:
         """The applied metadata."""
         return self.replica.machine
 
-    # -- topics -------------------------------------------------------------------------------------------------
+    # -- topics ----------------------------------------------------------------------------------------------
 
     def create_topic(self, request: CreateTopicRequest, done: Done) -> None:
         """Place and create a topic; ``done(CreateTopicResponse, None)`` once it is committed.
@@ -205,7 +207,9 @@ class MetadataService:
                     if position == 0:
                         leaders[broker_id] = leaders.get(broker_id, 0) + 1
         infos = [
-            BrokerInfo(info.broker_id, info.node_id, info.zone, replicas[info.broker_id], leaders[info.broker_id])
+            BrokerInfo(
+                info.broker_id, info.node_id, info.zone, replicas[info.broker_id], leaders[info.broker_id]
+            )
             for info in staged.brokers.values()
         ]
         usable = [info for info in infos if info.id in alive]
@@ -234,7 +238,8 @@ class MetadataService:
         self.replica.command(DeleteTopic(name=topic.name, topic_id=topic.topic_id), deleted)
 
     def row(self, topic: Topic, leader_of: Callable[[int], tuple[int, int]] | None = None) -> TopicRow:
-        """A topic for clients. ``leader_of``: replica ids -> (leader's broker id, term) as far as known here."""
+        """A topic for clients. ``leader_of``: replica ids -> (leader's broker id, term) as far as known
+        here."""
         rows = []
         for partition in topic.partitions:
             leader, term = -1, 0
@@ -253,7 +258,7 @@ class MetadataService:
             )
         return TopicRow(topic.name, topic.topic_id, rows, dict(topic.config), topic.internal)
 
-    # -- commands of this broker --------------------------------------------------------------------------------
+    # -- commands of this broker -----------------------------------------------------------------------------
 
     async def call(self, command: Command) -> Any:
         """Have a command applied, here or by whichever broker leads the metadata group; return its result.
@@ -266,7 +271,9 @@ class MetadataService:
             return await self.apply_here(command)
         leader = replica.leader_broker
         if leader is None or leader == self._host.broker_id:
-            raise NotLeader("the metadata group has no leader that serves yet", leader=None, term=replica.node.term)
+            raise NotLeader(
+                "the metadata group has no leader that serves yet", leader=None, term=replica.node.term
+            )
         return await self._host.call_broker(
             leader, MetadataCommandRequest(), encode_command(command), _FORWARD_TIMEOUT_S
         )
@@ -289,7 +296,8 @@ class MetadataService:
         return await future
 
     async def register(self) -> None:
-        """See to it that this broker, as it is now, is in the image; the first leader also founds the cluster."""
+        """See to it that this broker, as it is now, is in the image; the first leader also founds the
+        cluster."""
         wanted = self._registration
         while True:
             image = self.image
@@ -315,8 +323,8 @@ class MetadataService:
     async def producer_id(self) -> int:
         """An id that no producer of this cluster ever had or will have.
 
-        It comes from a block that the metadata group gave to this incarnation of this broker alone; what is left of
-        a block when the broker goes is never used.
+        It comes from a block that the metadata group gave to this incarnation of this broker alone; what is
+        left of a block when the broker goes is never used.
         """
         async with self._filling:
             if not self._producer_ids:

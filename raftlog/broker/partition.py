@@ -58,13 +58,13 @@ class PartitionReplica(Replica[PartitionState]):
         applied = await recover(log, machine)
         return cls(host, log, machine, applied, hosts, preferred=preferred, batch_bytes_max=batch_bytes_max)
 
-    # -- produce ------------------------------------------------------------------------------------------------
+    # -- produce ---------------------------------------------------------------------------------------------
 
     def produce(self, batch: Buffer, done: Done) -> None:
         """Append a record batch; ``done(ProduceResponse, None)`` once it is committed and applied.
 
-        A duplicate of a batch that is committed is answered with the original offset; of one in flight, it waits
-        for the original's outcome.
+        A duplicate of a batch that is committed is answered with the original offset; of one in flight, it
+        waits for the original's outcome.
 
         Raises:
             NotLeader, Busy, CorruptBatch, RecordTooLarge, StorageFull, OutOfOrderSequence, DuplicateSequence,
@@ -76,7 +76,10 @@ class PartitionReplica(Replica[PartitionState]):
         if duplicate is not None:
             index = self._in_flight.get(duplicate.base_offset)
             if index is None:
-                done(ProduceResponse(duplicate.base_offset, duplicate.timestamp_ms, self.machine.log_start), None)
+                done(
+                    ProduceResponse(duplicate.base_offset, duplicate.timestamp_ms, self.machine.log_start),
+                    None,
+                )
             else:
                 self.wait_for(index, done)
             return
@@ -93,7 +96,7 @@ class PartitionReplica(Replica[PartitionState]):
         self._in_flight.pop(base_offset, None)
         return ProduceResponse(base_offset, entry.leader_time_ms, self.machine.log_start)
 
-    # -- fetch --------------------------------------------------------------------------------------------------
+    # -- fetch -----------------------------------------------------------------------------------------------
 
     @property
     def committed_offset(self) -> int:

@@ -1,12 +1,13 @@
 """Connections from this broker to every other: who is where, and the way out for Raft messages.
 
 Two connections lead to each peer: *control* for heartbeats, votes and everything small and urgent, *bulk* for
-entries and their acknowledgements, so that a large frame cannot starve a heartbeat. Each direction of a pair has
-its own: an answer travels on the answering broker's connections. A message for a peer that cannot be reached is
-dropped; Raft repeats what matters.
+entries and their acknowledgements, so that a large frame cannot starve a heartbeat. Each direction of a pair
+has its own: an answer travels on the answering broker's connections. A message for a peer that cannot be
+reached is dropped; Raft repeats what matters.
 
-Addresses are soft state: broker id -> (incarnation, host, port), the highest incarnation wins. They are seeded by
-whoever starts the brokers, exchanged in handshakes and between connected peers, and remembered on disk.
+Addresses are soft state: broker id -> (incarnation, host, port), the highest incarnation wins. They are
+seeded by whoever starts the brokers, exchanged in handshakes and between connected peers, and remembered on
+disk.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ class Peers:
         self._closed = False
         self.book: dict[int, Address] = {}
 
-    # -- the address book ---------------------------------------------------------------------------------------
+    # -- the address book ------------------------------------------------------------------------------------
 
     def learn(self, addresses: Mapping[int, Address]) -> None:
         """Take over what is newer than what is known, and start or hurry the dialling of those brokers."""
@@ -127,7 +128,7 @@ class Peers:
             raise ConnectionLost(f"no connection to broker {broker_id}")
         return link.control
 
-    # -- messages -----------------------------------------------------------------------------------------------
+    # -- messages --------------------------------------------------------------------------------------------
 
     def send(self, broker_id: int, message: Message) -> None:
         """Queue a message; it leaves with the next :meth:`flush`."""
@@ -152,7 +153,7 @@ class Peers:
                 link.bulk_out = []
         self._waiting.clear()
 
-    # -- dialling -----------------------------------------------------------------------------------------------
+    # -- dialling --------------------------------------------------------------------------------------------
 
     def _dial(self, broker_id: int) -> None:
         if self._closed:
@@ -177,7 +178,9 @@ class Peers:
                     control.close()
                     raise
             except RaftlogError as error:
-                logger.debug("broker %d cannot reach broker %d: %s", self.local.broker_id, link.broker_id, error)
+                logger.debug(
+                    "broker %d cannot reach broker %d: %s", self.local.broker_id, link.broker_id, error
+                )
                 link.nudge.clear()
                 try:
                     async with asyncio.timeout(backoff * self._seams.random.uniform(0.5, 1.0)):

@@ -1,14 +1,14 @@
 """A replica: drives one RawNode and the state machine behind it.
 
-The host's whole part in Raft is :meth:`Replica.pump`: what the core says must become durable goes to the store,
-messages go to the peers, committed entries are applied; and what comes back (a sync that is done, a message, time)
-goes into the core. Everything here is synchronous and runs on the broker's loop.
+The host's whole part in Raft is :meth:`Replica.pump`: what the core says must become durable goes to the
+store, messages go to the peers, committed entries are applied; and what comes back (a sync that is done, a
+message, time) goes into the core. Everything here is synchronous and runs on the broker's loop.
 
-On a leader there are two machines: ``machine`` is the applied state; ``staged`` is the applied state plus every entry
-above it in the log. Decisions (which offset, is it a duplicate, may the topic be created) are made against ``staged``
-and ``staged`` is advanced in the same step as the append, so that what is decided is what ``apply`` will find.
-``staged`` exists only while the leader serves: from its no-op applied until it leaves leadership, when whoever waits
-hears that the outcome is indeterminate.
+On a leader there are two machines: ``machine`` is the applied state; ``staged`` is the applied state plus
+every entry above it in the log. Decisions (which offset, is it a duplicate, may the topic be created) are
+made against ``staged`` and ``staged`` is advanced in the same step as the append, so that what is decided is
+what ``apply`` will find. ``staged`` exists only while the leader serves: from its no-op applied until it
+leaves leadership, when whoever waits hears that the outcome is indeterminate.
 """
 
 from __future__ import annotations
@@ -87,7 +87,14 @@ class Replica(Generic[M]):
     """
 
     def __init__(
-        self, host: Host, log: ReplicaLog, machine: M, applied: int, hosts: Mapping[int, int], *, preferred: bool
+        self,
+        host: Host,
+        log: ReplicaLog,
+        machine: M,
+        applied: int,
+        hosts: Mapping[int, int],
+        *,
+        preferred: bool,
     ) -> None:
         self.host = host
         self.log = log
@@ -101,22 +108,23 @@ class Replica(Generic[M]):
         self._waiters: dict[int, list[Done]] = {}
         self._soft: SoftState | None = None
         self._campaign_at = 0
+        found = log.recovered
         recovered = RecoveredLog(
-            hard_state=log.hard_state,
-            confs=tuple(log.confs),
-            first_index=log.first_index,
-            prev_term=log.prev_term,
-            prev_crc=log.prev_crc,
-            terms=tuple(log.terms),
-            last_index=log.last_index,
-            tail=tuple(log.tail),
+            hard_state=found.hard_state,
+            confs=found.confs,
+            first_index=found.first_index,
+            prev_term=found.prev_term,
+            prev_crc=found.prev_crc,
+            terms=found.terms,
+            last_index=found.last_index,
+            tail=found.tail,
             applied=applied,
         )
         self.node = RawNode(
             host.raft_config(self.replica_id), recovered, host.random_for(self.replica_id), host.now_ms()
         )
 
-    # -- what comes in ------------------------------------------------------------------------------------------
+    # -- what comes in ---------------------------------------------------------------------------------------
 
     def step(self, message: Message) -> None:
         """A message from a peer."""
@@ -133,8 +141,8 @@ class Replica(Generic[M]):
             node.tick(now_ms)
             self.host.mark(self)
         if self.preferred and node.term == 0 and now_ms >= self._campaign_at:
-            # A brand-new group: nobody has voted yet, so its first replica need not wait for a timeout. It asks
-            # again until a majority of the others have come into being.
+            # A brand-new group: nobody has voted yet, so its first replica need not wait for a timeout. It
+            # asks again until a majority of the others have come into being.
             self._campaign_at = now_ms + _CAMPAIGN_AGAIN_MS
             node.campaign(now_ms)
             self.host.mark(self)
@@ -147,13 +155,14 @@ class Replica(Generic[M]):
                 self.host.mark(self)
 
     def peer_down(self, broker_id: int) -> None:
-        """A connection to that broker broke: if it led this group, campaign without waiting for the timeout."""
+        """A connection to that broker broke: if it led this group, campaign without waiting for the
+        timeout."""
         for replica_id, host_id in self.hosts.items():
             if host_id == broker_id and self.fault is None:
                 self.node.peer_lost(replica_id, self.host.now_ms())
                 self.host.mark(self)
 
-    # -- proposing ----------------------------------------------------------------------------------------------
+    # -- proposing -------------------------------------------------------------------------------------------
 
     def check_serving(self) -> M:
         """The staged machine of a leader that serves.
@@ -191,7 +200,7 @@ class Replica(Generic[M]):
         """``done`` also hears the result of the entry at ``index``, which is in flight."""
         self._waiters[index].append(done)
 
-    # -- the cycle ----------------------------------------------------------------------------------------------
+    # -- the cycle -------------------------------------------------------------------------------------------
 
     def pump(self) -> None:
         """Carry out what the core asks for, until it asks for nothing more."""
@@ -228,9 +237,8 @@ class Replica(Generic[M]):
 
     def _apply(self, entries: tuple[Entry, ...]) -> None:
         machine, log, waiters = self.machine, self.log, self._waiters
+        log.set_committed(entries[-1].index)
         for entry in entries:
-            if log.is_segment_end(entry.index - 1):
-                self._save_snapshot(entry)
             try:
                 result = machine.apply(entry)
             except AssertionError as error:
@@ -238,14 +246,14 @@ class Replica(Generic[M]):
                 logger.exception("%s halts at index %d", self.name, entry.index)
                 self.retire(StorageFailed(f"{self.name} cannot apply index {entry.index}: {error}"))
                 return
+            if log.is_segment_end(entry.index):
+                self._save_snapshot(entry)
             done = waiters.pop(entry.index, None)
             answer = self.applied(entry, result)
             if done is not None:
                 for tell in done:
                     tell(answer, None)
-        last = entries[-1].index
-        self.node.applied_to(last)
-        log.set_committed(last)
+        self.node.applied_to(entries[-1].index)
         self.applied_all()
 
     def applied(self, entry: Entry, result: object) -> object:
@@ -258,21 +266,17 @@ class Replica(Generic[M]):
     def stopped_serving(self) -> None:
         """This replica served as leader and does no longer (for subclasses)."""
 
-    def _save_snapshot(self, following: Entry) -> None:
+    def _save_snapshot(self, last: Entry) -> None:
         """The machine stands exactly at the end of a segment: keep its state there."""
         self.log.save_snapshot(
-            Snapshot(
-                index=following.index - 1,
-                term=self.node.term_at(following.index - 1),
-                crc=following.prev_crc,
-                conf=self.node.conf,
-                data=self.machine.snapshot(),
-            )
+            Snapshot(last.index, last.term, last.crc, self.node.conf, self.machine.snapshot())
         )
 
     def _leadership(self, soft: SoftState) -> None:
         before, self._soft = self._soft, soft
-        if self.staged is not None and (soft.role is not Role.LEADER or before is None or soft.term != before.term):
+        if self.staged is not None and (
+            soft.role is not Role.LEADER or before is None or soft.term != before.term
+        ):
             self.staged = None
             self._fail_waiters()
             self.stopped_serving()
@@ -293,7 +297,8 @@ class Replica(Generic[M]):
         waiters, self._waiters = self._waiters, {}
         if waiters:
             error = LeadershipLost(
-                f"broker {self.host.broker_id} left the leadership of {self.name} while the write was under way"
+                f"broker {self.host.broker_id} left the leadership of {self.name} while the write "
+                "was under way"
             )
             for done in waiters.values():
                 for tell in done:
@@ -318,7 +323,7 @@ class Replica(Generic[M]):
             self.stopped_serving()
             logger.error("broker %d: %s is out of service: %s", self.host.broker_id, self.name, error)
 
-    # -- looking ------------------------------------------------------------------------------------------------
+    # -- looking ---------------------------------------------------------------------------------------------
 
     @property
     def name(self) -> str:
@@ -340,8 +345,8 @@ async def recover(log: ReplicaLog, machine: StateMachine) -> int:
     Returns:
         The index applied.
     """
-    applied = log.snapshot.index if log.snapshot is not None else log.first_index - 1
-    commit = min(log.hard_state.commit, log.last_index)
+    applied = log.snapshot.index if log.snapshot is not None else log.recovered.first_index - 1
+    commit = min(log.recovered.hard_state.commit, log.recovered.last_index)
     while applied < commit:
         for entry in await log.entries(applied + 1, commit + 1, _RECOVERY_CHUNK_BYTES):
             machine.apply(entry)

@@ -42,7 +42,7 @@ class Service:
             rpc.BrokerStatusRequest: self._status,
         }
 
-    # -- Handler ------------------------------------------------------------------------------------------------
+    # -- Handler ---------------------------------------------------------------------------------------------
 
     def on_open(self, connection: ServerConnection) -> None:
         peer = connection.peer
@@ -79,7 +79,7 @@ class Service:
     def on_close(self, connection: ServerConnection, error: Exception | None) -> None:
         pass
 
-    # -- records ------------------------------------------------------------------------------------------------
+    # -- records ---------------------------------------------------------------------------------------------
 
     def _produce(self, request: rpc.ProduceRequest, payload: memoryview, reply: Reply) -> None:
         self._broker.partition(request.topic_id, request.partition).produce(payload, partial(_answer, reply))
@@ -111,7 +111,7 @@ class Service:
             return rpc.OffsetAnswer(None, replica.committed_offset, -1)
         return rpc.OffsetAnswer(None, max(found, replica.machine.log_start), query.timestamp_ms)
 
-    # -- metadata -----------------------------------------------------------------------------------------------
+    # -- metadata --------------------------------------------------------------------------------------------
 
     def _metadata(self, request: rpc.MetadataRequest, payload: memoryview, reply: Reply) -> None:
         broker = self._broker
@@ -175,7 +175,7 @@ class Service:
 
         self._broker.metadata.replica.command(decode_command(payload), done)
 
-    # -- status -------------------------------------------------------------------------------------------------
+    # -- status ----------------------------------------------------------------------------------------------
 
     def _status(self, request: rpc.BrokerStatusRequest, payload: memoryview, reply: Reply) -> None:
         broker = self._broker
@@ -192,9 +192,7 @@ class Service:
                 if connection.peer.role == "client"
             }
         )
-        reply.ok(
-            rpc.BrokerStatusResponse(broker.row(), rows, clients, software_version(), broker.started_ms)
-        )
+        reply.ok(rpc.BrokerStatusResponse(broker.row(), rows, clients, software_version(), broker.started_ms))
 
 
 def _answer(reply: Reply, result: Any, error: RaftlogError | None) -> None:
@@ -206,4 +204,3 @@ def _answer(reply: Reply, result: Any, error: RaftlogError | None) -> None:
 
 def _nobody_waits(result: Any, error: RaftlogError | None) -> None:
     """acks=0: the outcome goes nowhere."""
-

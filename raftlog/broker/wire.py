@@ -1,8 +1,8 @@
 """Raft messages on the wire: many messages of many groups in one frame between two brokers.
 
-A message travels as a msgpack array that begins with its tag. The entries of an AppendRequest do not: their frames
-stand one after another in the payload, as the same bytes that the journal and the segments hold, and the receiver's
-entries are views of the buffer that came from the socket.
+A message travels as a msgpack array that begins with its tag. The entries of an AppendRequest do not: their
+frames stand one after another in the payload, as the same bytes that the journal and the segments hold, and
+the receiver's entries are views of the buffer that came from the socket.
 """
 
 from __future__ import annotations
@@ -78,13 +78,17 @@ def decode_messages(frame: RaftMessages, payload: memoryview) -> list[t.Message]
             tag = row[0]
             if tag == _APPEND:
                 end = position + next(lengths)
-                messages.append(t.AppendRequest(*row[1:], entries=_entries(payload[position:end])))
+                _, to, sender, term, prev_index, prev_term, prev_crc, commit = row
+                entries = _entries(payload[position:end])
+                messages.append(
+                    t.AppendRequest(to, sender, term, prev_index, prev_term, prev_crc, commit, entries)
+                )
                 position = end
             elif tag == _SNAPSHOT:
                 messages.append(msgspec.convert(row, t.InstallSnapshot))
             else:
                 messages.append(_FLAT[tag](*row[1:]))
-    except (KeyError, IndexError, TypeError, StopIteration, msgspec.ValidationError) as error:
+    except (KeyError, IndexError, TypeError, ValueError, StopIteration, msgspec.ValidationError) as error:
         raise ProtocolError(f"malformed Raft message: {error!r}") from error
     return messages
 

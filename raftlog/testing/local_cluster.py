@@ -1,7 +1,7 @@
 """A real cluster without Ray, for tests of programs that use raftlog.
 
-The brokers are the production ones (real disk, real sockets on the loopback interface) on the event loop of one
-background thread. It is up in a fraction of a second and leaves nothing behind.
+The brokers are the production ones (real disk, real sockets on the loopback interface) on the event loop of
+one background thread. It is up in a fraction of a second and leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from raftlog.client.cluster import Bootstrap
 from raftlog.client.log import Log
 from raftlog.config import BrokerConfig
 from raftlog.net.network import real_seams
-from raftlog.storage.identity import find_identity
+from raftlog.storage.identity import load_identity
 from raftlog.storage.real_disk import RealDisk
 
 T = TypeVar("T")
@@ -36,7 +36,8 @@ class LocalCluster:
 
     Args:
         brokers: how many (1 to 5).
-        data_dir: where they keep their data; None: a temporary folder that goes with the cluster. A folder that
+        data_dir: where they keep their data; None: a temporary folder that goes with the cluster. A folder
+            that
             holds an earlier LocalCluster's data is recovered.
         config: limits and timings of the brokers.
 
@@ -61,7 +62,7 @@ class LocalCluster:
         self._plan: FoundingPlan | None = None
         self._log: Log | None = None
 
-    # -- life ---------------------------------------------------------------------------------------------------
+    # -- life ------------------------------------------------------------------------------------------------
 
     def start(self) -> Self:
         """Found or recover the cluster and wait until every broker answers."""
@@ -91,7 +92,7 @@ class LocalCluster:
 
     async def _start_all(self) -> None:
         disks = {broker_id: RealDisk(self._folder(broker_id)) for broker_id in range(self._count)}
-        found_before = {broker_id: await find_identity(disk) for broker_id, disk in disks.items()}
+        found_before = {broker_id: await load_identity(disk) for broker_id, disk in disks.items()}
         self._plan = decide("local", found_before)
         members = may_run(self._plan, found_before)
         for broker_id in members:
@@ -145,7 +146,7 @@ class LocalCluster:
     ) -> None:
         self.stop()
 
-    # -- use ----------------------------------------------------------------------------------------------------
+    # -- use -------------------------------------------------------------------------------------------------
 
     @property
     def bootstrap(self) -> Bootstrap:
