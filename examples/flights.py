@@ -18,6 +18,7 @@ import argparse
 import asyncio
 import importlib.util
 import json
+import logging
 import os
 import sys
 import tempfile
@@ -37,6 +38,7 @@ from rich.table import Table
 
 import raftlog
 from raftlog.actors.launch import broker_actor
+from raftlog.errors import RaftlogError
 from raftlog.storage.real_disk import RealDisk
 from raftlog.storage.verify import VerifyReport, verify
 
@@ -127,7 +129,8 @@ def to_records(table: pd.DataFrame) -> list[Sent]:
 
 
 def _optional(column: pd.Series) -> list[Any]:
-    return column.astype(object).where(column.notna(), None).tolist()
+    values: list[Any] = column.astype(object).where(column.notna(), None).tolist()
+    return values
 
 
 def totals_by_pandas(table: pd.DataFrame) -> dict[str, CarrierTotals]:
@@ -145,7 +148,6 @@ def totals_by_pandas(table: pd.DataFrame) -> dict[str, CarrierTotals]:
 # -- the consumers, two Ray actors ---------------------------------------------------------------------------
 
 
-@ray.remote(num_cpus=0, max_concurrency=2)
 class DelaysByCarrier:
     """Adds up delays per carrier while flights come in."""
 
@@ -402,7 +404,8 @@ class Outcome:
 
 def stream(log: Log, records: Sequence[Sent], bars: Bars) -> Outcome:
     """Produce everything while two actors consume; kill a leader half way and wait until it is back."""
-    actors = [DelaysByCarrier.remote(log, list(range(i, PARTITIONS, 2))) for i in range(2)]
+    consumer = ray.remote(DelaysByCarrier).options(num_cpus=0, max_concurrency=2)
+    actors: list[Any] = [consumer.remote(log, list(range(i, PARTITIONS, 2))) for i in range(2)]
     running = [actor.run.remote() for actor in actors]
     failover = Failover()
     killed: tuple[int, int] | None = None
@@ -440,9 +443,11 @@ def stream(log: Log, records: Sequence[Sent], bars: Bars) -> Outcome:
 
 def place_of(delivery: Any) -> Place | None:
     """Where the record is, once acknowledged; None if it was not."""
-    if delivery.exception() is not None:
+    try:
+        meta = delivery.result()
+    except RaftlogError as error:
+        print(f"a flight was not acknowledged: {error}", file=sys.stderr)
         return None
-    meta = delivery.result()
     return Place(meta.partition, meta.offset)
 
 
@@ -546,7 +551,9 @@ def report(accounts: Accounts, others: Sequence[str], failover_ms: float, consol
 def start_ray() -> None:
     """A Ray of our own on this machine, and quiet."""
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    ray.init(address="local", num_cpus=4, include_dashboard=False, logging_level="error", log_to_driver=False)
+    ray.init(
+        address="local", num_cpus=4, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
