@@ -13,11 +13,12 @@ import os
 import shutil
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import msgspec
 import ray
 
+from raftlog.actors.options import NAMESPACE, Actor, broker_name
 from raftlog.broker.broker import Broker, BrokerPlace
 from raftlog.broker.founding import FoundingPlan, found
 from raftlog.broker.peers import Address
@@ -26,9 +27,6 @@ from raftlog.net.network import real_seams
 from raftlog.storage.identity import Identity, load_identity
 from raftlog.storage.real_disk import RealDisk
 from raftlog.version import software_version
-
-if TYPE_CHECKING:
-    from ray.actor import ActorHandle
 
 logger = logging.getLogger("raftlog.actors")
 
@@ -184,13 +182,11 @@ class BrokerHost:
             await broker.close()
 
 
-BrokerActor = ray.remote(BrokerHost)
+BrokerActor: Any = ray.remote(BrokerHost)
 
 
-def find_broker(cluster: str, broker_id: int) -> ActorHandle[Any] | None:
+def find_broker(cluster: str, broker_id: int) -> Actor | None:
     """The broker's actor if its name is taken (it may still be dead: ping it)."""
-    from raftlog.actors.options import NAMESPACE, broker_name
-
     try:
         return ray.get_actor(broker_name(cluster, broker_id), namespace=NAMESPACE)
     except ValueError:

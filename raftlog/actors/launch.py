@@ -7,20 +7,17 @@ import tempfile
 import time
 import uuid
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import Any, Final
 
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
 from raftlog.actors.broker import find_broker
 from raftlog.actors.metadata import ClusterSpec, MetadataActor
-from raftlog.actors.options import NAMESPACE, metadata_name, metadata_options
+from raftlog.actors.options import NAMESPACE, Actor, metadata_name, metadata_options
 from raftlog.client.cluster import Bootstrap
 from raftlog.config import Environment, default_data_dir
 from raftlog.errors import NotRunning, RaftlogError
-
-if TYPE_CHECKING:
-    from ray.actor import ActorHandle
 
 logger = logging.getLogger("raftlog.actors")
 
@@ -66,7 +63,7 @@ def start(
         ephemeral,
         config or {},
     )
-    actor = cast("ActorHandle[Any]", MetadataActor.options(**metadata_options(name)).remote(spec))
+    actor = MetadataActor.options(**metadata_options(name)).remote(spec)
     try:
         bootstrap: Bootstrap = _call(actor, "bootstrap", timeout=START_TIMEOUT_S)
     except RaftlogError:
@@ -124,7 +121,7 @@ def stop(name: str = "default", force: bool = False, ignore: tuple[str, ...] = (
     _wait_until_gone(name)
 
 
-def broker_actor(name: str, broker_id: int) -> ActorHandle[Any]:
+def broker_actor(name: str, broker_id: int) -> Actor:
     """The actor that hosts a broker.
 
     Raises:
@@ -136,7 +133,7 @@ def broker_actor(name: str, broker_id: int) -> ActorHandle[Any]:
     return actor
 
 
-def metadata_actor(name: str) -> ActorHandle[Any]:
+def metadata_actor(name: str) -> Actor:
     """The metadata actor of a cluster.
 
     Raises:
@@ -148,7 +145,7 @@ def metadata_actor(name: str) -> ActorHandle[Any]:
         raise NotRunning(f"no raftlog cluster {name!r} on this Ray cluster") from None
 
 
-def _call(actor: ActorHandle[Any], method: str, *args: object, timeout: float) -> Any:
+def _call(actor: Actor, method: str, *args: object, timeout: float) -> Any:
     """Call a method of the metadata actor; what it raised comes out as it was raised there."""
     try:
         return ray.get(getattr(actor, method).remote(*args), timeout=timeout)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import Any, Final
 
 import msgspec
 import ray
@@ -28,7 +28,7 @@ from raftlog.actors.broker import (
     probe_node,
     remove_data,
 )
-from raftlog.actors.options import broker_options, probe_options
+from raftlog.actors.options import Actor, broker_options, probe_options
 from raftlog.broker.founding import FoundingPlan, decide, may_run
 from raftlog.client.cluster import Bootstrap
 from raftlog.errors import (
@@ -41,9 +41,6 @@ from raftlog.errors import (
 )
 from raftlog.storage.identity import Identity
 from raftlog.version import software_version
-
-if TYPE_CHECKING:
-    from ray.actor import ActorHandle
 
 logger = logging.getLogger("raftlog.actors")
 
@@ -91,7 +88,7 @@ class MetadataHost:
         self._plan: FoundingPlan | None = None
         self._nodes: dict[int, Node] = {}
         """broker id -> where it belongs."""
-        self._running: dict[int, tuple[ActorHandle[Any], BrokerInfo]] = {}
+        self._running: dict[int, tuple[Actor, BrokerInfo]] = {}
         self._troubles: dict[int, str] = {}
         self._wake = asyncio.Event()
         self._watchers: set[asyncio.Task[None]] = set()
@@ -167,7 +164,7 @@ class MetadataHost:
                 logger.info("a broker does not say who is connected: %s", error)
         return found
 
-    async def _stop_broker(self, actor: ActorHandle[Any]) -> None:
+    async def _stop_broker(self, actor: Actor) -> None:
         try:
             await asyncio.wait_for(actor.stop.remote(), _CALL_TIMEOUT_S)
         except (RayError, TimeoutError) as error:
@@ -269,7 +266,7 @@ class MetadataHost:
     async def _start_broker(self, broker_id: int) -> bool:
         """Find the broker's actor or make one; True when it runs."""
         assert self._plan is not None
-        actor: ActorHandle[Any] | None = await self._find_alive(broker_id)
+        actor = await self._find_alive(broker_id)
         try:
             if actor is None:
                 node = self._nodes[broker_id]
@@ -283,8 +280,8 @@ class MetadataHost:
                     config=self._spec.config,
                 )
                 options = broker_options(self._spec.name, broker_id, node.node_id)
-                actor = cast("ActorHandle[Any]", BrokerActor.options(**options).remote(launch))
-            info = await asyncio.wait_for(actor.start.remote(), _CALL_TIMEOUT_S)
+                actor = BrokerActor.options(**options).remote(launch)
+            info: BrokerInfo = await asyncio.wait_for(actor.start.remote(), _CALL_TIMEOUT_S)
         except (RayError, RaftlogError, TimeoutError, ValueError) as error:
             # ValueError: the name of the actor that died is not free yet.
             self._troubles[broker_id] = str(error)
@@ -300,7 +297,7 @@ class MetadataHost:
         watcher.add_done_callback(self._watchers.discard)
         return True
 
-    async def _find_alive(self, broker_id: int) -> ActorHandle[Any] | None:
+    async def _find_alive(self, broker_id: int) -> Actor | None:
         """A broker that runs already (this actor was restarted); a name may also belong to a dead one."""
         actor = find_broker(self._spec.name, broker_id)
         if actor is None:
@@ -313,10 +310,10 @@ class MetadataHost:
             logger.warning("broker %d of %s does not answer", broker_id, self._spec.name)
         return actor
 
-    async def _watch(self, broker_id: int, actor: ActorHandle[Any]) -> None:
+    async def _watch(self, broker_id: int, actor: Actor) -> None:
         """Wait for the end of a broker, and have it started again."""
         try:
-            reason = await actor.watch.remote()
+            reason: str = await actor.watch.remote()
             ray.kill(actor)
         except RayError as error:
             reason = str(error).splitlines()[0]
@@ -340,4 +337,4 @@ def _alive_nodes() -> dict[str, Node]:
     }
 
 
-MetadataActor = ray.remote(MetadataHost)
+MetadataActor: Any = ray.remote(MetadataHost)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 NAMESPACE: Final = "raftlog"
+Actor: TypeAlias = Any
+"""A Ray actor handle. (Ray types what ``.remote()`` returns as a union that no method can be called on.)"""
+Ref: TypeAlias = Any
+"""A Ray ObjectRef."""
 _CPU_SLIVER: Final = 0.01
 """Of a core: an actor that reserves nothing can be placed on a node that has nothing, and one reserves 1 by
 default."""

@@ -16,19 +16,15 @@ import itertools
 import os
 import threading
 import weakref
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 import ray
 
-from raftlog.actors.options import promises_options
+from raftlog.actors.options import Actor, Ref, promises_options
 from raftlog.client import delivery
 from raftlog.client.delivery import NO_OFFSET, Completion
 from raftlog.errors import NotRunning, RaftlogError
 from raftlog.record.types import RecordMetadata
-
-if TYPE_CHECKING:
-    from ray import ObjectRef
-    from ray.actor import ActorHandle
 
 
 class PromisesHost:
@@ -67,7 +63,7 @@ class PromisesHost:
         return _metadata(outcome, index, timestamp_ms)
 
 
-PromisesActor = ray.remote(PromisesHost)
+PromisesActor: Any = ray.remote(PromisesHost)
 
 
 class _Promises:
@@ -75,13 +71,13 @@ class _Promises:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._actor: ActorHandle[Any] | None = None
+        self._actor: Actor | None = None
         self._pid = 0
         self._job = ""
         self._numbers = itertools.count()
-        self._outcomes: weakref.WeakKeyDictionary[Completion, ObjectRef[Any]] = weakref.WeakKeyDictionary()
+        self._outcomes: weakref.WeakKeyDictionary[Completion, Ref] = weakref.WeakKeyDictionary()
 
-    def ref(self, batch: Completion, index: int, timestamp_ms: int) -> ObjectRef[Any]:
+    def ref(self, batch: Completion, index: int, timestamp_ms: int) -> Ref:
         """The ref of one record."""
         if not ray.is_initialized():
             raise NotRunning("delivery.ref is a Ray ObjectRef, and Ray is not initialised in this process")
@@ -96,11 +92,11 @@ class _Promises:
                 batch.add_callback(lambda: actor.tell.remote(number, _outcome(batch)))
             return actor.pick.remote(outcome, index, timestamp_ms)
 
-    def _actor_here(self) -> ActorHandle[Any]:
+    def _actor_here(self) -> Actor:
         """The actor of this process and this connection to Ray."""
         job = ray.get_runtime_context().get_job_id()
         if self._actor is None or (self._pid, self._job) != (os.getpid(), job):
-            self._actor = cast("ActorHandle[Any]", PromisesActor.options(**promises_options()).remote())
+            self._actor = PromisesActor.options(**promises_options()).remote()
             self._pid, self._job = os.getpid(), job
             self._outcomes.clear()
         return self._actor

@@ -37,7 +37,7 @@ class FoundingPlan:
     def new(cls, name: str, brokers: Sequence[int], random: Random | None = None) -> FoundingPlan:
         """A plan with a fresh cluster id and secret (from the operating system unless ``random`` is
         given)."""
-        source = random or SystemRandom()
+        source = _source(random)
         cluster_id = str(uuid.UUID(bytes=source.randbytes(16), version=4))
         return cls(cluster_id, name, source.randbytes(32), tuple(brokers))
 
@@ -45,6 +45,10 @@ class FoundingPlan:
     def metadata_members(self) -> tuple[tuple[int, int], ...]:
         """(broker id, replica id) of the metadata group: replica ids 1, 2, … in the order of the brokers."""
         return tuple((broker_id, position + 1) for position, broker_id in enumerate(self.brokers))
+
+
+def _source(random: Random | None) -> Random:
+    return SystemRandom() if random is None else random
 
 
 def decide(name: str, found: Mapping[int, Identity | None], random: Random | None = None) -> FoundingPlan:
@@ -108,7 +112,7 @@ async def found(disk: Disk, plan: FoundingPlan, broker_id: int, random: Random |
         cluster_id=plan.cluster_id,
         cluster_name=plan.cluster_name,
         broker_id=broker_id,
-        disk_id=(random or SystemRandom()).randbytes(16),
+        disk_id=_source(random).randbytes(16),
         incarnation=0,
         secret=plan.secret,
         metadata_voters=plan.metadata_members,

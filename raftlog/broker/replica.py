@@ -217,10 +217,8 @@ class Replica(Generic[M]):
                 broker_id = hosts.get(message.to)
                 if broker_id is not None:
                     host.send(broker_id, message)
-            if ready.committed:
-                self._apply(ready.committed)
-                if self.fault is not None:
-                    return
+            if ready.committed and not self._apply(ready.committed):
+                return
             if ready.soft_state is not None:
                 self._leadership(ready.soft_state)
             for load in ready.loads:
@@ -235,7 +233,8 @@ class Replica(Generic[M]):
             self.node.on_durable(sequence)
             self.host.mark(self)
 
-    def _apply(self, entries: tuple[Entry, ...]) -> None:
+    def _apply(self, entries: tuple[Entry, ...]) -> bool:
+        """Apply; False when the replica had to halt."""
         machine, log, waiters = self.machine, self.log, self._waiters
         log.set_committed(entries[-1].index)
         for entry in entries:
@@ -245,7 +244,7 @@ class Replica(Generic[M]):
                 # Replicas that disagree with their own log must not go on: the broker's other groups can.
                 logger.exception("%s halts at index %d", self.name, entry.index)
                 self.retire(StorageFailed(f"{self.name} cannot apply index {entry.index}: {error}"))
-                return
+                return False
             if log.is_segment_end(entry.index):
                 self._save_snapshot(entry)
             done = waiters.pop(entry.index, None)
@@ -255,6 +254,7 @@ class Replica(Generic[M]):
                     tell(answer, None)
         self.node.applied_to(entries[-1].index)
         self.applied_all()
+        return True
 
     def applied(self, entry: Entry, result: object) -> object:
         """One entry was applied with ``result``; returns what to tell who proposed it (for subclasses)."""
