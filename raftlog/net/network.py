@@ -99,7 +99,7 @@ class RealNetwork:
                 return await loop.create_connection(protocol_factory, host, port)
         except (OSError, TimeoutError) as error:
             raise ConnectionLost(
-                f"cannot connect to {host}:{port}: {error or 'no answer in time'}"
+                f"cannot connect to {host}:{port}: {str(error) or 'no answer in time'}"
             ) from error
 
 
