@@ -96,7 +96,7 @@ class Pipe:
         self._random = rng
         self._network_context = context
         self._window = window
-        self._buffer: deque[tuple[memoryview, bytes | None]] = deque()
+        self._buffer: deque[tuple[memoryview, memoryview | None]] = deque()
         self._in_flight: deque[bytes | Signal] = deque()
         self._arrived: deque[bytes | Signal] = deque()
         self._in_window = 0  # bytes in flight or unread
@@ -117,7 +117,7 @@ class Pipe:
         if self.is_finished or not len(data):
             return
         view = memoryview(data).cast("B")
-        snapshot = None if isinstance(view.obj, bytes) else bytes(view)
+        snapshot = None if isinstance(view.obj, bytes) else memoryview(bytes(view))
         self._buffer.append((view, snapshot))
         self.buffer_bytes += len(view)
         self.pump()
@@ -137,10 +137,12 @@ class Pipe:
         left = limit
         while left:
             view, snapshot = self._buffer.popleft()
-            assert snapshot is None or view == snapshot, "a buffer was changed after it was given to write()"
             if len(view) > left:
                 self._buffer.appendleft((view[left:], None if snapshot is None else snapshot[left:]))
                 view = view[:left]
+            if snapshot is not None:
+                was = snapshot[: len(view)]
+                assert view == was, "a buffer was changed after it was given to write()"
             parts.append(view)
             left -= len(view)
         self.buffer_bytes -= limit
