@@ -24,7 +24,7 @@ from raftlog.broker.founding import FoundingPlan, found
 from raftlog.broker.peers import Address
 from raftlog.config import BrokerConfig
 from raftlog.net.network import real_seams
-from raftlog.storage.identity import Identity, load_identity
+from raftlog.storage.identity import Identity, find_identity
 from raftlog.storage.real_disk import RealDisk
 from raftlog.version import software_version
 
@@ -85,7 +85,7 @@ async def _identities(folders: list[Path]) -> dict[int, Identity]:
     found_here: dict[int, Identity] = {}
     for folder in folders:
         disk = RealDisk(folder)
-        identity = await load_identity(disk)
+        identity = await find_identity(disk)
         await disk.close()
         if identity is not None:
             found_here[int(folder.name.removeprefix("broker-"))] = identity

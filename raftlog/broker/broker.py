@@ -23,7 +23,7 @@ from raftlog.broker.peers import Address, Peers
 from raftlog.broker.replica import Replica
 from raftlog.broker.service import Service
 from raftlog.config import BrokerConfig, TopicConfig
-from raftlog.errors import DamagedData, DataDirError, RaftlogError, StorageFailed, StorageFull, UnknownReplica
+from raftlog.errors import DamagedData, RaftlogError, StorageFailed, StorageFull, UnknownReplica
 from raftlog.net.handshake import Local
 from raftlog.net.network import Seams
 from raftlog.net.rpc import BrokerRow, MetadataCommandRequest, ReplicaRow
@@ -134,14 +134,10 @@ class Broker:
         config = config or BrokerConfig()
         place = place or BrokerPlace()
         identity = await load_identity(disk)
-        if identity is None:
-            raise DataDirError(
-                "the data directory belongs to no cluster yet: found one (raftlog.broker.founding)"
-            )
         store = await BrokerStore.open(disk, storage or StorageConfig(), disk_id=identity.disk_id)
         try:
             await _found_metadata_replica(identity, store)
-            identity = msgspec.structs.replace(identity, incarnation=identity.incarnation + 1)
+            identity = identity.next_incarnation()
             await store_identity(disk, identity)
             broker = cls(seams, disk, identity, store, config, place)
             await broker._begin()

@@ -14,7 +14,7 @@ from random import Random, SystemRandom
 
 from raftlog.errors import ForeignDataDir
 from raftlog.storage.disk import Disk
-from raftlog.storage.identity import Identity, load_identity, store_identity
+from raftlog.storage.identity import Identity, find_identity, store_identity
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +99,7 @@ async def found(disk: Disk, plan: FoundingPlan, broker_id: int, random: Random |
     Raises:
         ForeignDataDir: the directory belongs to another cluster, or to another broker of this one.
     """
-    known = await load_identity(disk)
+    known = await find_identity(disk)
     if known is not None:
         if (known.cluster_id, known.broker_id) != (plan.cluster_id, broker_id):
             raise ForeignDataDir(

@@ -23,7 +23,7 @@ from raftlog.client.cluster import Bootstrap
 from raftlog.client.log import Log
 from raftlog.config import BrokerConfig
 from raftlog.net.network import real_seams
-from raftlog.storage.identity import load_identity
+from raftlog.storage.identity import find_identity
 from raftlog.storage.real_disk import RealDisk
 
 T = TypeVar("T")
@@ -92,7 +92,7 @@ class LocalCluster:
 
     async def _start_all(self) -> None:
         disks = {broker_id: RealDisk(self._folder(broker_id)) for broker_id in range(self._count)}
-        found_before = {broker_id: await load_identity(disk) for broker_id, disk in disks.items()}
+        found_before = {broker_id: await find_identity(disk) for broker_id, disk in disks.items()}
         self._plan = decide("local", found_before)
         members = may_run(self._plan, found_before)
         for broker_id in members:

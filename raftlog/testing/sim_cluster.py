@@ -1,0 +1,148 @@
+"""A whole cluster in one process and in virtual time: production brokers and clients on simulated seams.
+
+Everything random comes from one seed, so a run that fails can be repeated exactly. A *kill* ends a process as
+SIGKILL does: what it had written stays. A *power cut* also loses what was not synced, torn at sector borders.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Coroutine
+from functools import partial
+from typing import Any, Final, TypeVar
+
+from raftlog.broker.broker import Broker, BrokerPlace
+from raftlog.broker.founding import FoundingPlan, found
+from raftlog.client.connections import Bootstrap
+from raftlog.config import BrokerConfig
+from raftlog.net.network import Seams
+from raftlog.storage.spec import StorageConfig
+from raftlog.testing.disk import CrashMode, SimDisk
+from raftlog.testing.loop import SimLoop
+from raftlog.testing.network import SimNetwork
+
+T = TypeVar("T")
+
+START_SECONDS_MAX: Final = 60.0
+PORT: Final = 9000
+
+
+class SimCluster:
+    """Simulated brokers, and places for clients.
+
+    Args:
+        seed: of everything.
+        brokers: how many.
+        config: of the brokers.
+        storage: of the brokers; small files by default, so that rolling and recycling happen often.
+        sync_seconds: (least, most) a synced write takes; drawn per broker.
+    """
+
+    def __init__(
+        self,
+        seed: int,
+        brokers: int = 3,
+        *,
+        config: BrokerConfig | None = None,
+        storage: StorageConfig | None = None,
+        sync_seconds: tuple[float, float] = (0.0002, 0.003),
+    ) -> None:
+        self.random = random.Random(seed)
+        self.loop = SimLoop(self.random.getrandbits(64))
+        self.network = SimNetwork(self.loop, self._fork())
+        self.config = config or BrokerConfig()
+        self.storage = storage or StorageConfig(
+            journal_bytes=256 << 10, direct_bytes=8 << 10, flush_bytes=64 << 10
+        )
+        self.plan = FoundingPlan.new("sim", range(brokers), self._fork())
+        self.brokers: dict[int, Broker] = {}
+        """Those that run."""
+        self.disks = {
+            broker_id: SimDisk(self._fork(), latency=self.random.uniform(*sync_seconds))
+            for broker_id in range(brokers)
+        }
+
+    def _fork(self) -> random.Random:
+        return random.Random(self.random.getrandbits(64))
+
+    # -- processes -------------------------------------------------------------------------------------------
+
+    def seams(self, node: str, host: str) -> Seams:
+        """The seams of a simulated process."""
+        return Seams(self.network.for_node(node, host), self._fork(), partial(self.loop.wall_ms, node))
+
+    def start(self) -> None:
+        """Found the cluster and wait until every broker is registered."""
+        for broker_id in self.disks:
+            self.run(found(self.disks[broker_id], self.plan, broker_id, self._fork()))
+        for broker_id in self.disks:
+            self.start_broker(broker_id)
+        self.introduce()
+        for broker_id, broker in self.brokers.items():
+            self.run(broker.ready(), node=broker_name(broker_id))
+
+    def start_broker(self, broker_id: int) -> None:
+        """Start a broker's process on its disk and wait until it listens."""
+        self.brokers[broker_id] = self.run(self._start(broker_id), node=broker_name(broker_id))
+
+    async def _start(self, broker_id: int) -> Broker:
+        name = broker_name(broker_id)
+        return await Broker.start(
+            self.seams(name, name),
+            self.disks[broker_id],
+            config=self.config,
+            place=BrokerPlace(host=name, port=PORT, node_id=name),
+            storage=self.storage,
+        )
+
+    def introduce(self) -> None:
+        """Tell the brokers where the others are, as whoever starts them does."""
+        addresses = {broker_id: broker.address for broker_id, broker in self.brokers.items()}
+        for broker_id, broker in self.brokers.items():
+            with self.loop.node(broker_name(broker_id)):
+                broker.learn(addresses)
+
+    def kill_broker(self, broker_id: int) -> None:
+        """SIGKILL."""
+        self.loop.kill(broker_name(broker_id))
+        del self.brokers[broker_id]
+        self.disks[broker_id] = self.disks[broker_id].kill()
+
+    def cut_power(self, broker_id: int, mode: CrashMode = CrashMode.RANDOM) -> None:
+        """The broker's machine loses power: peers hear nothing, and unsynced writes are lost in part."""
+        self.network.power_cut(broker_name(broker_id))
+        if self.loop.is_alive(broker_name(broker_id)):
+            self.loop.kill(broker_name(broker_id))
+        del self.brokers[broker_id]
+        self.disks[broker_id] = self.disks[broker_id].crash(mode)
+
+    @property
+    def bootstrap(self) -> Bootstrap:
+        """How clients reach the cluster."""
+        addresses = tuple((broker_name(broker_id), PORT) for broker_id in self.disks)
+        return Bootstrap(self.plan.cluster_name, self.plan.cluster_id, self.plan.secret, addresses)
+
+    # -- running ---------------------------------------------------------------------------------------------
+
+    def run(
+        self, work: Coroutine[Any, Any, T], *, node: str = "driver", seconds: float = START_SECONDS_MAX
+    ) -> T:
+        """Run a coroutine as a process of the simulation and return its result.
+
+        Raises:
+            ConditionTimeout: it took more virtual time than ``seconds``.
+        """
+        task = self.loop.run_as(node, work)
+        self.loop.run_until(task.done, seconds)
+        return task.result()
+
+    def close(self) -> None:
+        """End the simulation."""
+        for broker_id in list(self.brokers):
+            self.loop.kill(broker_name(broker_id))
+        self.loop.close()
+
+
+def broker_name(broker_id: int) -> str:
+    """Name of a broker's process, host and node."""
+    return f"broker-{broker_id}"
