@@ -48,7 +48,15 @@ _AFTER_CRC = struct.Struct(">hiqqqhii")
 _ATTRIBUTES_LOW_BYTE: Final = ATTRIBUTES_AT + 1
 _UNSTAMPED_EPOCH: Final = -1
 _BUILDER_BYTES_MAX: Final = 2**31 - 1
+TIMESTAMP_MS_MAX: Final = 253_402_300_799_999
+"""The end of the year 9999: what ``datetime`` can still say."""
 _NO_HEADERS: Final[list[tuple[str, bytes | None]]] = []
+
+
+def _check_timestamp(timestamp_ms: int) -> None:
+    # None would make the codec read the clock, and -1 is its own mark for "no record yet"
+    if not 0 <= timestamp_ms <= TIMESTAMP_MS_MAX:
+        raise ValueError(f"timestamp {timestamp_ms} ms is not between 0 and {TIMESTAMP_MS_MAX}")
 
 
 class BatchBuilder:
@@ -92,9 +100,12 @@ class BatchBuilder:
             Its offset within the batch, or None when the batch is full (nothing was appended then).
 
         Raises:
-            InvalidRecord: key or value not bytes-like, headers not pairs of (str, bytes or None).
+            InvalidRecord: key or value not bytes-like, headers not pairs of (str, bytes or None), timestamp
+            not
+                an int from 1970 to the year 9999.
         """
         try:
+            _check_timestamp(timestamp_ms)
             pairs = list(headers) if headers else _NO_HEADERS
             if self._append(self.count, timestamp_ms, key, value, pairs) is None:
                 return None
@@ -130,6 +141,7 @@ class BatchBuilder:
         shift = self.count - start
         index, end = start, len(values)
         try:
+            _check_timestamp(timestamp_ms)
             while index < end:
                 key = None if keys is None else keys[index]
                 if append(index + shift, timestamp_ms, key, values[index], headers) is None:
@@ -188,8 +200,8 @@ class BatchBuilder:
 
 def encode_batch(
     values: Sequence[Buffer | None],
-    keys: Sequence[Buffer | None] | None = None,
-    timestamp_ms: int = -1,
+    keys: Sequence[Buffer | None] | None,
+    timestamp_ms: int,
     *,
     compression: Compression = Compression.NONE,
     producer_id: int = NO_PRODUCER,

@@ -108,10 +108,11 @@ def _decompress_zstd(data: Buffer, bytes_max: int) -> bytes:
     claimed = zstandard.frame_content_size(data)  # -1: not stored
     if claimed > bytes_max:
         raise _too_large(bytes_max)
-    if claimed > 0:
-        return _zstd.decompressor.decompress(data, allow_extra_data=False)
-    with zstandard.ZstdDecompressor().stream_reader(data, read_across_frames=False) as reader:
-        whole = reader.read(bytes_max + 1)
-    if len(whole) > bytes_max:
-        raise _too_large(bytes_max)
-    return whole
+    if claimed <= 0:
+        # Written by a client that compresses as it goes. The stream tells how much comes out without
+        # holding more than the limit, but not whether the frame was complete: that, the second pass checks.
+        with zstandard.ZstdDecompressor().stream_reader(data, read_across_frames=False) as reader:
+            claimed = len(reader.read(bytes_max + 1))
+        if claimed > bytes_max:
+            raise _too_large(bytes_max)
+    return _zstd.decompressor.decompress(data, max_output_size=claimed, allow_extra_data=False)

@@ -31,7 +31,7 @@ class Record(msgspec.Struct, frozen=True, gc=False):
     partition: int
     offset: int
     timestamp_ms: int
-    """Milliseconds since the epoch; the producer's, -1 if it gave none."""
+    """Milliseconds since the epoch; the producer's (-1 where a foreign producer gave none)."""
     key: bytes | None
     value: Any
     headers: Headers = ()
