@@ -67,7 +67,7 @@ format: $(READY)  ## Format the code and fix what ruff can fix
 
 bench: $(READY)  ## Latency and throughput on this machine
 	$(SAY) "benchmarks"
-	@for script in bench/*.py; do case $$script in *bench/_*) continue;; esac; echo "-- $$script"; $(BIN)/python $$script || exit 1; done
+	@for script in bench/[!_]*.py; do test -e $$script || continue; echo "-- $$script"; $(BIN)/python $$script || exit 1; done
 
 clean:  ## Remove .venv and every cache
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
