@@ -1,0 +1,261 @@
+"""The parts of the core, each against a plain model of what it should do."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from dataclasses import replace
+
+import pytest
+from raft_cluster import MemoryDisk, chain
+
+from raftlog.errors import ConfigError
+from raftlog.raft.config import RaftConfig, RecoveredLog
+from raftlog.raft.confstack import ConfStack, encode_conf
+from raftlog.raft.log import UNKNOWN_CRC, LogDiverged, RaftLog
+from raftlog.raft.progress import Progress, ProgressState
+from raftlog.raft.quorum import VoteResult, majority, quorum_index, vote_result, voter_ids
+from raftlog.raft.types import ConfState, Entry, HardState
+from raftlog.record.frame import FrameKind
+
+CONF = ConfState((1, 2, 3))
+
+
+# -- quorum --------------------------------------------------------------------------------------------------
+
+CONFS = [
+    ConfState((1,)),
+    ConfState((1, 2)),
+    ConfState((1, 2, 3)),
+    ConfState((1, 2, 3, 4)),
+    ConfState((1, 2, 3, 4, 5)),
+    ConfState((1, 2), outgoing=(3,)),
+    ConfState((1, 2, 3), outgoing=(3, 4, 5)),
+    ConfState((1,), outgoing=(1, 2, 3)),
+]
+
+
+@pytest.mark.parametrize("conf", CONFS)
+def test_quorum_index_is_the_highest_that_every_half_has_a_majority_for(conf: ConfState) -> None:
+    chance = random.Random(7)
+    for _ in range(200):
+        match = {replica: chance.randrange(6) for replica in conf.members if chance.random() < 0.8}
+        reached = [
+            index
+            for index in range(6)
+            if all(
+                sum(match.get(voter, 0) >= index for voter in half) >= majority(len(half))
+                for half in (conf.voters, conf.outgoing)
+                if half
+            )
+        ]
+        assert quorum_index(conf, match) == max(reached)
+
+
+@pytest.mark.parametrize("conf", CONFS)
+def test_vote_result_says_won_or_lost_exactly_when_it_can_no_longer_change(conf: ConfState) -> None:
+    voters = voter_ids(conf)
+    for given in itertools.product((True, False, None), repeat=len(voters)):
+        votes = {voter: vote for voter, vote in zip(voters, given, strict=True) if vote is not None}
+        open_voters = [voter for voter in voters if voter not in votes]
+        outcomes = set()
+        for rest in itertools.product((True, False), repeat=len(open_voters)):
+            full = votes | dict(zip(open_voters, rest, strict=True))
+            outcomes.add(
+                all(
+                    sum(full[voter] for voter in half) >= majority(len(half))
+                    for half in (conf.voters, conf.outgoing)
+                    if half
+                )
+            )
+        expected = VoteResult.PENDING
+        if outcomes == {True}:
+            expected = VoteResult.WON
+        elif outcomes == {False}:
+            expected = VoteResult.LOST
+        assert vote_result(conf, votes) is expected, votes
+
+
+def test_votes_of_strangers_do_not_count() -> None:
+    assert vote_result(CONF, {1: True, 8: True, 9: True}) is VoteResult.PENDING
+
+
+# -- log -----------------------------------------------------------------------------------------------------
+
+
+def log_of(terms: list[int], *, applied: int = 0, commit: int = 0, keep: int = 99) -> RaftLog:
+    disk = MemoryDisk(CONF, HardState(max([0, *terms]), 0, commit), chain(terms))
+    return RaftLog(disk.recovered(applied, keep))
+
+
+def test_a_random_log_agrees_with_a_plain_list() -> None:
+    for seed in range(60):
+        chance = random.Random(seed)
+        log = log_of([])
+        model: list[Entry] = []
+        term, first, removed = 1, 1, 0
+        for _ in range(60):
+            act = chance.random()
+            if act < 0.5:
+                term += chance.random() < 0.4
+                entries = chain(
+                    [term] * chance.randint(1, 3), first=log.last_index + 1, prev_crc=log.last_crc
+                )
+                log.append(entries)
+                model += entries
+            elif act < 0.65 and log.last_index > log.commit:
+                index = chance.randint(log.commit + 1, log.last_index)
+                log.cut(index)
+                del model[index - 1 :]
+                term += 1
+            elif act < 0.85:
+                log.commit = log.taken = log.applied = chance.randint(log.commit, log.last_index)
+                log.take_unhanded()
+                log.trim(chance.choice((0, 200, 10_000)), log.last_index)
+            elif log.applied >= first:
+                removed = chance.randint(first, log.applied)
+                first = removed + 1
+                log.compact(first, model[removed - 1].crc)
+            log.check()
+            assert (log.first_index, log.last_index) == (first, len(model))
+            assert log.memory_bytes == sum(entry.size for entry in model[log.offset - 1 :])
+            for index in range(first - 1, len(model) + 1):
+                expected = model[index - 1].term if index else 0
+                assert log.term(index) == expected, (seed, index)
+                crc = model[index - 1].crc if index else 0
+                assert log.crc(index) in ((crc,) if index >= log.offset - 1 else (crc, UNKNOWN_CRC))
+            assert log.term(first - 2) is None
+            assert log.term(len(model) + 1) is None
+            at, limit = chance.randint(0, len(model) + 2), chance.randint(0, term + 1)
+            candidates = [i for i in range(first, min(at, len(model)) + 1) if model[i - 1].term <= limit]
+            assert log.meeting_point(at, limit) == max(candidates, default=first - 1)
+
+
+def test_batch_respects_the_limit_but_gives_at_least_one() -> None:
+    log = log_of([1] * 5)
+    size = chain([1])[0].size
+    for limit, count in ((0, 1), (size, 1), (2 * size, 2), (2 * size + 1, 2), (99 * size, 4)):
+        entries, total = log.batch(2, limit)
+        assert len(entries) == count
+        assert total == count * size
+
+
+def test_slices_outside_memory_are_none() -> None:
+    log = log_of([1] * 5, applied=3, commit=3, keep=0)
+    assert log.offset == 4
+    assert log.slice(3, 5) is None
+    assert log.slice(4, 7) is None
+    assert [entry.index for entry in log.slice(4, 6) or ()] == [4, 5]
+
+
+def test_leader_time_survives_a_cut_down_to_trimmed_entries() -> None:
+    log = log_of([1, 1, 1], applied=2, commit=2)
+    log.trim(0, 3)
+    assert log.offset == 3
+    log.cut(3)
+    assert log.last_leader_time_ms == 1002
+    assert log.last_crc == chain([1, 1])[-1].crc
+
+
+def test_a_log_whose_tail_is_all_on_disk_needs_the_last_crc() -> None:
+    entries = chain([1, 2])
+    recovered = RecoveredLog(
+        HardState(2, 0, 2), ((0, CONF),), terms=((1, 1), (2, 2)), last_index=2, applied=2
+    )
+    with pytest.raises(AssertionError, match="crc of the last entry"):
+        RaftLog(recovered)
+    log = RaftLog(replace(recovered, last_crc=entries[-1].crc, last_leader_time_ms=7))
+    assert (log.last_crc, log.last_leader_time_ms, log.last_term) == (entries[-1].crc, 7, 2)
+
+
+def test_a_tail_that_misses_unapplied_entries_is_refused() -> None:
+    recovered = MemoryDisk(CONF, HardState(1, 0, 1), chain([1, 1, 1])).recovered()
+    with pytest.raises(AssertionError, match="must be in memory"):
+        RaftLog(replace(recovered, tail=recovered.tail[1:]))
+
+
+def test_an_entry_off_the_chain_is_refused() -> None:
+    log = log_of([1])
+    with pytest.raises(LogDiverged):
+        log.append(chain([1], first=2, prev_crc=1))
+
+
+# -- progress ------------------------------------------------------------------------------------------------
+
+
+def test_progress_window_fills_and_frees() -> None:
+    progress = Progress(2, 1, 0)
+    progress.become_replicate()
+    for last, size in ((1, 10), (3, 20), (4, 30)):
+        progress.sent(last, size)
+    assert progress.window_bytes(3, 100) == 0
+    assert progress.window_bytes(4, 100) == 40
+    assert progress.window_bytes(4, 60) == 0
+    assert progress.acknowledged(3)
+    assert (progress.match, progress.next, progress.inflight_bytes) == (3, 5, 30)
+    assert not progress.acknowledged(2), "an old one"
+    progress.check()
+
+
+def test_progress_refusals() -> None:
+    progress = Progress(2, 11, 0)
+    assert not progress.rejected(4, 2), "not the probe that is out"
+    assert progress.rejected(10, 6)
+    assert progress.next == 7
+    assert progress.rejected(6, 6), "must go down by at least one"
+    assert progress.next == 6
+    progress.acknowledged(5)
+    progress.become_replicate()
+    progress.sent(9, 1)
+    assert not progress.rejected(5, 0)
+    assert progress.rejected(9, 0)
+    assert (progress.state, progress.next, progress.inflight_messages) == (ProgressState.PROBE, 6, 0)
+    progress.become_snapshot()
+    assert not progress.rejected(5, 0)
+    assert "snapshot" in repr(progress)
+
+
+# -- configurations ------------------------------------------------------------------------------------------
+
+
+def conf_entry(index: int, conf: ConfState) -> Entry:
+    return Entry.create(0, FrameKind.CONF, 1, index, 0, encode_conf(conf))
+
+
+def test_the_stack_follows_appends_and_cuts() -> None:
+    stack = ConfStack([(0, CONF)])
+    four, five = ConfState((1, 2, 3, 4)), ConfState((1, 2, 3, 4, 5))
+    stack.push(conf_entry(10, four))
+    stack.push(conf_entry(20, five))
+    assert stack.current == five
+    assert [stack.at(index) for index in (0, 9, 10, 19, 20, 99)] == [CONF, CONF, four, four, five, five]
+    assert not stack.cut(21)
+    assert stack.cut(20)
+    assert (stack.current, stack.current_index) == (four, 10)
+    stack.forget_below(9)
+    assert list(stack) == [(0, CONF), (10, four)]
+    stack.forget_below(10)
+    assert list(stack) == [(10, four)]
+    with pytest.raises(AssertionError, match="no configuration known at 9"):
+        stack.at(9)
+    stack.restore(50, five)
+    assert list(stack) == [(50, five)]
+
+
+# -- settings ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"id": 0},
+        {"election_timeout_ms": 0},
+        {"heartbeat_ms": 1000},
+        {"inflight_messages_max": 0},
+        {"rank_delay_ms": -1},
+        {"cache_bytes_max": -1},
+    ],
+)
+def test_settings_out_of_range_are_refused(wrong: dict[str, int]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(wrong))):
+        RaftConfig(**({"id": 1} | wrong))
