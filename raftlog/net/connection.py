@@ -195,8 +195,9 @@ class RpcConnection(FrameStream):
         assert correlation not in self._pending, "more than 2^32 requests in flight"
         size = sum(map(len, payload)) if payload else 0
         head = encode_head(_REQUEST, request.api, self.rpc_version, correlation, request, size)
+        is_lone = not self._pending
         self._pending[correlation] = future
-        self._write(head, payload, size)
+        self._write(head, payload, size, is_lone=is_lone)
         return future
 
     async def call(

@@ -90,7 +90,8 @@ class Reply:
     def _send(self, kind: int, header: Struct, payload: Sequence[Buffer]) -> None:
         connection = self._connection
         assert connection is not None, "a request was answered twice"
-        connection._respond(kind, self._api, self._correlation, header, payload)
+        is_lone = connection.in_flight_bytes == self._bytes
+        connection._respond(kind, self._api, self._correlation, header, payload, is_lone=is_lone)
         self._connection = None  # only now: an answer that does not encode was not given
         connection._release(self._bytes)
 
@@ -267,12 +268,20 @@ class ServerConnection(FrameStream):
         self._loop.call_exception_handler({"message": message, "exception": error, "protocol": self})
 
     def _respond(
-        self, kind: int, api: int, correlation: int, header: Struct, payload: Sequence[Buffer]
+        self,
+        kind: int,
+        api: int,
+        correlation: int,
+        header: Struct,
+        payload: Sequence[Buffer],
+        *,
+        is_lone: bool = False,
     ) -> None:
         if self._closing:
             return
         size = sum(map(len, payload)) if payload else 0
-        self._write(encode_head(kind, api, self.rpc_version, correlation, header, size), payload, size)
+        head = encode_head(kind, api, self.rpc_version, correlation, header, size)
+        self._write(head, payload, size, is_lone=is_lone)
 
     def _on_batch_end(self) -> None:
         if self._is_open:

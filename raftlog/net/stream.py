@@ -140,8 +140,10 @@ class FrameStream(asyncio.Protocol):
         transport = self._transport
         return self._collected_bytes + (transport.get_write_buffer_size() if transport is not None else 0)
 
-    def _write(self, head: bytes, payload: Sequence[Buffer], size: int) -> None:
-        """Write one frame; ``size`` is that of ``payload``. Buffers must not be changed afterwards."""
+    def _write(self, head: bytes, payload: Sequence[Buffer], size: int, *, is_lone: bool = False) -> None:
+        """Write one frame; ``size`` is that of ``payload``. Buffers must not be changed afterwards.
+
+        ``is_lone``: the caller expects no other frame within this iteration, so none is waited for."""
         if self._corked:
             collected = self._collected
             collected.append(head)
@@ -159,8 +161,9 @@ class FrameStream(asyncio.Protocol):
             transport.writelines((head, *payload))
         else:
             transport.write(b"".join((head, *payload)))
-        self._corked = True
-        self._loop.call_soon(self._uncork)
+        if not is_lone:
+            self._corked = True
+            self._loop.call_soon(self._uncork)
 
     def _uncork(self) -> None:
         self._corked = False
