@@ -16,13 +16,14 @@ from __future__ import annotations
 
 import asyncio
 import heapq
+import math
 import random
 import struct
 import threading
 import weakref
 from asyncio import Handle, Task, TimerHandle
 from collections import deque
-from collections.abc import Callable, Coroutine, Generator, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterator
 from contextlib import contextmanager
 from contextvars import Context, ContextVar, copy_context
 from typing import Any, Final, NoReturn, TypeVar, TypeVarTuple
@@ -330,12 +331,7 @@ class SimLoop(asyncio.BaseEventLoop):
 
     def run_for(self, seconds: float) -> None:
         """Run for so many virtual seconds, idle or not."""
-        end = self._now + seconds
-        idle = self.call_at(end, _nothing, context=Context())
-        try:
-            self._run(None, end)
-        finally:
-            idle.cancel()
+        self._run(None, self._now + seconds)
 
     def _run(self, condition: Callable[[], bool] | None, deadline: float) -> None:
         self._condition, self._deadline = condition, deadline
@@ -343,6 +339,17 @@ class SimLoop(asyncio.BaseEventLoop):
             self.run_forever()
         finally:
             self._condition = self._deadline = None
+        self._raise_unhandled()
+
+    def run_until_complete(self, future: Generator[Any, None, T] | Awaitable[T]) -> T:
+        """Run until ``future`` is done and return its result; see asyncio.
+
+        Raises:
+            Deadlock: nothing is left that could complete it.
+        """
+        result = super().run_until_complete(future)
+        self._raise_unhandled()
+        return result
 
     def _run_once(self) -> None:
         """One callback (asyncio's run_forever calls this until ``stop``)."""
@@ -373,11 +380,12 @@ class SimLoop(asyncio.BaseEventLoop):
         while timers and timers[0][2].cancelled():
             _set(heapq.heappop(timers)[2], "_scheduled", False)
             self._timers_cancelled -= 1
-        if not timers:
+        deadline = self._deadline
+        if not timers and (deadline is None or self._condition is not None):
             raise Deadlock(f"nothing left to run; {self._describe()}")
-        when = timers[0][0]
-        if self._deadline is not None and when > self._deadline:
-            self._now = self._deadline
+        when = timers[0][0] if timers else math.inf
+        if deadline is not None and when > deadline:
+            self._now = deadline
             self.stop()
             return False
         if when > self._end:
@@ -410,7 +418,9 @@ class SimLoop(asyncio.BaseEventLoop):
         if not self.is_closed():
             self._unhandled.append(context)
 
-    def _raise_unhandled(self) -> NoReturn:
+    def _raise_unhandled(self) -> None:
+        if not self._unhandled:
+            return
         context, self._unhandled = self._unhandled[0], []
         raise UnhandledError(f"{context.get('message')}; {self._describe()}") from context.get("exception")
 
@@ -462,9 +472,6 @@ for _name, _what in (
 def _set(target: object, attribute: str, value: object) -> None:
     """Set an attribute that asyncio keeps for event loops (and that its type stubs therefore do not show)."""
     setattr(target, attribute, value)
-
-
-def _nothing() -> None: ...
 
 
 def _close(coro: Any) -> None:
