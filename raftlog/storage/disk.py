@@ -1,11 +1,12 @@
 """The Disk seam: everything that touches a file goes through it.
 
 A Disk is rooted in one broker's data directory; paths are relative to it, with "/" between parts. Writes are
-positional. There are two lanes: ``commit`` is the journal's, served in call order by one writer thread and made to
-be short; ``write`` is for lazy work (segments, snapshots) and may run beside it.
+positional. There are two lanes: ``commit`` is the journal's, served in call order by one writer thread and
+made to be short; ``write`` is for lazy work (segments, snapshots) and may run beside it.
 
 Errors: StorageFull when the device has no room, StorageFailed for every other failure of the device,
-FileNotFoundError where a path that must exist does not. After a failed sync the caller must not trust the file.
+FileNotFoundError where a path that must exist does not. After a failed sync the caller must not trust the
+file.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ class DiskFile(Protocol):
         """Relative to the disk's root."""
 
     def try_read(self, position: int, size: int) -> bytes | None:
-        """The bytes if they can be had without blocking (page cache); None if not. Short at the end of the file."""
+        """The bytes if they can be had without blocking (page cache); None if not. Short at the end of the
+        file."""
 
     async def read(self, position: int, size: int) -> bytes:
         """Read at most ``size`` bytes; short at the end of the file."""
@@ -46,11 +48,12 @@ class Disk(Protocol):
     """A broker's directory."""
 
     async def open(self, path: str, *, create: bool = False, allocate: int = 0) -> DiskFile:
-        """Open for reading and writing. ``create`` makes it (and its folder) if missing, durably; ``allocate``
-        reserves that many bytes so that later syncs need not grow the file."""
+        """Open for reading and writing. ``create`` makes it (and its folder) if missing, durably;
+        ``allocate`` reserves that many bytes so that later syncs need not grow the file."""
 
     async def commit(self, writes: Sequence[Write]) -> None:
-        """The journal's lane: all writes, in order, then one sync of each file written. First in, first out."""
+        """The journal's lane: all writes, in order, then one sync of each file written. First in, first
+        out."""
 
     async def write(self, writes: Sequence[Write], *, sync: bool = True) -> None:
         """The lazy lane: all writes, then (with ``sync``) a sync of each file."""

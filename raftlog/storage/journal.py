@@ -1,0 +1,520 @@
+"""The broker's journal: group commit, rolling to the next file, release of old files.
+
+All that is submitted while a write is under way goes into the next one: one gathered write, one sync (plus
+one for each segment that took a large frame). A group in the file::
+
+      | MARK floor | HARD_STATE? ENTRY ENTRY_REF … (of each append, in order) | copies | checkpoints due |
+
+and the first group of a file has the checkpoints of all replicas behind its mark, so a file never needs the
+ones before it for anything but entries that are not yet flushed. That is also when a file may go: when no
+replica has, in it, an entry above its durable checkpoint (:class:`_File` keeps the highest such index).
+
+Why a failed write may be tried again when the device is full: the group is written anew, whole, at the same
+place, and nothing before it depends on pages whose sync failed. After any other error nothing is tried: the
+store is failed for good.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass, field
+from typing import TypeAlias, TypeVar
+
+from raftlog.errors import RaftlogError, StorageFailed, StorageFull
+from raftlog.raft.types import Append
+from raftlog.record.frame import Buffer
+from raftlog.storage.disk import Disk, DiskFile, Write
+from raftlog.storage.journal_format import (
+    CHECKPOINT_BYTES,
+    ENTRY_REF_BYTES,
+    FILE_HEADER_BYTES,
+    HARD_STATE_BYTES,
+    MARK_BYTES,
+    RECORD_HEADER_BYTES,
+    FileHeader,
+    RecordKind,
+    encode_checkpoint,
+    encode_entry_ref,
+    encode_file_header,
+    encode_hard_state,
+    encode_mark,
+    journal_path,
+    record_head,
+)
+from raftlog.storage.replica_log import ReplicaLog
+from raftlog.storage.segment import Segment
+from raftlog.storage.spec import StorageConfig
+
+T = TypeVar("T")
+Done: TypeAlias = Callable[[BaseException | None], None]
+
+
+@dataclass(slots=True)
+class _Item:
+    log: ReplicaLog
+    append: Append
+    direct: dict[int, Segment] | None
+    done: Done
+    size: int
+    """Bytes of its frames."""
+    written: int
+    """Bytes it takes in the journal."""
+    since: float
+
+
+@dataclass(slots=True)
+class _File:
+    """A journal file, and per replica the highest index for which it is needed."""
+
+    sequence: int
+    base: int
+    file: DiskFile | None = None
+    needed: dict[int, int] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class _Group:
+    """A gathered write under construction."""
+
+    position: int
+    buffers: list[Buffer] = field(default_factory=list)
+    direct: list[tuple[Segment, int, Buffer]] = field(default_factory=list)
+    checkpoints: list[tuple[ReplicaLog, int]] = field(default_factory=list)
+
+    def add(self, record: bytes) -> None:
+        self.buffers.append(record)
+        self.position += len(record)
+
+
+class Journal:
+    """See the module.
+
+    Args:
+        logs: the replicas, by id; the store adds and removes.
+        sequence, base: of the file that the first group will begin.
+        old: (sequence, base, needed) of the files that recovery found, oldest first.
+        on_fault: told of StorageFull, StorageFailed and None (all is well again).
+        on_durable: told after each group that was synced.
+        on_roll: told when a new file was begun.
+    """
+
+    def __init__(
+        self,
+        disk: Disk,
+        config: StorageConfig,
+        disk_id: bytes,
+        logs: dict[int, ReplicaLog],
+        *,
+        sequence: int,
+        base: int,
+        old: Iterable[tuple[int, int, dict[int, int]]] = (),
+        on_fault: Callable[[RaftlogError | None], None],
+        on_durable: Callable[[], None],
+        on_roll: Callable[[], None],
+    ) -> None:
+        self._disk = disk
+        self._config = config
+        self._disk_id = disk_id
+        self._logs = logs
+        self._files = [_File(s, b, None, needed) for s, b, needed in old]
+        self._sequence = sequence
+        self._position = base
+        """Where the next group begins: everything below is durable."""
+        self._on_fault = on_fault
+        self._on_durable = on_durable
+        self._on_roll = on_roll
+        self._current: _File | None = None
+        self._spare: int | None = None
+        """Sequence of the file just before the oldest needed one, to be used again."""
+        self._names = asyncio.Lock()
+        self._queue: list[_Item] = []
+        self._running: list[_Item] = []
+        self._due: dict[int, ReplicaLog] = {}
+        self._copies: dict[int, tuple[ReplicaLog, int]] = {}
+        self._waiters: list[asyncio.Future[None]] = []
+        self._running_waiters: list[asyncio.Future[None]] = []
+        self._checkpointed = {replica_id: log.flushed_index for replica_id, log in logs.items()}
+        self._wake: asyncio.Future[None] | None = None
+        self._mark_timer: asyncio.TimerHandle | None = None
+        self._mark_due = False
+        self._marked = True
+        self._last_write = 0.0
+        self._closing = False
+        self._task: asyncio.Task[None] | None = None
+        self.failed: RaftlogError | None = None
+        self.pending_bytes = 0
+
+    # -- for the store ---------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Begin to serve (in a task of the running loop), with a new file."""
+        loop = asyncio.get_running_loop()
+        self._mark_due = True
+        self._task = loop.create_task(self._run(), name="raftlog-journal")
+        self._mark_timer = loop.call_later(self._config.idle_mark_seconds, self._idle)
+
+    def submit(self, log: ReplicaLog, append: Append, direct: dict[int, Segment] | None, done: Done) -> None:
+        """Queue an append whose entries ``log`` has taken; ``done`` is called once it is durable."""
+        size = 0
+        for entry in append.entries:
+            size += len(entry.frame)
+        written = size + RECORD_HEADER_BYTES * len(append.entries) + HARD_STATE_BYTES
+        for index in direct or ():
+            written += ENTRY_REF_BYTES - len(log.memory.at(index).frame)
+        since = asyncio.get_running_loop().time()
+        self._queue.append(_Item(log, append, direct, done, size, written, since))
+        self.pending_bytes += size
+        self._wake_up()
+
+    def checkpoint_due(self, log: ReplicaLog) -> None:
+        """The replica's flushed index has grown: say so in the next group (at once if old files wait for
+        it)."""
+        self._due[log.spec.replica_id] = log
+        if len(self._files) > 1:
+            self._wake_up()
+
+    async def checkpoint(self, logs: Iterable[ReplicaLog]) -> None:
+        """Write the checkpoints of these replicas now; returns when they are durable.
+
+        Raises:
+            StorageFailed: the journal has failed.
+        """
+        if self.failed is not None:
+            raise self.failed
+        for log in logs:
+            self._due[log.spec.replica_id] = log
+        waiter = asyncio.get_running_loop().create_future()
+        self._waiters.append(waiter)
+        self._wake_up()
+        await waiter
+
+    def fail(self, error: RaftlogError) -> None:
+        """Take nothing more: the store has failed elsewhere."""
+        self._fail(error)
+        self._wake_up()
+
+    def forget(self, replica_id: int) -> None:
+        """The replica was removed: no file is needed for it."""
+        for file in self._files:
+            file.needed.pop(replica_id, None)
+        self._due.pop(replica_id, None)
+        self._copies.pop(replica_id, None)
+
+    def free_oldest(self) -> None:
+        """If too many files are held, copy what holds the oldest (entries that are not yet committed) to the
+        head."""
+        if len(self._files) <= self._config.journal_files_max or self.failed is not None:
+            return
+        for replica_id in self._files[0].needed:
+            log = self._logs.get(replica_id)
+            if log is not None and log.flushed_index >= log.flushable_index:
+                self._copies[replica_id] = (log, log.flushed_index + 1)
+                self._due[replica_id] = log
+        if self._copies:
+            self._wake_up()
+
+    @property
+    def oldest_pending_since(self) -> float | None:
+        """Loop time at which the oldest append that is not durable was submitted."""
+        for items in (self._running, self._queue):
+            if items:
+                return items[0].since
+        return None
+
+    @property
+    def sequence(self) -> int:
+        """Of the newest durable file."""
+        return self._files[-1].sequence if self._files else 0
+
+    @property
+    def file_count(self) -> int:
+        """Journal files that are still needed."""
+        return len(self._files)
+
+    async def close(self) -> None:
+        """Write what is queued, then stop."""
+        self._closing = True
+        if self._mark_timer is not None:
+            self._mark_timer.cancel()
+        self._wake_up()
+        if self._task is not None:
+            await self._task
+        for file in self._files:
+            if file.file is not None:
+                file.file.close()
+
+    # -- the task --------------------------------------------------------------------------------------------
+
+    async def _run(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            if self.failed is not None:
+                return
+            if not (self._queue or self._due_now() or self._mark_due):
+                if self._closing:
+                    return
+                self._wake = loop.create_future()
+                await self._wake
+                self._wake = None
+                continue
+            try:
+                await self._commit()
+            except RaftlogError as error:
+                self._fail(error)
+                return
+
+    async def _commit(self) -> None:
+        """Write and sync one group (again and again while the device is full), then tell those who wait."""
+        file = self._current
+        rolls = file is None or self._is_full(file)
+        if file is None or rolls:
+            file = await self._retry(self._next_file)
+        # Only now, without a pause until the group is built: the logs' memory stands where its last append
+        # left it.
+        items, self._running, self._queue = self._queue, self._queue, []
+        begin = self._position
+        group = self._build(file, items, first=rolls)
+        at = FILE_HEADER_BYTES + begin - file.base
+        if rolls:
+            header = encode_file_header(FileHeader(self._disk_id, file.sequence, file.base))
+            group.buffers.insert(0, header)
+            at = 0
+        assert file.file is not None
+        write = Write(file.file, at, group.buffers)
+        if group.direct:
+            await self._retry(lambda: self._write_direct(write, group))
+        else:
+            await self._retry(lambda: self._disk.commit((write,)))
+        self._position = group.position
+        if rolls:
+            self._current = file
+            self._files.append(file)
+            self._on_roll()
+        self._running = []
+        self._finish(group, items)
+
+    def _build(self, file: _File, items: list[_Item], *, first: bool) -> _Group:
+        group = _Group(self._position)
+        group.add(encode_mark(group.position, self._position))
+        if first:
+            for log in self._logs.values():
+                self._add_checkpoint(group, log)
+        for item in items:
+            self._add_append(group, file, item)
+        for replica_id, (log, index) in self._copies.items():
+            self._add_copy(group, file, replica_id, log, index)
+        self._copies.clear()
+        due, self._due = self._due, {}
+        for log in due.values():
+            self._add_checkpoint(group, log)
+        self._running_waiters, self._waiters = self._waiters, []
+        self._mark_due = False
+        self._marked = group.position == self._position + MARK_BYTES
+        return group
+
+    def _add_append(self, group: _Group, file: _File, item: _Item) -> None:
+        log, append = item.log, item.append
+        replica_id = log.spec.replica_id
+        if log.removed:
+            return
+        if append.hard_state is not None:
+            log.hard_state = append.hard_state
+            group.add(encode_hard_state(group.position, replica_id, append.hard_state))
+        entries = append.entries
+        if not entries:
+            return
+        self._need(file, replica_id, entries[0].index, entries[-1].index)
+        direct = item.direct
+        buffers = group.buffers
+        position = group.position
+        for entry in entries:
+            frame = entry.frame
+            if direct is not None and entry.index in direct:
+                place = log.place_of(entry.index)
+                # No longer in the log: truncated by a later append of this very group, its place is
+                # another's.
+                if place is not None and log.memory.at(entry.index) is entry:
+                    group.direct.append((direct[entry.index], place.position, frame))
+                    record = encode_entry_ref(position, replica_id, entry, place)
+                    buffers.append(record)
+                    position += len(record)
+                    continue
+            head = record_head(position, RecordKind.ENTRY, replica_id, frame)
+            buffers.append(head)
+            buffers.append(frame)
+            position += RECORD_HEADER_BYTES + len(frame)
+        group.position = position
+
+    def _add_copy(self, group: _Group, file: _File, replica_id: int, log: ReplicaLog, index: int) -> None:
+        """Write again all entries from ``index`` on (the memory agrees with the journal at the end of a
+        group)."""
+        index = max(index, log.flushed_index + 1)
+        if log.removed or index > log.last_index:
+            return
+        self._need(file, replica_id, index, log.last_index)
+        for entry in log.memory.entries[index - log.memory.first_index :]:
+            place = log.place_of(entry.index)
+            if place is not None:
+                group.add(encode_entry_ref(group.position, replica_id, entry, place))
+            else:
+                group.add(record_head(group.position, RecordKind.ENTRY, replica_id, entry.frame))
+                group.buffers.append(entry.frame)
+                group.position += len(entry.frame)
+
+    def _add_checkpoint(self, group: _Group, log: ReplicaLog) -> None:
+        if not log.removed:
+            group.add(encode_checkpoint(group.position, log.spec.replica_id, log.checkpoint()))
+            group.checkpoints.append((log, log.flushed_index))
+
+    def _need(self, file: _File, replica_id: int, first: int, last: int) -> None:
+        """``file`` now holds entries [first, last]; earlier files are needed only below ``first``."""
+        for older in self._files:
+            if older is not file and older.needed.get(replica_id, 0) >= first:
+                older.needed[replica_id] = first - 1
+        file.needed[replica_id] = last
+
+    def _finish(self, group: _Group, items: list[_Item]) -> None:
+        for log, index in group.checkpoints:
+            replica_id = log.spec.replica_id
+            self._checkpointed[replica_id] = max(index, self._checkpointed.get(replica_id, 0))
+        counts: dict[int, int] = {}
+        for item in items:
+            self.pending_bytes -= item.size
+            replica_id = item.log.spec.replica_id
+            counts[replica_id] = counts.get(replica_id, 0) + 1
+        for replica_id, count in counts.items():
+            found = self._logs.get(replica_id)
+            if found is not None:
+                found.made_durable(count)
+        self._last_write = asyncio.get_running_loop().time()
+        self._on_durable()
+        for item in items:
+            _tell(item.done, None)
+        waiters, self._running_waiters = self._running_waiters, []
+        for waiter in waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+
+    def _fail(self, error: RaftlogError) -> None:
+        if self.failed is not None:
+            return
+        self.failed = error
+        if self._mark_timer is not None:
+            self._mark_timer.cancel()
+        self._on_fault(error)
+        items = self._running + self._queue
+        self._running, self._queue = [], []
+        self.pending_bytes = 0
+        waiters = self._running_waiters + self._waiters
+        self._running_waiters, self._waiters = [], []
+        for item in items:
+            _tell(item.done, error)
+        for waiter in waiters:
+            if not waiter.done():
+                waiter.set_exception(error)
+
+    # -- writing ---------------------------------------------------------------------------------------------
+
+    async def _write_direct(self, write: Write, group: _Group) -> None:
+        writes = [write]
+        for segment, position, frame in group.direct:
+            if segment.file is None:
+                segment.file = await self._disk.open(segment.path, create=True)
+            if not segment.header_written:
+                writes.append(Write(segment.file, 0, (segment.header.encode(),)))
+            writes.append(Write(segment.file, position, (frame,)))
+        await self._disk.commit(writes)
+        for segment, _, _ in group.direct:
+            segment.header_written = True
+
+    async def _retry(self, attempt: Callable[[], Awaitable[T]]) -> T:
+        """Run ``attempt`` until the device has room."""
+        delay = self._config.retry_seconds
+        full = False
+        while True:
+            try:
+                result = await attempt()
+            except StorageFull as error:
+                if self._closing:
+                    raise StorageFailed(f"closed while the device was full: {error.message}") from error
+                if not full:
+                    full = True
+                    self._on_fault(error)
+                await asyncio.sleep(delay)
+                delay = min(2 * delay, self._config.retry_seconds_max)
+            else:
+                if full:
+                    self._on_fault(None)
+                return result
+
+    # -- files -----------------------------------------------------------------------------------------------
+
+    def _is_full(self, file: _File) -> bool:
+        used = self._position - file.base
+        coming = MARK_BYTES + len(self._due) * CHECKPOINT_BYTES + sum(item.written for item in self._queue)
+        return used > 0 and FILE_HEADER_BYTES + used + coming > self._config.journal_bytes
+
+    async def _next_file(self) -> _File:
+        sequence = self._files[-1].sequence + 1 if self._files else self._sequence
+        path = journal_path(sequence)
+        async with self._names:
+            if self._spare is not None:
+                # Its blocks are written already, which makes syncs cheaper than into fresh ones.
+                await self._disk.rename(journal_path(self._spare), path)
+                self._spare = None
+        file = await self._disk.open(path, create=True, allocate=self._config.journal_bytes)
+        return _File(sequence, self._position, file)
+
+    @property
+    def can_release(self) -> bool:
+        """The oldest file is not needed any more."""
+        return len(self._files) > 1 and self._is_released(self._files[0])
+
+    async def release(self) -> None:
+        """Let go of the oldest files that are not needed any more. The newest of them is kept to be used
+        again; the others go oldest first, so that no crash leaves a gap in the sequence."""
+        while self.can_release:
+            async with self._names:
+                if self._spare is not None:
+                    await self._disk.remove(journal_path(self._spare))
+                file = self._files.pop(0)
+                if file.file is not None:
+                    file.file.close()
+                self._spare = file.sequence
+
+    def _is_released(self, file: _File) -> bool:
+        return all(
+            self._checkpointed.get(replica_id, 0) >= index
+            for replica_id, index in file.needed.items()
+            if replica_id in self._logs
+        )
+
+    # -- waking ----------------------------------------------------------------------------------------------
+
+    def _due_now(self) -> bool:
+        return bool(self._waiters or self._copies or (self._due and len(self._files) > 1))
+
+    def _wake_up(self) -> None:
+        wake = self._wake
+        if wake is not None and not wake.done():
+            wake.set_result(None)
+
+    def _idle(self) -> None:
+        """Cover the last group with a mark once nothing was written for a while."""
+        loop = asyncio.get_running_loop()
+        due = self._last_write + self._config.idle_mark_seconds
+        if not self._marked and not self._queue and not self._running and loop.time() >= due:
+            self._mark_due = True
+            self._wake_up()
+        at = due if due > loop.time() else loop.time() + self._config.idle_mark_seconds
+        self._mark_timer = loop.call_at(at, self._idle)
+
+
+def _tell(done: Done, error: BaseException | None) -> None:
+    try:
+        done(error)
+    except Exception as raised:  # noqa: BLE001 - one replica's host must not stop the journal of all
+        asyncio.get_running_loop().call_exception_handler(
+            {"message": "a callback of storage raised", "exception": raised}
+        )

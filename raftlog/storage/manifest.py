@@ -1,0 +1,45 @@
+"""The synced list of replicas that were created on this broker.
+
+A row without data is a *lost* replica: it has forgotten its term and vote, so it must never vote under that
+id again.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import msgspec
+
+from raftlog.storage.checked_file import seal, unseal_as
+from raftlog.storage.disk import Disk
+from raftlog.storage.spec import ReplicaSpec
+
+MANIFEST_PATH: Final = "MANIFEST"
+_MAGIC: Final = b"RLOGMANI"
+_VERSION: Final = 1
+
+
+class Manifest(msgspec.Struct, frozen=True, array_like=True):
+    """Contents of the manifest file."""
+
+    disk_id: bytes
+    replicas: tuple[ReplicaSpec, ...] = ()
+    journal_sequence: int = 0
+    """The journal had a durable file of this sequence number when the manifest was written: should the newest
+    one found be older, the journal's end is missing."""
+    clean: bool = False
+    """True from a clean stop until the next start."""
+    boot_id: str = ""
+    """The operating system's boot during which it was written."""
+
+
+async def load_manifest(disk: Disk) -> Manifest | None:
+    """The manifest, None when there is none yet (DamagedData when it does not check)."""
+    if not await disk.exists(MANIFEST_PATH):
+        return None
+    return unseal_as(Manifest, _MAGIC, _VERSION, await disk.read_file(MANIFEST_PATH), MANIFEST_PATH)
+
+
+async def store_manifest(disk: Disk, manifest: Manifest) -> None:
+    """Write it atomically and durably."""
+    await disk.replace_file(MANIFEST_PATH, seal(_MAGIC, _VERSION, msgspec.msgpack.encode(manifest)))

@@ -1,0 +1,361 @@
+"""A broker's storage: all its replicas' logs over one journal.
+
+The host appends without waiting and is called back in order; reads and everything else are on
+:class:`ReplicaLog`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable
+from typing import TypeAlias
+
+from raftlog.errors import DamagedData, ForeignDataDir, RaftlogError, StorageFull
+from raftlog.raft.types import Append, HardState
+from raftlog.storage.disk import Disk
+from raftlog.storage.flusher import Flusher
+from raftlog.storage.journal import Done, Journal
+from raftlog.storage.journal_format import Checkpoint
+from raftlog.storage.journal_scan import JournalScan, scan_journal
+from raftlog.storage.manifest import Manifest, load_manifest, store_manifest
+from raftlog.storage.recovery import FrameSource, RecoveredReplica, recover_replica, replay_whole
+from raftlog.storage.replica_log import Recovered, ReplicaLog
+from raftlog.storage.segment import Segment, replica_folder
+from raftlog.storage.segment_reader import SegmentReader
+from raftlog.storage.snapshot_file import snapshot_path
+from raftlog.storage.spec import ReplicaSpec, StorageConfig
+
+OnFault: TypeAlias = Callable[[RaftlogError | None], None]
+
+
+class BrokerStore:
+    """Opened by :meth:`open`.
+
+    Attributes:
+        logs: the replicas, by id.
+        lost: created here once, and nothing of them is left: an empty replica must never vote under such an
+        id.
+        damaged: their data does not check; the error says where. The broker's other replicas are not
+        affected.
+        fault: StorageFull while the device has no room (what was appended waits and is tried again; nothing
+        is lost),
+            StorageFailed once a write or sync failed: then for good.
+        on_fault: called whenever ``fault`` changes.
+        was_clean: the last stop was a clean one; ``previous_boot_id`` the operating system's boot it ran in.
+    """
+
+    def __init__(self, disk: Disk, config: StorageConfig, disk_id: bytes) -> None:
+        self.logs: dict[int, ReplicaLog] = {}
+        self.lost: dict[int, ReplicaSpec] = {}
+        self.damaged: dict[int, DamagedData] = {}
+        self.fault: RaftlogError | None = None
+        self.on_fault: OnFault = _ignore
+        self.was_clean = True
+        self.previous_boot_id = ""
+        self._disk = disk
+        self._config = config
+        self._disk_id = disk_id
+        self._specs: dict[int, ReplicaSpec] = {}
+        self._reader = SegmentReader(disk, config)
+        self._journal: Journal
+        self._flusher: Flusher
+        self._full: dict[str, RaftlogError] = {}
+        self._manifest_lock = asyncio.Lock()
+        self._closed = False
+
+    @classmethod
+    async def open(cls, disk: Disk, config: StorageConfig | None = None, *, disk_id: bytes) -> BrokerStore:
+        """Lock the directory and recover all that is in it.
+
+        Args:
+            disk_id: the directory's own id, from its identity.
+
+        Raises:
+            DataDirLocked: another broker has it open.
+            ForeignDataDir: journal or manifest were written under another disk id.
+            DamagedData: the journal or the manifest does not check where it had been synced.
+            StorageFull, StorageFailed: the device.
+        """
+        await disk.lock()
+        store = cls(disk, config or StorageConfig(), disk_id)
+        try:
+            await store._recover()
+        except BaseException:
+            await disk.close()
+            raise
+        return store
+
+    # -- replicas --------------------------------------------------------------------------------------------
+
+    async def create(self, spec: ReplicaSpec) -> ReplicaLog:
+        """Create one replica; see :meth:`create_many`."""
+        return (await self.create_many([spec]))[0]
+
+    async def create_many(self, specs: Iterable[ReplicaSpec]) -> list[ReplicaLog]:
+        """Create empty replicas; they are in the synced manifest before this returns.
+
+        Raises:
+            StorageFailed: the store has failed.
+        """
+        made = []
+        for spec in specs:
+            assert spec.replica_id not in self._specs, f"replica id {spec.replica_id} was used before"
+            made.append(self._new_log(spec))
+        for log in made:
+            self.logs[log.spec.replica_id] = log
+        try:
+            # First the record that it exists with nothing in it, then the promise that there is such a
+            # record.
+            await self._journal.checkpoint(made)
+            async with self._manifest_lock:
+                for log in made:
+                    self._specs[log.spec.replica_id] = log.spec
+                await self._store_manifest()
+        except BaseException:
+            for log in made:
+                self.logs.pop(log.spec.replica_id, None)
+                self._specs.pop(log.spec.replica_id, None)
+            raise
+        return made
+
+    async def remove(self, replica_id: int) -> None:
+        """Forget a replica and delete its data. One that is not there is fine."""
+        log = self.logs.pop(replica_id, None)
+        self.lost.pop(replica_id, None)
+        self.damaged.pop(replica_id, None)
+        if log is not None:
+            log.removed = True
+            self._journal.forget(replica_id)
+            self._flusher.forget(log)
+        if self._specs.pop(replica_id, None) is not None:
+            async with self._manifest_lock:
+                await self._store_manifest()
+        if log is not None:
+            await self._flusher.settle()
+            await self._journal.checkpoint(())  # behind it, no write to its segments is under way
+            for segment in log.segments:
+                self._reader.forget(segment)
+        await self._disk.remove_tree(replica_folder(replica_id))
+
+    # -- append ----------------------------------------------------------------------------------------------
+
+    def append(self, log: ReplicaLog, append: Append, done: Done) -> None:
+        """Take the entries into the log now and make them durable; never blocks.
+
+        Args:
+            done: called on the loop with None once durable, in order per replica; with StorageFailed if they
+            are not
+                and never will be.
+        """
+        failed = self._journal.failed
+        if failed is not None or self._closed:
+            error = failed or RaftlogError("the store is closed")
+            asyncio.get_running_loop().call_soon(done, error)
+            return
+        dropped, direct = log.take(append.entries)
+        size = -dropped
+        for entry in append.entries:
+            size += len(entry.frame)
+        self._flusher.added(log, size)
+        self._journal.submit(log, append, direct, done)
+
+    @property
+    def pending_bytes(self) -> int:
+        """Bytes appended and not yet durable."""
+        return self._journal.pending_bytes
+
+    @property
+    def oldest_pending_since(self) -> float | None:
+        """Loop time at which the oldest append that is not yet durable was made."""
+        return self._journal.oldest_pending_since
+
+    async def flush(self) -> None:
+        """Move all that is committed to the segments now (tests, and a broker that drains)."""
+        await self._flusher.flush_all()
+        await self._journal.checkpoint(self.logs.values())
+        await self._journal.release()
+
+    async def close(self) -> None:
+        """Write and flush everything, note that the stop was clean, release the directory."""
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            if self.fault is None:
+                await self._flusher.close()
+                await self._journal.checkpoint(())
+                for log in self.logs.values():
+                    await self._flusher.flush(log, save_index=True)
+                await self._journal.checkpoint(self.logs.values())
+                await self._journal.release()
+                await self._journal.close()
+                if self.fault is None:
+                    await self._store_manifest(clean=True)
+            else:
+                await self._flusher.close()
+                await self._journal.close()
+        except RaftlogError as error:
+            self._set_fault("close", error)
+        finally:
+            for log in self.logs.values():
+                for segment in log.segments:
+                    self._reader.forget(segment)
+            await self._disk.close()
+
+    # -- recovery --------------------------------------------------------------------------------------------
+
+    async def _recover(self) -> None:
+        manifest = await load_manifest(self._disk)
+        if manifest is None:
+            manifest = Manifest(self._disk_id, clean=True, boot_id=self._config.boot_id)
+        if manifest.disk_id != self._disk_id:
+            raise ForeignDataDir(
+                f"the manifest was written on disk {manifest.disk_id.hex()}, this is {self._disk_id.hex()}"
+            )
+        self.was_clean = manifest.clean
+        self.previous_boot_id = manifest.boot_id
+        scan = await scan_journal(self._disk, self._disk_id, manifest.journal_sequence)
+        if scan.damage:
+            raise scan.damage[0]
+        source = FrameSource(self._disk)
+        replayed = await replay_whole(scan, source)
+        found: list[RecoveredReplica] = []
+        for spec in manifest.replicas:
+            self._specs[spec.replica_id] = spec
+            if spec.replica_id not in replayed:
+                self.lost[spec.replica_id] = spec
+                continue
+            try:
+                found.append(
+                    await recover_replica(self._disk, self._config, spec, replayed[spec.replica_id], source)
+                )
+            except DamagedData as error:
+                self.damaged[spec.replica_id] = error
+        await self._begin(manifest, scan, found)
+
+    async def _begin(self, manifest: Manifest, scan: JournalScan, found: list[RecoveredReplica]) -> None:
+        """From here on the directory is changed."""
+        await self._cut_torn_tail(scan)
+        for replica in found:
+            for path in replica.leftovers:
+                await self._disk.remove(path)
+            self.logs[replica.spec.replica_id] = self._recovered_log(replica)
+        needed = {file.sequence: dict[int, int]() for file in scan.files}
+        for replica in found:
+            for sequence, index in replica.needed.items():
+                needed[sequence][replica.spec.replica_id] = index
+        for damaged in self.damaged:
+            for held in needed.values():  # its part of the journal is evidence: keep it
+                held[damaged] = 1 << 62
+        self._journal = Journal(
+            self._disk,
+            self._config,
+            self._disk_id,
+            self.logs,
+            sequence=scan.sequence + 1,
+            base=scan.end,
+            old=[(file.sequence, file.base, needed[file.sequence]) for file in scan.files],
+            on_fault=lambda error: self._set_fault("journal", error),
+            on_durable=self._group_done,
+            on_roll=self._rolled,
+        )
+        self._flusher = Flusher(
+            self._disk, self._config, self._journal, lambda error: self._set_fault("segments", error)
+        )
+        for log in self.logs.values():
+            self._flusher.added(log, sum(len(entry.frame) for entry in log.recovered.tail))
+        await self._store_manifest()
+        self._journal.start()
+        self._flusher.start()
+
+    async def _cut_torn_tail(self, scan: JournalScan) -> None:
+        if scan.files and not scan.files[-1].header_valid:
+            await self._disk.remove(scan.files.pop().path)
+        if scan.files:
+            last = scan.files[-1]
+            if len(last.data) > last.size:
+                # Not only for tidiness: what stands behind could one day line up with new records.
+                file = await self._disk.open(last.path)
+                await self._disk.truncate(file, last.size)
+                file.close()
+
+    def _new_log(self, spec: ReplicaSpec) -> ReplicaLog:
+        recovered = Recovered(HardState(), ((0, spec.conf),), 1, 0, 0, (), 0, (), 0, 0)
+        segment = Segment(spec, 1, 0, 0, 0, self._config.index_interval_bytes)
+        flushed = Checkpoint(HardState(), 0, 0, 0, 0, 0, 1)
+        return self._make_log(spec, recovered, [segment], flushed)
+
+    def _recovered_log(self, replica: RecoveredReplica) -> ReplicaLog:
+        log = self._make_log(replica.spec, replica.recovered, replica.segments, replica.flushed)
+        log.snapshot = replica.snapshot
+        log.snapshots = replica.snapshots
+        for index, place in replica.places.items():
+            segment = log.segment_of(index)
+            if place == (segment.base_index, segment.base_offset, log.memory.position_of(index)):
+                log.mark_direct(index, place)
+        return log
+
+    def _make_log(
+        self, spec: ReplicaSpec, recovered: Recovered, segments: list[Segment], flushed: Checkpoint
+    ) -> ReplicaLog:
+        return ReplicaLog(spec, self._config, self._reader, recovered, segments, flushed, self)
+
+    # -- what the logs ask for -------------------------------------------------------------------------------
+
+    def request_flush(self, log: ReplicaLog) -> None:
+        """Flush the log soon (it has a snapshot to write)."""
+        self._flusher.request(log)
+
+    async def truncate_prefix(self, log: ReplicaLog, index: int) -> None:
+        """See :meth:`ReplicaLog.truncate_prefix`."""
+        await self._flusher.settle()
+        dropped: list[Segment] = []
+        newest = log.snapshots[-1] if log.snapshots else 0
+        limit = min(index, newest)
+        while len(log.segments) > 1 and log.segments[0].sealed and log.segments[0].last_index <= limit:
+            dropped.append(log.segments.pop(0))
+        if not dropped:
+            return
+        first = log.first_index
+        log.memory_starts_at(first)
+        old_snapshots = [i for i in log.snapshots if i < first - 1]
+        log.snapshots = [i for i in log.snapshots if i >= first - 1]
+        await self._journal.checkpoint([log])  # a crash from here on only leaves files that recovery removes
+        for segment in dropped:
+            self._reader.forget(segment)
+            await self._disk.remove(segment.path)
+            await self._disk.remove(segment.index_path)
+        for old in old_snapshots:
+            await self._disk.remove(snapshot_path(log.spec.replica_id, old))
+
+    # -- inside ----------------------------------------------------------------------------------------------
+
+    async def _store_manifest(self, *, clean: bool = False) -> None:
+        journal_sequence = self._journal.sequence
+        manifest = Manifest(
+            self._disk_id, tuple(self._specs.values()), journal_sequence, clean, self._config.boot_id
+        )
+        await store_manifest(self._disk, manifest)
+
+    def _group_done(self) -> None:
+        self._flusher.group_done()
+
+    def _rolled(self) -> None:
+        self._flusher.request()
+
+    def _set_fault(self, source: str, error: RaftlogError | None) -> None:
+        before = self.fault
+        if error is None:
+            self._full.pop(source, None)
+        else:
+            self._full[source] = error
+        failed = [fault for fault in self._full.values() if not isinstance(fault, StorageFull)]
+        self.fault = failed[0] if failed else next(iter(self._full.values()), None)
+        if failed and self._journal.failed is None:
+            self._journal.fail(failed[0])
+        if self.fault is not before:
+            self.on_fault(self.fault)
+
+
+def _ignore(fault: RaftlogError | None) -> None:
+    """Until the host listens."""
