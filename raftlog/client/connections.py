@@ -1,0 +1,221 @@
+"""One connection per broker, shared by all handles of a process: where brokers are, and how one is reached.
+
+Addresses are soft: the bootstrap's are only where to begin, metadata brings newer ones (the highest
+    incarnation of a
+broker counts), and what a broker says of itself in the handshake decides.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Iterable
+from typing import Final
+
+import msgspec
+
+from raftlog.client.retry import is_retriable
+from raftlog.errors import Closed, ConnectionLost, RaftlogError
+from raftlog.net.connection import RpcConnection
+from raftlog.net.handshake import Local
+from raftlog.net.network import Seams
+from raftlog.net.rpc import BrokerRow
+
+log = logging.getLogger("raftlog.client")
+
+DIAL_TIMEOUT_S: Final = 3.0
+DIALS_AT_ONCE: Final = 3
+
+Address = tuple[str, int]
+
+
+class Bootstrap(msgspec.Struct, frozen=True):
+    """How to reach a cluster. Picklable; found through Ray, or given by ``LocalCluster``."""
+
+    name: str
+    cluster_id: str
+    secret: bytes
+    addresses: tuple[Address, ...]
+
+    def __repr__(self) -> str:
+        return f"Bootstrap(name={self.name!r}, cluster_id={self.cluster_id!r}, addresses={self.addresses!r})"
+
+
+class Link:
+    """What is known of one broker, and the connection to it if there is one."""
+
+    __slots__ = ("address", "broker_id", "connection", "dialing", "incarnation")
+
+    def __init__(self, broker_id: int, address: Address, incarnation: int) -> None:
+        self.broker_id = broker_id
+        self.address = address
+        self.incarnation = incarnation
+        self.connection: RpcConnection | None = None
+        self.dialing: asyncio.Task[RpcConnection] | None = None
+
+    def open(self) -> RpcConnection | None:
+        """The connection, if it is open."""
+        connection = self.connection
+        return None if connection is None or connection.closed else connection
+
+
+class Connections:
+    """The links to all brokers of a cluster.
+
+    Args:
+        seams: network and Random.
+        bootstrap: where to begin.
+        client_id: who we are in the brokers' logs.
+        refresh: asked for a new bootstrap when no known address answers.
+        changed: called when a connection was made or lost.
+    """
+
+    def __init__(
+        self,
+        seams: Seams,
+        bootstrap: Bootstrap,
+        client_id: str,
+        refresh: Callable[[], Awaitable[Bootstrap]] | None,
+        changed: Callable[[], None],
+    ) -> None:
+        self._seams = seams
+        self._bootstrap = bootstrap
+        self._refresh = refresh
+        self._changed = changed
+        self._local = Local(cluster_id=bootstrap.cluster_id, role="client", client_id=client_id)
+        self._dials: dict[Address, asyncio.Task[RpcConnection]] = {}
+        self._closed = False
+        self.links: dict[int, Link] = {}
+
+    def open(self, broker_id: int) -> RpcConnection | None:
+        """The open connection to a broker, if there is one."""
+        link = self.links.get(broker_id)
+        return None if link is None else link.open()
+
+    def open_ones(self) -> list[RpcConnection]:
+        """Every open connection."""
+        return [connection for link in self.links.values() if (connection := link.open()) is not None]
+
+    def learn(self, brokers: Iterable[BrokerRow]) -> None:
+        """Take in where brokers are. A connection to an older incarnation is to a process that is gone."""
+        for row in brokers:
+            if not row.port:
+                continue
+            link = self.links.get(row.id)
+            if link is None:
+                self.links[row.id] = Link(row.id, (row.host, row.port), row.incarnation)
+            elif row.incarnation > link.incarnation:
+                link.address, link.incarnation = (row.host, row.port), row.incarnation
+                if link.connection is not None and link.connection.peer.incarnation < row.incarnation:
+                    link.connection.close()
+
+    def dial(self, broker_id: int) -> None:
+        """Begin to connect to a broker, unless it is connected or under way; ``changed`` tells how it
+        ended."""
+        link = self.links.get(broker_id)
+        if link is not None and link.open() is None and not self._closed:
+            self._dial(link.address)
+
+    async def any(self) -> RpcConnection:
+        """An open connection to whichever broker answers.
+
+        Raises:
+            ConnectionLost: none does (now).
+            AuthenticationFailed, IncompatibleVersion: the cluster refuses us.
+            Closed: this client was closed.
+        """
+        if self._closed:
+            raise Closed("this client is closed")
+        opened = self.open_ones()
+        if opened:
+            return self._seams.random.choice(opened)
+        known = [link.address for link in self.links.values()]
+        try:
+            return await self._first([*dict.fromkeys([*known, *self._bootstrap.addresses])])
+        except ConnectionLost:
+            if self._refresh is None:
+                raise
+        self._bootstrap = await self._refresh()
+        return await self._first(list(self._bootstrap.addresses))
+
+    async def _first(self, addresses: list[Address]) -> RpcConnection:
+        """The first of these that answers, a few dialed at a time."""
+        error: RaftlogError = ConnectionLost(f"no address of cluster {self._bootstrap.name!r} is known")
+        self._seams.random.shuffle(addresses)
+        for start in range(0, len(addresses), DIALS_AT_ONCE):
+            pending = {self._dial(address) for address in addresses[start : start + DIALS_AT_ONCE]}
+            while pending:
+                done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    failure = task.exception() if not task.cancelled() else Closed("this client is closed")
+                    if failure is None:
+                        return task.result()
+                    if not isinstance(failure, RaftlogError) or not is_retriable(failure):
+                        raise failure
+                    error = failure
+        raise ConnectionLost(
+            f"no broker of cluster {self._bootstrap.name!r} answers at "
+            + ", ".join(f"{host}:{port}" for host, port in addresses)
+        ) from error
+
+    def _dial(self, address: Address) -> asyncio.Task[RpcConnection]:
+        task = self._dials.get(address)
+        if task is None:
+            task = self._dials[address] = asyncio.get_running_loop().create_task(self._open(address))
+            task.add_done_callback(lambda done: self._dialed(address, done))
+        return task
+
+    async def _open(self, address: Address) -> RpcConnection:
+        connection = await RpcConnection.open(
+            self._seams,
+            *address,
+            self._local,
+            self._bootstrap.secret,
+            purpose="client",
+            timeout=DIAL_TIMEOUT_S,
+            on_close=self._lost,
+        )
+        return self._adopt(connection, address)
+
+    def _dialed(self, address: Address, task: asyncio.Task[RpcConnection]) -> None:
+        self._dials.pop(address, None)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.debug("cannot reach %s:%d: %s", *address, error)
+        self._changed()
+
+    def _adopt(self, connection: RpcConnection, address: Address) -> RpcConnection:
+        """Put a new connection where it belongs; the peer says which broker it is."""
+        if self._closed:
+            connection.close()
+            raise Closed("this client is closed")
+        peer = connection.peer
+        link = self.links.setdefault(peer.broker_id, Link(peer.broker_id, address, peer.incarnation))
+        present = link.open()
+        if present is not None and present.peer.incarnation >= peer.incarnation:
+            connection.close()
+            return present
+        link.connection = connection
+        if peer.incarnation >= link.incarnation:
+            link.address, link.incarnation = peer.address or address, peer.incarnation
+        if present is not None:
+            present.close()
+        return connection
+
+    def _lost(self, connection: RpcConnection, error: Exception | None) -> None:
+        link = self.links.get(connection.peer.broker_id)
+        if link is not None and link.connection is connection:
+            link.connection = None
+            if not self._closed:
+                log.debug("connection to broker %d ended: %s", link.broker_id, error)
+        self._changed()
+
+    async def close(self) -> None:
+        """Close all connections; what waits for an answer on them fails with ConnectionLost."""
+        self._closed = True
+        dials = list(self._dials.values())
+        for task in dials:
+            task.cancel()
+        for connection in self.open_ones():
+            connection.close()
+        if dials:
+            await asyncio.wait(dials)

@@ -1,0 +1,360 @@
+"""Fetching ahead: long polls to every leader, for the partitions that have room.
+
+A request carries all partitions of one leader that are due. A partition that becomes due while another
+request to that leader is waiting (after a seek, say) gets a request of its own at once. Runs on the loop, in
+callbacks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable
+from functools import partial
+from threading import Lock
+from typing import Any, Final
+
+from raftlog.client.assigned import AssignedPartition, end_of
+from raftlog.client.cluster import ClusterClient
+from raftlog.client.metadata import PartitionView
+from raftlog.client.retry import BACKOFF, is_retriable, retry
+from raftlog.config import ConsumerConfig
+from raftlog.errors import (
+    ConnectionLost,
+    NotLeader,
+    OffsetOutOfRange,
+    RaftlogError,
+    UnknownReplica,
+    UnknownTopic,
+    from_wire,
+)
+from raftlog.net.connection import RpcConnection
+from raftlog.net.rpc import (
+    OFFSET_EARLIEST,
+    OFFSET_LATEST,
+    FetchedPartition,
+    FetchPartition,
+    FetchRequest,
+    FetchResponse,
+    ListOffsetsRequest,
+    OffsetAnswer,
+    OffsetQuery,
+)
+
+LOOKUP_TIMEOUT_S: Final = 30.0
+RESETS: Final = {"earliest": OFFSET_EARLIEST, "latest": OFFSET_LATEST, "none": None}
+
+_FETCHED = asyncio.Future[tuple[FetchResponse, memoryview]]
+_Asked = list[tuple[AssignedPartition, int]]
+"""Partitions with their epochs when they were asked for."""
+
+
+class Fetcher:
+    """Keeps the assigned partitions filled.
+
+    Args:
+        cluster: whose loop this runs on.
+        loop: that loop.
+        config: the consumer's settings.
+        lock: guards what fetcher and consumer both touch.
+        arrived: called when there is something new for the consumer: records, an error, or a position.
+        call_soon: the loop's ``call_soon``, or ``call_soon_threadsafe`` where another thread polls.
+    """
+
+    def __init__(
+        self,
+        cluster: ClusterClient,
+        loop: asyncio.AbstractEventLoop,
+        config: ConsumerConfig,
+        lock: Lock,
+        arrived: Callable[[], None],
+        call_soon: Callable[..., Any],
+    ) -> None:
+        self._cluster = cluster
+        self._loop = loop
+        self._config = config
+        self._lock = lock
+        self._arrived = arrived
+        self._call_soon = call_soon
+        self._partitions: list[AssignedPartition] = []
+        self._turn = 0
+        self._woken = False
+        self._timer: asyncio.TimerHandle | None = None
+        self._sought: set[PartitionView] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._stopped = False
+
+    def assign(self, partitions: Iterable[AssignedPartition]) -> None:
+        """Fetch these from now on."""
+        self._partitions = list(partitions)
+        self._pump()
+
+    def wake(self) -> None:
+        """Something is due, or has room again; from any thread."""
+        if not self._woken and not self._stopped:
+            self._woken = True
+            self._call_soon(self._pump)
+
+    def stop(self) -> None:
+        """Fetch nothing more."""
+        self._stopped = True
+        if self._timer is not None:
+            self._timer.cancel()
+        for task in self._tasks:
+            task.cancel()
+
+    # -- asking ----------------------------------------------------------------------------------------------
+
+    def _pump(self) -> None:
+        """Ask for every partition that is due."""
+        self._woken = False
+        if self._stopped:
+            return
+        now = self._loop.time()
+        by_connection: dict[RpcConnection, list[AssignedPartition]] = {}
+        for each in self._due(now):
+            connection = self._cluster.route(each.view)
+            if connection is None:
+                self._seek(each.view)
+            else:
+                by_connection.setdefault(connection, []).append(each)
+        for connection, partitions in by_connection.items():
+            self._ask(connection, partitions)
+        later = [each.pause_until for each in self._partitions if each.pause_until > now]
+        if later:
+            if self._timer is not None:
+                self._timer.cancel()
+            self._timer = self._loop.call_at(min(later), self._pump)
+
+    def _due(self, now: float) -> list[AssignedPartition]:
+        room = self._config.prefetch_bytes - sum(each.buffered for each in self._partitions)
+        share = self._config.prefetch_bytes // max(len(self._partitions), 1)
+        self._turn += 1
+        turn = self._turn % max(len(self._partitions), 1)  # who comes first gets the bytes of a full answer
+        due = []
+        for each in self._partitions[turn:] + self._partitions[:turn]:
+            if each.fetching or each.paused or each.error is not None or each.pause_until > now:
+                continue
+            if each.position is None:
+                self._look_up(each)
+            elif each.buffered == 0 or (room > 0 and each.buffered < share):
+                due.append(each)
+        return due
+
+    def _ask(self, connection: RpcConnection, partitions: list[AssignedPartition]) -> None:
+        config = self._config
+        asked: _Asked = []
+        rows = []
+        with self._lock:
+            for each in partitions:
+                each.fetching = True
+                asked.append((each, each.epoch))
+                view = each.view
+                rows.append(
+                    FetchPartition(
+                        view.topic_id,
+                        view.index,
+                        each.fetch_offset,
+                        each.last_term,
+                        config.partition_fetch_bytes,
+                    )
+                )
+        future = connection.request(FetchRequest(config.fetch_wait_ms, config.fetch_bytes_max, rows))
+        patience = (config.fetch_wait_ms + config.request_timeout_ms) / 1000
+        timer = self._loop.call_later(patience, connection.close)
+        future.add_done_callback(partial(self._fetched, connection, asked, self._loop.time(), timer))
+
+    def _seek(self, view: PartitionView) -> None:
+        if view not in self._sought:
+            self._sought.add(view)
+            self._cluster.seek_leader(view).add_done_callback(partial(self._found, view))
+
+    def _found(self, view: PartitionView, future: asyncio.Future[RpcConnection]) -> None:
+        self._sought.discard(view)
+        error = future.exception()
+        if self._stopped:
+            return
+        if isinstance(error, Exception):
+            for each in self._partitions:
+                if each.view is view:
+                    self._fail(each, each.epoch, error)
+            self._arrived()
+        else:
+            self._pump()
+
+    # -- answers ---------------------------------------------------------------------------------------------
+
+    def _fetched(
+        self,
+        connection: RpcConnection,
+        asked: _Asked,
+        asked_at: float,
+        timer: asyncio.TimerHandle,
+        future: _FETCHED,
+    ) -> None:
+        timer.cancel()
+        error = ConnectionLost("cancelled") if future.cancelled() else future.exception()
+        if self._stopped:
+            return
+        waited = self._loop.time() - asked_at
+        if error is None:
+            response, payload = future.result()
+            self._take(connection, asked, response.partitions, payload, waited)
+        elif isinstance(error, RaftlogError):
+            for each, epoch in asked:
+                self._refused(connection, each, epoch, error)
+        else:
+            raise error
+        self._arrived()
+        self._pump()
+
+    def _take(
+        self,
+        connection: RpcConnection,
+        asked: _Asked,
+        rows: list[FetchedPartition],
+        payload: memoryview,
+        waited: float,
+    ) -> None:
+        at = 0
+        for (each, epoch), row in zip(asked, rows, strict=True):
+            chunk = payload[at : at + row.length]
+            at += row.length
+            if row.error is not None:
+                error = from_wire(row.error.name, row.error.message, row.error.details)
+                self._refused(connection, each, epoch, error)
+                continue
+            try:
+                end = end_of(chunk) if row.length else None
+            except RaftlogError as error:
+                self._fail(each, epoch, error)
+                continue
+            with self._lock:
+                if each.epoch == epoch:
+                    self._add(each, row, chunk, end, waited)
+
+    def _add(
+        self,
+        each: AssignedPartition,
+        row: FetchedPartition,
+        chunk: memoryview,
+        end: tuple[int, int] | None,
+        waited: float,
+    ) -> None:
+        each.fetching = False
+        each.committed = row.committed
+        if end is not None and end[0] > each.fetch_offset:
+            each.fetch_offset, each.last_term = end
+            each.chunks.append(chunk)
+            each.buffered += len(chunk)
+            each.failures = 0
+        elif waited < self._config.fetch_wait_ms / 2000:
+            # nothing new, yet an answer at once (others in the request had records, or an entry that is no
+            # batch)
+            each.failures += 1
+            if each.failures > 1:
+                delay = BACKOFF.delay(each.failures - 1, self._cluster.seams.random)
+                each.pause_until = self._loop.time() + delay
+
+    def _refused(
+        self, connection: RpcConnection, each: AssignedPartition, epoch: int, error: RaftlogError
+    ) -> None:
+        if not is_retriable(error):
+            self._fail(each, epoch, error)
+            return
+        view = each.view
+        if isinstance(error, NotLeader):
+            self._cluster.note_refusal(view, connection, error)
+        elif isinstance(error, UnknownReplica):
+            view.deny(connection.peer.broker_id, view.term)
+        with self._lock:
+            if each.epoch == epoch:
+                each.fetching = False
+                each.failures += 1
+                if each.failures > 1:
+                    delay = BACKOFF.delay(each.failures - 1, self._cluster.seams.random)
+                    each.pause_until = self._loop.time() + delay
+
+    def _fail(self, each: AssignedPartition, epoch: int, error: Exception) -> None:
+        with self._lock:
+            if each.epoch == epoch:
+                each.fetching = False
+                each.error = error
+
+    # -- looking up offsets ----------------------------------------------------------------------------------
+
+    def _look_up(self, each: AssignedPartition) -> None:
+        if each.resolving:
+            return
+        if each.reset is None:
+            self._fail(
+                each,
+                each.epoch,
+                OffsetOutOfRange(
+                    f"{each.view}: there is no position, and auto_offset_reset is 'none': seek first"
+                ),
+            )
+            self._arrived()
+            return
+        each.resolving = True
+        task = self._loop.create_task(self._resolve(each, each.epoch, each.reset))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _resolve(self, each: AssignedPartition, epoch: int, what: int) -> None:
+        try:
+            answer = await self.offset(each.view, what, timeout=LOOKUP_TIMEOUT_S)
+        except RaftlogError as error:
+            if is_retriable(error) and not isinstance(error, UnknownTopic):
+                with self._lock:
+                    each.pause_until = self._loop.time() + BACKOFF.most_s
+            else:
+                self._fail(each, epoch, error)
+        else:
+            with self._lock:
+                if each.epoch == epoch:
+                    each.jump(answer.offset)
+        finally:
+            each.resolving = False
+        self._arrived()
+        self._pump()
+
+    async def offset(self, view: PartitionView, timestamp_ms: int, *, timeout: float) -> OffsetAnswer:
+        """Ask the partition's leader for an offset: OFFSET_EARLIEST, OFFSET_LATEST, or of the batch in which
+        the first record of that time or later may be.
+
+        Raises:
+            RaftlogError: the last attempt's, when ``timeout`` seconds are over.
+        """
+        deadline = self._loop.time() + timeout
+        request = ListOffsetsRequest([OffsetQuery(view.topic_id, view.index, timestamp_ms)])
+
+        async def attempt() -> OffsetAnswer:
+            left = max(deadline - self._loop.time(), 0.001)
+            response, _ = await self._cluster.call_leader(view, request, timeout=left)
+            answer = response.answers[0]
+            if answer.error is not None:
+                error = from_wire(answer.error.name, answer.error.message, answer.error.details)
+                connection = self._cluster.route(view)
+                if isinstance(error, (NotLeader, UnknownReplica)) and connection is not None:
+                    self._cluster.note_refusal(view, connection, error)
+                raise error
+            return answer
+
+        return await retry(attempt, random=self._cluster.seams.random, deadline=deadline)
+
+    async def read_at(self, view: PartitionView, offset: int, *, timeout: float) -> memoryview:
+        """One fetch at ``offset`` that does not wait: the frames from there on, none at the end of the
+        log."""
+        deadline = self._loop.time() + timeout
+        wanted = FetchPartition(view.topic_id, view.index, offset, -1, self._config.partition_fetch_bytes)
+        request = FetchRequest(0, self._config.fetch_bytes_max, [wanted])
+
+        async def attempt() -> memoryview:
+            left = max(deadline - self._loop.time(), 0.001)
+            response, payload = await self._cluster.call_leader(view, request, timeout=left)
+            row = response.partitions[0]
+            if row.error is not None:
+                raise from_wire(row.error.name, row.error.message, row.error.details)
+            return payload[: row.length]
+
+        return await retry(attempt, random=self._cluster.seams.random, deadline=deadline)

@@ -1,0 +1,388 @@
+"""The producer's core: checks, serialises and partitions records, and hands them to the accumulator.
+
+It never blocks and never waits: where a record cannot be buffered at once it says what for
+    (:class:`Pending`), and the
+face that calls it, blocking or awaiting, waits in its own way and resumes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Final, NamedTuple
+
+from raftlog.client.accumulator import RECORD_OVERHEAD, PartitionQueue, ProducerBatch, encoded_size
+from raftlog.client.cluster import ClusterClient, partition_of
+from raftlog.client.delivery import Delivery
+from raftlog.client.metadata import TopicView
+from raftlog.client.sender import Sender
+from raftlog.config import ProducerConfig, TopicConfig, validate_topic_name
+from raftlog.errors import (
+    BufferFull,
+    ConfigError,
+    DeliveryFailed,
+    InvalidRecord,
+    RecordTooLarge,
+    SerializationError,
+)
+from raftlog.record.batch import BATCH_HEADER_BYTES, compression_named
+from raftlog.record.codec import BatchBuilder
+from raftlog.record.partitioner import DefaultPartitioner
+from raftlog.record.types import Headers
+from raftlog.serde import Serializer
+
+FAILURES_LISTED_MAX: Final = 100
+BYTES_OR_NONE: Final = {bytes, type(None)}
+DEFAULT_MESSAGE_BYTES_MAX: Final[int] = TopicConfig.model_fields["max_message_bytes"].default
+
+
+class Route:
+    """What the producer keeps of a topic."""
+
+    __slots__ = ("bytes_max", "partitioner", "queues", "topic")
+
+    def __init__(self, topic: TopicView, partitioner: DefaultPartitioner, bytes_max: int) -> None:
+        self.topic = topic
+        self.partitioner = partitioner
+        self.bytes_max = bytes_max
+        self.queues: dict[int, PartitionQueue] = {}
+
+
+class EncodedBatch(NamedTuple):
+    """A batch of ``send_batch``, not buffered yet."""
+
+    queue: PartitionQueue
+    encoded: bytes
+    records: int
+
+
+class Pending:
+    """A record that could not be buffered yet: its topic is unknown (``needs_topic``), or the buffer is
+    full."""
+
+    __slots__ = ("arguments", "needs_topic", "topic")
+
+    def __init__(self, topic: str, needs_topic: bool, arguments: tuple[Any, ...]) -> None:
+        self.topic = topic
+        self.needs_topic = needs_topic
+        self.arguments = arguments
+
+
+class ProducerCore:
+    """One producer.
+
+    Args:
+        cluster: whose loop everything runs on.
+        config: its settings.
+        loop: the cluster's.
+        call_soon: the loop's ``call_soon``, or ``call_soon_threadsafe`` where other threads send.
+
+    Raises:
+        ConfigError: a setting that this release does not carry out.
+    """
+
+    def __init__(
+        self,
+        cluster: ClusterClient,
+        config: ProducerConfig,
+        loop: asyncio.AbstractEventLoop,
+        call_soon: Callable[..., Any],
+    ) -> None:
+        if config.transactional_id is not None:
+            raise ConfigError("transactional_id: this release has no transactions")
+        self.config = config
+        self._cluster = cluster
+        self._random = cluster.seams.random
+        self._wall_ms = cluster.seams.wall_ms
+        self._compression = compression_named(config.compression)
+        self._key_serializer = config.key_serializer
+        self._value_serializer = config.value_serializer
+        self._routes: dict[str, Route] = {}
+        self.sender = Sender(
+            cluster,
+            loop,
+            acknowledged=config.acks != 0,
+            linger_s=config.linger_ms / 1000,
+            delivery_timeout_s=config.delivery_timeout_ms / 1000,
+            request_timeout_s=config.request_timeout_ms / 1000,
+            compression=self._compression,
+            buffer_bytes=config.buffer_bytes,
+            call_soon=call_soon,
+        )
+        self.accumulator = self.sender.accumulator
+        self.max_block_s = config.max_block_ms / 1000
+
+    # -- one record ------------------------------------------------------------------------------------------
+
+    def send(
+        self,
+        topic: str,
+        value: Any,
+        key: Any,
+        headers: Iterable[tuple[str, bytes | None]],
+        partition: int | None,
+        timestamp_ms: int | None,
+    ) -> Delivery | Pending:
+        """Check, serialise and buffer one record; from any thread.
+
+        Raises:
+            InvalidRecord, SerializationError, RecordTooLarge, InvalidTopic, UnknownPartition, Closed: nothing
+                was buffered.
+        """
+        if key is not None:
+            if self._key_serializer is not None:
+                key = self._serialize(self._key_serializer, key, topic, "key")
+            elif type(key) is not bytes:
+                key = as_bytes(key, "key")
+        if value is not None:
+            if self._value_serializer is not None:
+                value = self._serialize(self._value_serializer, value, topic, "value")
+            elif type(value) is not bytes:
+                value = as_bytes(value, "value")
+        checked = check_headers(headers) if headers else ()
+        if timestamp_ms is None:
+            timestamp_ms = self._wall_ms()
+        return self._buffer(topic, key, value, checked, partition, timestamp_ms)
+
+    def resume(self, pending: Pending) -> Delivery | Pending:
+        """Try again, after what it waited for may have come."""
+        return self._buffer(pending.topic, *pending.arguments)
+
+    def _buffer(
+        self,
+        topic: str,
+        key: bytes | None,
+        value: bytes | None,
+        headers: Headers,
+        partition: int | None,
+        timestamp_ms: int,
+    ) -> Delivery | Pending:
+        route = self._routes.get(topic)
+        if route is None:
+            return Pending(topic, True, (key, value, headers, partition, timestamp_ms))
+        size = encoded_size(key, value, headers)
+        if size + BATCH_HEADER_BYTES > route.bytes_max:
+            raise too_large(size, route.bytes_max, topic)
+        sticky = key is None and partition is None
+        for may_move in (sticky, False):
+            index = partition
+            if index is None:
+                index = route.partitioner.partition(key, len(route.topic.partitions))
+            queue = route.queues.get(index)
+            if queue is None:
+                queue = self._queue(route, index)
+            if queue.view.deleted:
+                self._routes.pop(topic, None)
+                return Pending(topic, True, (key, value, headers, partition, timestamp_ms))
+            delivery = self.accumulator.append(
+                queue, timestamp_ms, key, value, headers, size, may_move=may_move
+            )
+            if delivery is not None:
+                return delivery
+        return Pending(topic, False, (key, value, headers, partition, timestamp_ms))
+
+    def _serialize(self, serializer: Callable[[Any], Any], given: Any, topic: str, what: str) -> bytes:
+        try:
+            made = serializer(given)
+        except Exception as error:  # user code: whatever it raises is about this one record
+            raise SerializationError(
+                f"cannot serialise the {what} of a record for topic {topic!r}: {error!r}"
+            ) from error
+        return made if type(made) is bytes else as_bytes(made, what)
+
+    # -- whole batches ---------------------------------------------------------------------------------------
+
+    def knows(self, topic: str) -> bool:
+        """Whether :meth:`load_topic` has been done for this topic, and it still exists."""
+        route = self._routes.get(topic)
+        if route is not None and any(view.deleted for view in route.topic.partitions):
+            del self._routes[topic]
+            return False
+        return route is not None
+
+    def split(
+        self,
+        topic: str,
+        values: Sequence[Any],
+        keys: Sequence[Any] | None,
+        partition: int | None,
+        timestamp_ms: int | None,
+    ) -> Iterator[EncodedBatch]:
+        """Encode lists of records into batches, one at a time as they are asked for.
+
+        With keys, each record goes where its key belongs. Without, a batch is filled for the partitioner's
+        choice, then one for its next choice.
+
+        Raises:
+            InvalidRecord, SerializationError, RecordTooLarge, UnknownPartition: before the first batch is
+                made.
+        """
+        route = self._routes[topic]
+        values = self._checked(values, self._value_serializer, topic, "value", route.bytes_max)
+        if keys is not None:
+            keys = self._checked(keys, self._key_serializer, topic, "key", route.bytes_max)
+            if len(keys) != len(values):
+                raise InvalidRecord(f"{len(values)} values and {len(keys)} keys")
+        if partition is not None:
+            self._queue(route, partition)
+        at = self._wall_ms() if timestamp_ms is None else timestamp_ms
+        return self._encode(route, values, keys, partition, at)
+
+    def _encode(
+        self,
+        route: Route,
+        values: Sequence[bytes | None],
+        keys: Sequence[bytes | None] | None,
+        partition: int | None,
+        timestamp_ms: int,
+    ) -> Iterator[EncodedBatch]:
+        count = len(route.topic.partitions)
+        for index, some_values, some_keys in group_by_partition(
+            route.partitioner, count, values, keys, partition
+        ):
+            start = 0
+            while start < len(some_values):
+                chosen = route.partitioner.partition(None, count) if index is None else index
+                queue = self._queue(route, chosen)
+                builder = BatchBuilder(queue.batch_bytes)
+                end = builder.extend(some_values, some_keys, timestamp_ms, start)
+                yield EncodedBatch(queue, builder.build(self._compression), end - start)
+                if index is None:
+                    route.partitioner.on_new_batch(chosen, count)
+                start = end
+
+    def _checked(
+        self, given: Sequence[Any], serializer: Serializer | None, topic: str, what: str, bytes_max: int
+    ) -> Sequence[bytes | None]:
+        if serializer is not None:
+            given = [
+                None if each is None else self._serialize(serializer, each, topic, what) for each in given
+            ]
+        elif not set(map(type, given)) <= BYTES_OR_NONE:
+            given = [None if each is None else as_bytes(each, what) for each in given]
+        longest = max((len(each) for each in given if each is not None), default=0)
+        if longest + RECORD_OVERHEAD + BATCH_HEADER_BYTES > bytes_max:
+            raise too_large(longest, bytes_max, topic)
+        return given
+
+    def buffer_batch(self, batch: EncodedBatch) -> ProducerBatch | None:
+        """Hand a batch to the accumulator; None if there is no room for it now."""
+        return self.accumulator.add_encoded(batch.queue, batch.encoded, batch.records, len(batch.encoded))
+
+    # -- topics ----------------------------------------------------------------------------------------------
+
+    async def load_topic(self, name: str, timeout: float) -> None:
+        """Learn of a topic, so that records can be routed.
+
+        Raises:
+            InvalidTopic, UnknownTopic, ConnectionLost, RequestTimeout.
+        """
+        topic = await self._cluster.topic(validate_topic_name(name), timeout=timeout)
+        self.knows(name)
+        if name not in self._routes:
+            bytes_max = int(topic.config.get("max_message_bytes", DEFAULT_MESSAGE_BYTES_MAX))
+            self._routes[name] = Route(
+                topic, DefaultPartitioner(self._random), min(bytes_max, self.config.buffer_bytes)
+            )
+
+    def _queue(self, route: Route, index: int) -> PartitionQueue:
+        queue = route.queues.get(index)
+        if queue is None:
+            view = partition_of(route.topic, index)
+            queue = PartitionQueue(
+                view,
+                route.topic,
+                route.partitioner,
+                min(self.config.batch_bytes, route.bytes_max),
+                self.config.max_in_flight,
+            )
+            queue = route.queues.setdefault(index, queue)
+        return queue
+
+    # -- the end ---------------------------------------------------------------------------------------------
+
+    def raise_failures(self) -> None:
+        """Raise DeliveryFailed if deliveries failed that nobody has looked at; then they count as looked
+        at."""
+        texts: list[str] = []
+        count = 0
+        failed = self.sender.failed
+        while failed:
+            try:
+                batch = failed.popleft()
+            except IndexError:  # another thread took it
+                break
+            ignored = batch.ignored()
+            if ignored:
+                text = f"{batch.topic}[{batch.partition}]: {type(batch.error).__name__}: {batch.error}"
+                texts += [text] * min(ignored, FAILURES_LISTED_MAX - len(texts))
+                count += ignored
+        if count:
+            raise DeliveryFailed(
+                f"{count} of the records sent were not delivered, the first to {texts[0]}",
+                failures=texts,
+                count=count,
+            )
+
+    def buffer_full(self) -> BufferFull:
+        """The error of a ``send`` that found no room in time."""
+        return BufferFull(
+            f"{self.accumulator.used} bytes of records are not acknowledged yet, and there was no room for "
+            f"more within {self.max_block_s:g} s"
+        )
+
+
+def group_by_partition(
+    partitioner: DefaultPartitioner,
+    count: int,
+    values: Sequence[bytes | None],
+    keys: Sequence[bytes | None] | None,
+    partition: int | None,
+) -> list[tuple[int | None, Sequence[bytes | None], Sequence[bytes | None] | None]]:
+    """(partition, values, keys) for each partition concerned, in order; partition None: any will do."""
+    if keys is None or partition is not None:
+        return [(partition, values, keys)]
+    groups: dict[int, tuple[list[bytes | None], list[bytes | None]]] = {}
+    choose = partitioner.partition
+    for key, value in zip(keys, values, strict=True):
+        index = choose(key, count)
+        group = groups.get(index)
+        if group is None:
+            group = groups[index] = ([], [])
+        group[0].append(value)
+        group[1].append(key)
+    return [(index, *group) for index, group in groups.items()]
+
+
+def as_bytes(given: Any, what: str) -> bytes:
+    """``given`` as bytes if it is bytes-like; InvalidRecord if not."""
+    if isinstance(given, (bytes, bytearray, memoryview)):
+        return bytes(given)
+    raise InvalidRecord(f"a record's {what} is bytes or None, not {type(given).__name__}")
+
+
+def check_headers(headers: Iterable[tuple[str, bytes | None]]) -> Headers:
+    """Headers as a tuple of pairs; a dict's items are taken too.
+
+    Raises:
+        InvalidRecord: not pairs of (str, bytes or None).
+    """
+    pairs = headers.items() if isinstance(headers, dict) else headers
+    try:
+        checked = tuple(
+            (name, None if value is None else as_bytes(value, "header value")) for name, value in pairs
+        )
+    except (TypeError, ValueError) as error:
+        if isinstance(error, InvalidRecord):
+            raise
+        raise InvalidRecord("headers are pairs of (str, bytes or None)") from error
+    if not all(isinstance(name, str) for name, _ in checked):
+        raise InvalidRecord("a header's name is a str")
+    return checked
+
+
+def too_large(size: int, bytes_max: int, topic: str) -> RecordTooLarge:
+    """The error for a record of ``size`` bytes."""
+    return RecordTooLarge(
+        f"a record of {size} bytes is above the limit of {bytes_max} for topic {topic!r}", limit=bytes_max
+    )

@@ -1,0 +1,416 @@
+"""The producer's I/O: from the accumulator through each partition's window to the leader's connection, and
+back.
+
+Everything here runs on the loop, in callbacks: no task per batch. One timer ends lingering, one watches
+    deadlines:
+
+- a batch not acknowledged within its delivery timeout fails (*indeterminate* if it may have been written);
+- an answer that is late makes the client ask in the background who leads now, and a newer term's leader gets
+  at once what the old one never answered (the partition's state tells what it has already);
+- one that does not come within the request timeout closes the connection, which is as good as dead.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable, Coroutine
+from functools import partial
+from typing import Any, Final
+
+from raftlog.client.accumulator import Accumulator, PartitionQueue, ProducerBatch
+from raftlog.client.cluster import ClusterClient
+from raftlog.client.delivery import NO_OFFSET
+from raftlog.client.metadata import PartitionView
+from raftlog.client.retry import BACKOFF
+from raftlog.client.window import Identity, Verdict
+from raftlog.errors import (
+    Busy,
+    Closed,
+    ConnectionLost,
+    DeliveryTimeout,
+    LeadershipLost,
+    NotLeader,
+    OutOfOrderSequence,
+    RaftlogError,
+    StorageFull,
+    UnknownReplica,
+    UnknownTopic,
+)
+from raftlog.net.connection import RpcConnection
+from raftlog.net.rpc import InitProducerRequest, ProduceRequest, ProduceResponse
+from raftlog.record.batch import Compression
+
+log = logging.getLogger("raftlog.client")
+
+LATE_ANSWER_S: Final = 0.5
+WATCH_S: Final = 0.25
+UNSENT_BYTES_MAX: Final = 1024 * 1024
+"""With acks=0 nothing but the socket's buffer slows a producer down."""
+UNACKNOWLEDGED_METADATA_AGE_S: Final = 1.0
+"""With acks=0 nobody says that the leader has moved."""
+
+_PRODUCED = asyncio.Future[tuple[ProduceResponse, memoryview]]
+
+
+class Sender:
+    """Sends what its accumulator gathers.
+
+    Args:
+        cluster: whose loop this runs on.
+        acknowledged: False for acks=0: written to the socket counts as delivered.
+        linger_s: how long an open batch waits for more records.
+        delivery_timeout_s: from the first record of a batch until it must be settled.
+        request_timeout_s: how long to wait for one answer.
+        compression: of batches.
+        buffer_bytes: of the accumulator.
+        call_soon: the loop's ``call_soon``, or ``call_soon_threadsafe`` where other threads append.
+    """
+
+    def __init__(
+        self,
+        cluster: ClusterClient,
+        loop: asyncio.AbstractEventLoop,
+        *,
+        acknowledged: bool,
+        linger_s: float,
+        delivery_timeout_s: float,
+        request_timeout_s: float,
+        compression: Compression,
+        buffer_bytes: int,
+        call_soon: Callable[..., Any],
+    ) -> None:
+        self._cluster = cluster
+        self._loop = loop
+        self._linger_s = linger_s
+        self._delivery_timeout_s = delivery_timeout_s
+        self._request_timeout_s = request_timeout_s
+        self._compression = compression
+        self._advance = self._advance_window if acknowledged else self._advance_unacknowledged
+        self.accumulator = Accumulator(loop, buffer_bytes=buffer_bytes, wake=lambda: call_soon(self._pump))
+        self.failed: deque[ProducerBatch] = deque()
+        """Batches that failed, for who asks at the next flush."""
+        self._active: dict[PartitionQueue, None] = {}
+        self._by_view: dict[PartitionView, PartitionQueue] = {}
+        self._lingering: deque[ProducerBatch] = deque()
+        self._linger_timer: asyncio.TimerHandle | None = None
+        self._watch_timer: asyncio.TimerHandle | None = None
+        self._identity: Identity | None = None
+        self._identity_wanted: list[PartitionQueue] = []
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._stopped = False
+        cluster.leaders_changed.add(self._leaders_changed)
+        if not acknowledged:
+            cluster.metadata_age_s = min(cluster.metadata_age_s, UNACKNOWLEDGED_METADATA_AGE_S)
+
+    def stop(self) -> None:
+        """Give up everything that is not settled."""
+        self._stopped = True
+        self.accumulator.close()
+        self._cluster.leaders_changed.discard(self._leaders_changed)
+        for timer in (self._linger_timer, self._watch_timer):
+            if timer is not None:
+                timer.cancel()
+        for task in self._tasks:
+            task.cancel()
+        error = Closed("the producer was closed before this was delivered")
+        for batch in self.accumulator.unsettled():
+            self._fail(batch, error)
+
+    # -- when ------------------------------------------------------------------------------------------------
+
+    def _pump(self) -> None:
+        if self._stopped:
+            return
+        arrived, changed = self.accumulator.take_changes()
+        now = self._loop.time()
+        for batch in arrived:
+            batch.deadline = now + self._delivery_timeout_s
+            if self._linger_s > 0:
+                batch.linger_until = now + self._linger_s
+                self._lingering.append(batch)
+            else:
+                batch.hurried = True
+            self._active[batch.queue] = None
+            self._by_view[batch.queue.view] = batch.queue
+        for queue in changed:
+            self._advance(queue)
+        if self._lingering and self._linger_timer is None:
+            self._linger_timer = self._loop.call_at(self._lingering[0].linger_until, self._lingered)
+        if arrived and self._watch_timer is None:
+            self._watch_timer = self._loop.call_later(min(WATCH_S, self._delivery_timeout_s), self._watch)
+
+    def _lingered(self) -> None:
+        self._linger_timer = None
+        now = self._loop.time()
+        while self._lingering and (self._lingering[0].closed or self._lingering[0].linger_until <= now):
+            batch = self._lingering.popleft()
+            if not batch.closed:
+                self._advance(batch.queue)
+        if self._lingering:
+            self._linger_timer = self._loop.call_at(self._lingering[0].linger_until, self._lingered)
+
+    def _watch(self) -> None:
+        """Look after deadlines and late answers."""
+        self._watch_timer = None
+        now = self._loop.time()
+        late: set[str] = set()
+        for queue in list(self._active):
+            self._expire(queue, now)
+            waited = now - queue.window.in_flight[0].sent_at if queue.window.in_flight else 0.0
+            if waited >= self._request_timeout_s:
+                assert queue.connection is not None, "what is in flight went somewhere"
+                log.info("%s: no answer for %.1f s, closing the connection", queue.view, waited)
+                queue.connection.close()
+            elif waited >= LATE_ANSWER_S:
+                late.add(queue.view.topic)
+            if queue.is_empty():
+                del self._active[queue]
+                if queue.view.deleted:
+                    self._by_view.pop(queue.view, None)
+        if late:
+            self._cluster.refresh_soon(late)
+        if self._active:
+            deadline = min(self._first_deadline(queue) for queue in self._active)
+            self._watch_timer = self._loop.call_at(min(now + WATCH_S, deadline), self._watch)
+
+    def _first_deadline(self, queue: PartitionQueue) -> float:
+        batches = [*queue.window.in_flight[:1], *queue.window.retry[:1], *list(queue.ready)[:1]]
+        if not batches and queue.open is not None:
+            batches.append(queue.open)
+        return min((batch.deadline for batch in batches), default=self._loop.time() + WATCH_S)
+
+    def _expire(self, queue: PartitionQueue, now: float) -> None:
+        unsent = self.accumulator.remove_expired(queue, now)
+        sent = [batch for batch in queue.window.unsettled() if batch.deadline <= now]
+        for batch in sent:
+            queue.window.give_up(batch)
+        for batch in [*sent, *unsent]:
+            reason = batch.last_error or self._cluster.last_error
+            error = DeliveryTimeout(
+                f"{queue.view}: not acknowledged within {self._delivery_timeout_s:g} s"
+                + (f"; last: {type(reason).__name__}: {reason}" if reason is not None else ""),
+                indeterminate=batch.in_doubt,
+            )
+            error.__cause__ = reason
+            self._fail(batch, error)
+        if sent or unsent:
+            self._advance(queue)
+
+    # -- sending ---------------------------------------------------------------------------------------------
+
+    def _advance_window(self, queue: PartitionQueue) -> None:
+        """Send what the partition's window allows."""
+        window = queue.window
+        while not queue.waiting and not self._stopped:
+            if queue.view.deleted:
+                self._fail_queue(queue, UnknownTopic(f"topic {queue.view.topic!r} was deleted"))
+                return
+            if window.needs_identity() and not self._begin_window(queue):
+                return
+            resend = window.may_resend()
+            if not resend and not window.may_send_new():
+                return
+            now = self._loop.time()
+            if resend and now < queue.pause_until:
+                queue.waiting = True
+                self._loop.call_at(queue.pause_until, self._resume, queue)
+                return
+            batch = window.retry[0] if resend else self.accumulator.take(queue, now)
+            if batch is None:
+                return
+            connection = self._cluster.route(queue.view)
+            if connection is None:
+                if not resend:
+                    self.accumulator.put_back(queue, [batch])
+                self._seek(queue)
+                return
+            if resend:
+                window.resend()
+            else:
+                batch.encode(self._compression, window.identity, window.next_sequence)
+                window.sent_new(batch)
+            self._request(queue, batch, connection, now)
+
+    def _request(
+        self, queue: PartitionQueue, batch: ProducerBatch, connection: RpcConnection, now: float
+    ) -> None:
+        if queue.request is None:
+            queue.request = ProduceRequest(queue.view.topic_id, queue.view.index)
+        assert batch.encoded is not None, "a batch that is sent was encoded"
+        queue.connection = connection
+        batch.sent_at = now
+        future = connection.request(queue.request, (batch.encoded,))
+        future.add_done_callback(partial(self._answered, batch, batch.attempt, connection))
+
+    def _answered(
+        self, batch: ProducerBatch, attempt: int, connection: RpcConnection, future: _PRODUCED
+    ) -> None:
+        error = (
+            future.exception() if not future.cancelled() else ConnectionLost("cancelled", indeterminate=True)
+        )
+        if batch.done or attempt != batch.attempt or self._stopped:
+            return
+        queue = batch.queue
+        if error is None:
+            queue.failures = 0
+            queue.window.acknowledged(batch)
+            self._settle(batch, future.result()[0].base_offset)
+        elif isinstance(error, RaftlogError):
+            self._refused(queue, batch, connection, error)
+        else:
+            raise error
+        self._advance(queue)
+
+    def _refused(
+        self, queue: PartitionQueue, batch: ProducerBatch, connection: RpcConnection, error: RaftlogError
+    ) -> None:
+        batch.last_error = error
+        verdict = queue.window.refused(batch, error)
+        log.debug("%s: %s: %s; %s", queue.view, type(error).__name__, error, verdict.value)
+        if verdict is Verdict.WRITTEN:
+            self._settle(batch, NO_OFFSET)
+            return
+        if verdict is Verdict.FAIL:
+            self._fail(batch, error)
+            return
+        if isinstance(error, NotLeader):
+            self._cluster.note_refusal(queue.view, connection, error)
+        elif isinstance(error, (LeadershipLost, UnknownReplica)):
+            queue.view.deny(connection.peer.broker_id, queue.view.term)
+        if not queue.window.in_flight:
+            queue.failures += 1
+            at_once = queue.failures == 1 and not isinstance(error, (Busy, StorageFull))
+            delay = 0.0 if at_once else BACKOFF.delay(queue.failures, self._cluster.seams.random)
+            queue.pause_until = self._loop.time() + delay
+
+    def _advance_unacknowledged(self, queue: PartitionQueue) -> None:
+        """acks=0: what is written to the socket is done with."""
+        while not queue.waiting and not self._stopped:
+            if queue.view.deleted:
+                self._fail_queue(queue, UnknownTopic(f"topic {queue.view.topic!r} was deleted"))
+                return
+            batch = self.accumulator.take(queue, self._loop.time())
+            if batch is None:
+                return
+            connection = self._cluster.route(queue.view)
+            if connection is None:
+                self.accumulator.put_back(queue, [batch])
+                self._seek(queue)
+                return
+            if connection.buffered_bytes > UNSENT_BYTES_MAX:
+                self.accumulator.put_back(queue, [batch])
+                queue.waiting = True
+                self._spawn(self._drain(queue, connection))
+                return
+            encoded = batch.encoded or batch.encode(self._compression, None, -1)
+            connection.send(ProduceRequest(queue.view.topic_id, queue.view.index, 0), (encoded,))
+            self._settle(batch, NO_OFFSET)
+
+    async def _drain(self, queue: PartitionQueue, connection: RpcConnection) -> None:
+        await connection.drain()
+        self._resume(queue)
+
+    # -- waiting ---------------------------------------------------------------------------------------------
+
+    def _resume(self, queue: PartitionQueue) -> None:
+        queue.waiting = False
+        self._advance(queue)
+
+    def _seek(self, queue: PartitionQueue) -> None:
+        queue.waiting = True
+        self._cluster.seek_leader(queue.view).add_done_callback(partial(self._found, queue))
+
+    def _found(self, queue: PartitionQueue, future: asyncio.Future[RpcConnection]) -> None:
+        queue.waiting = False
+        error = future.exception()
+        if self._stopped:
+            return
+        if error is not None:
+            self._fail_queue(queue, error)
+        else:
+            self._advance(queue)
+
+    def _leaders_changed(self, views: list[PartitionView]) -> None:
+        for view in views:
+            queue = self._by_view.get(view)
+            if queue is None or not queue.window.in_flight or queue.connection is None:
+                continue
+            if queue.connection.peer.broker_id != view.leader:
+                queue.window.abandon_in_flight()
+                self._advance(queue)
+
+    # -- identity --------------------------------------------------------------------------------------------
+
+    def _begin_window(self, queue: PartitionQueue) -> bool:
+        """Give the partition an identity to go on with; False while there is none, or nothing to send."""
+        window = queue.window
+        if window.broken:
+            if window.identity == self._identity:
+                self._identity = None
+            movable, doubtful = window.dissolve()
+            self.accumulator.put_back(queue, movable)
+            for batch in doubtful:
+                error = OutOfOrderSequence(
+                    f"{queue.view}: a batch before this one was given up, so whether this one was written "
+                    "cannot be settled any more",
+                    indeterminate=True,
+                )
+                self._fail(batch, error)
+        if not queue.ready and queue.open is None:
+            return False
+        if self._identity is None:
+            queue.waiting = True
+            self._identity_wanted.append(queue)
+            if len(self._identity_wanted) == 1:
+                self._spawn(self._obtain_identity())
+            return False
+        window.begin(self._identity)
+        return True
+
+    async def _obtain_identity(self) -> None:
+        """Ask for a producer id for as long as somebody waits for one."""
+        error: RaftlogError | None = None
+        while any(not queue.is_empty() for queue in self._identity_wanted):
+            try:
+                answer = await self._cluster.call_any(InitProducerRequest(), timeout=self._delivery_timeout_s)
+            except RaftlogError as failure:
+                if failure.retriable:
+                    continue
+                error = failure
+            else:
+                self._identity = Identity(answer.producer_id, answer.epoch)
+            break
+        wanted, self._identity_wanted = self._identity_wanted, []
+        for queue in wanted:
+            if error is not None:
+                self._fail_queue(queue, error)
+            self._resume(queue)
+
+    # -- the end of a batch ----------------------------------------------------------------------------------
+
+    def _settle(self, batch: ProducerBatch, base_offset: int) -> None:
+        batch.complete(base_offset, None)
+        self.accumulator.release(batch)
+
+    def _fail(self, batch: ProducerBatch, error: BaseException) -> None:
+        if isinstance(error, RaftlogError) and batch.in_doubt and not error.indeterminate:
+            cause = error
+            error = type(cause)(cause.message, **{**cause.details, "indeterminate": True})
+            error.__cause__ = cause
+        self.failed.append(batch)
+        batch.complete(NO_OFFSET, error)
+        self.accumulator.release(batch)
+
+    def _fail_queue(self, queue: PartitionQueue, error: BaseException) -> None:
+        sent = queue.window.unsettled()
+        for batch in sent:
+            queue.window.give_up(batch)
+        for batch in [*sent, *self.accumulator.remove_all(queue)]:
+            self._fail(batch, error)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = self._loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
