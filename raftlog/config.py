@@ -53,12 +53,19 @@ class Settings(BaseModel):
     kafka_names: ClassVar[Mapping[str, str]] = {}
     """Kafka's name -> ours, where they differ by more than dots."""
 
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    """Value of ``semantics`` -> what it sets."""
+
     def __init__(self, **values: Any) -> None:
-        settled = self._settle(self._by_field_name(values))
+        given = self._translate(self._by_field_name(values))
         try:
-            super().__init__(**settled)
+            super().__init__(**given)
+            implied = self._implied()
+            if implied:
+                super().__init__(**given, **implied)
         except ValidationError as error:
             raise ConfigError(_explain(type(self), error)) from error
+        self._check()
 
     @classmethod
     def model_validate(cls, obj: Any, **_options: Any) -> Self:
@@ -88,9 +95,25 @@ class Settings(BaseModel):
         return named
 
     @classmethod
-    def _settle(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """Hook: contradictions between settings, and settings that follow from others."""
+    def _translate(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Hook: Kafka's ways to write a value."""
         return values
+
+    def _implied(self) -> dict[str, Any]:
+        """What ``semantics`` sets and was not set already; ConfigError where it was set to something else."""
+        semantics = getattr(self, "semantics", None)
+        implied: dict[str, Any] = {}
+        for name, value in self.presets.get(semantics or "", {}).items():
+            if name not in self.model_fields_set:
+                implied[name] = value
+            elif (given := getattr(self, name)) != value:
+                raise ConfigError(
+                    f"{name}={given!r} contradicts semantics={semantics!r}: that is {name}={value!r}"
+                )
+        return implied
+
+    def _check(self) -> None:
+        """Hook: ConfigError where settings, each valid by itself, contradict each other."""
 
 
 def _did_you_mean(given: str, cls: type[Settings]) -> str:
@@ -111,22 +134,6 @@ def _explain(cls: type[Settings], error: ValidationError) -> str:
         message = each["msg"].removeprefix("Value error, ")
         problems.append(f"{name}={each['input']!r}: {message[:1].lower()}{message[1:]}")
     return f"{cls.__name__}: " + "; ".join(problems)
-
-
-def _preset(values: dict[str, Any], presets: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Set the knobs that ``semantics`` stands for; one that was set to something else is a ConfigError."""
-    semantics = values.get("semantics")
-    if semantics is None:
-        return values
-    if semantics not in presets:
-        raise ConfigError(f"semantics={semantics!r} is not one of {', '.join(presets)}")
-    for name, value in presets[semantics].items():
-        given = values.get(name, value)
-        if given != value:
-            raise ConfigError(
-                f"{name}={given!r} contradicts semantics={semantics!r}, which means {name}={value!r}"
-            )
-    return {**values, **presets[semantics]}
 
 
 def _unlimited(value: Any) -> Any:
@@ -175,7 +182,7 @@ class ProducerConfig(Settings):
         "transactional.id": "transactional_id",
         "value.serializer": "value_serializer",
     }
-    _presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+    presets = {
         "at-most-once": {"acks": 0},
         "at-least-once": {"acks": "all"},
         "exactly-once": {"acks": "all"},
@@ -206,20 +213,17 @@ class ProducerConfig(Settings):
     """The name under which a producer's transactions go on after a restart."""
 
     @classmethod
-    def _settle(cls, values: dict[str, Any]) -> dict[str, Any]:
-        acks = values.get("acks")
-        if acks in (-1, "-1"):
-            values["acks"] = "all"
-        elif acks == "0":
-            values["acks"] = 0
-        elif acks in (1, "1"):
+    def _translate(cls, values: dict[str, Any]) -> dict[str, Any]:
+        acks = str(values.get("acks", ""))
+        if acks == "1":
             raise ConfigError(
-                "acks=1 does not exist here: a write is acknowledged by a majority ('all') or not (0)"
+                "acks=1 does not exist: a write is acknowledged by a majority ('all') or not at all (0)"
             )
-        values = _preset(values, cls._presets)
-        if values.get("acks") == 0 and values.get("transactional_id") is not None:
+        return {**values, "acks": {"-1": "all", "0": 0}[acks]} if acks in ("-1", "0") else values
+
+    def _check(self) -> None:
+        if self.acks == 0 and self.transactional_id is not None:
             raise ConfigError("acks=0 contradicts transactional_id: a transaction needs acknowledgements")
-        return values
 
 
 class ConsumerConfig(Settings):
@@ -234,7 +238,7 @@ class ConsumerConfig(Settings):
         "max.poll.records": "max_poll_records",
         "value.deserializer": "value_deserializer",
     }
-    _presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+    presets = {
         "at-most-once": {"enable_auto_commit": True},
         "at-least-once": {"enable_auto_commit": False},
         "exactly-once": {"enable_auto_commit": False, "isolation": "read_committed"},
@@ -266,16 +270,13 @@ class ConsumerConfig(Settings):
     request_timeout_ms: Annotated[int, Field(ge=1)] = 10_000
     """How long a request may go unanswered, ``fetch_wait_ms`` not counted."""
 
-    @classmethod
-    def _settle(cls, values: dict[str, Any]) -> dict[str, Any]:
-        values = _preset(values, cls._presets)
-        if values.get("group") is not None and values.get("assign") is not None:
+    def _check(self) -> None:
+        if self.group is not None and self.assign is not None:
             raise ConfigError(
                 "group and assign exclude each other: a group assigns partitions to its members"
             )
-        if values.get("enable_auto_commit") and values.get("group") is None:
+        if self.enable_auto_commit and self.group is None:
             raise ConfigError("committing offsets (enable_auto_commit, at-most-once) needs a group")
-        return values
 
 
 class BrokerConfig(Settings):
@@ -302,15 +303,12 @@ class BrokerConfig(Settings):
     producer_expiry_ms: Annotated[int, Field(ge=1000)] = DAY_MS
     """A partition forgets a producer that has not written to it for this long."""
 
-    @classmethod
-    def _settle(cls, values: dict[str, Any]) -> dict[str, Any]:
-        election = values.get("election_timeout_ms", cls.model_fields["election_timeout_ms"].default)
-        heartbeat = values.get("heartbeat_ms", cls.model_fields["heartbeat_ms"].default)
-        if isinstance(election, int) and isinstance(heartbeat, int) and heartbeat * 2 > election:
+    def _check(self) -> None:
+        if self.heartbeat_ms * 2 > self.election_timeout_ms:
             raise ConfigError(
-                f"heartbeat_ms={heartbeat} must be at most half of election_timeout_ms={election}"
+                f"heartbeat_ms={self.heartbeat_ms} must be at most half of "
+                f"election_timeout_ms={self.election_timeout_ms}"
             )
-        return values
 
 
 class Environment(Settings):
@@ -333,17 +331,17 @@ class Environment(Settings):
             ConfigError: one has a value it cannot have; the message names the variable.
         """
         environ = os.environ if environ is None else environ
-        values: dict[str, Any] = {
-            name: environ[variable]
-            for name in cls.model_fields
-            if environ.get(variable := f"RAFTLOG_{name.upper()}")
-        }
-        if "log_level" in values:
-            values["log_level"] = values["log_level"].upper()
-        try:
-            return cls(**values)
-        except ConfigError as error:
-            raise ConfigError(f"environment (RAFTLOG_*): {error.message}") from error
+        values: dict[str, Any] = {}
+        for name in cls.model_fields:
+            variable = f"RAFTLOG_{name.upper()}"
+            value = environ.get(variable)
+            if value:
+                values[name] = value.upper() if name == "log_level" else value
+                try:
+                    cls(**values)
+                except ConfigError as error:
+                    raise ConfigError(f"{variable}: {error.message.removeprefix('Environment: ')}") from error
+        return cls(**values)
 
 
 def default_data_dir(cluster: str = "default") -> Path:
