@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections import Counter
 from typing import Any, Final
 
@@ -112,6 +113,10 @@ class MetadataHost:
     async def spec(self) -> ClusterSpec:
         """What it was started with."""
         return self._spec
+
+    async def pid(self) -> int:
+        """Of this actor's process."""
+        return os.getpid()
 
     async def brokers(self) -> dict[int, BrokerInfo | str]:
         """Broker id -> where it runs, or why it does not."""

@@ -52,6 +52,10 @@ class PromisesHost:
         if not future.done():
             future.set_result(outcome)
 
+    async def watch(self) -> None:
+        """Never answered: the call fails when this actor ends, and so its caller hears of it."""
+        await asyncio.Event().wait()
+
     def pick(self, outcome: Any, index: int, timestamp_ms: int) -> RecordMetadata:
         """One record's metadata out of its batch's outcome.
 
@@ -71,7 +75,7 @@ class _Promises:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._actor: Actor | None = None
+        self.actor: Actor | None = None
         self._pid = 0
         self._job = ""
         self._numbers = itertools.count()
@@ -93,13 +97,19 @@ class _Promises:
             return actor.pick.remote(outcome, index, timestamp_ms)
 
     def _actor_here(self) -> Actor:
-        """The actor of this process and this connection to Ray."""
+        """The actor of this process and this connection to Ray; a new one if it was killed."""
         job = ray.get_runtime_context().get_job_id()
-        if self._actor is None or (self._pid, self._job) != (os.getpid(), job):
-            self._actor = PromisesActor.options(**promises_options()).remote()
+        if self.actor is None or (self._pid, self._job) != (os.getpid(), job):
+            actor = self.actor = PromisesActor.options(**promises_options()).remote()
             self._pid, self._job = os.getpid(), job
             self._outcomes.clear()
-        return self._actor
+            actor.watch.remote().future().add_done_callback(lambda _: self._ended(actor))
+        return self.actor
+
+    def _ended(self, actor: Actor) -> None:
+        with self._lock:
+            if self.actor is actor:
+                self.actor = None
 
 
 def _outcome(batch: Completion) -> Any:
@@ -116,4 +126,10 @@ def _metadata(outcome: tuple[str, int, int], index: int, timestamp_ms: int) -> R
     return RecordMetadata(topic, partition, offset, timestamp_ms)
 
 
-delivery.ref_factory = _Promises().ref
+_promises = _Promises()
+delivery.ref_factory = _promises.ref
+
+
+def actor_of_this_process() -> Actor | None:
+    """The promises actor, if a ref has been asked for in this process."""
+    return _promises.actor

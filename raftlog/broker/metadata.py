@@ -50,7 +50,7 @@ METADATA_VOTERS_MAX: Final = 5
 """Voters of the metadata group; every further broker is a learner of it."""
 PRODUCER_ID_BLOCK: Final = 1000
 _FORWARD_TIMEOUT_S: Final = 5.0
-_RETRY_S: Final = 0.1
+_RETRY_S: Final = 0.03
 
 
 def metadata_spec(members: Sequence[tuple[int, int]], broker_id: int) -> ReplicaSpec:

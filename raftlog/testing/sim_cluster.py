@@ -13,6 +13,7 @@ from typing import Any, Final, TypeVar
 
 from raftlog.broker.broker import Broker, BrokerPlace
 from raftlog.broker.founding import FoundingPlan, found
+from raftlog.broker.peers import Address
 from raftlog.client.connections import Bootstrap
 from raftlog.config import BrokerConfig
 from raftlog.net.network import Seams
@@ -99,8 +100,7 @@ class SimCluster:
         """Tell the brokers where the others are, as whoever starts them does."""
         addresses = {broker_id: broker.address for broker_id, broker in self.brokers.items()}
         for broker_id, broker in self.brokers.items():
-            with self.loop.node(broker_name(broker_id)):
-                broker.learn(addresses)
+            self.run(_learn(broker, addresses), node=broker_name(broker_id))
 
     def kill_broker(self, broker_id: int) -> None:
         """SIGKILL."""
@@ -141,6 +141,10 @@ class SimCluster:
         for broker_id in list(self.brokers):
             self.loop.kill(broker_name(broker_id))
         self.loop.close()
+
+
+async def _learn(broker: Broker, addresses: dict[int, Address]) -> None:
+    broker.learn(addresses)
 
 
 def broker_name(broker_id: int) -> str:

@@ -1,0 +1,83 @@
+"""A whole cluster stopped, or killed, and started again from its data, on other ports."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+from pathlib import Path
+
+import pytest
+
+import raftlog
+from raftlog.errors import ClusterInUse, ForeignDataDir, NotRunning
+
+
+def test_a_cluster_is_recovered_on_other_ports(ray_session: None, tmp_path: Path) -> None:
+    log = raftlog.start("recover", brokers=3, data_dir=str(tmp_path))
+    before = log.describe_cluster()
+    log.create_topic("kept", partitions=4)
+    with log.producer() as producer:
+        producer.send_batch("kept", [b"%d" % n for n in range(2000)]).result(60)
+    log.close()
+    raftlog.shutdown("recover")
+    with pytest.raises(NotRunning):
+        raftlog.connect("recover", timeout=1.0)
+
+    occupied = []
+    for broker in before.brokers:
+        host, port = broker.address
+        occupied.append(socket.create_server((host, port)))
+    try:
+        log = raftlog.start("recover", data_dir=str(tmp_path))
+        after = log.describe_cluster()
+        assert after.cluster_id == before.cluster_id
+        assert {one.address for one in after.brokers}.isdisjoint({one.address for one in before.brokers})
+        with log.consumer("kept") as consumer:
+            values = [record.value for record in consumer.records(until="end")]
+        assert sorted(values, key=int) == [b"%d" % n for n in range(2000)]
+        with log.producer() as producer:
+            producer.send("kept", b"more").result(30)
+    finally:
+        for one in occupied:
+            one.close()
+    log.close()
+    raftlog.shutdown("recover")
+
+
+def test_a_cluster_survives_the_sigkill_of_all_its_brokers(ray_session: None, tmp_path: Path) -> None:
+    log = raftlog.start("all-killed", brokers=3, data_dir=str(tmp_path))
+    log.create_topic("kept", partitions=2)
+    with log.producer(linger_ms=0) as producer:
+        for n in range(200):
+            producer.send("kept", b"%d" % n).result(30)
+        for broker in log.describe_cluster().brokers:
+            os.kill(broker.pid, signal.SIGKILL)
+        producer.send("kept", b"200").result(60)
+    with log.consumer("kept") as consumer:
+        values = [record.value for record in consumer.records(until="end")]
+    assert sorted(values, key=int) == [b"%d" % n for n in range(201)]
+    log.close()
+    raftlog.shutdown("all-killed")
+
+
+def test_data_of_another_cluster_is_refused(ray_session: None, tmp_path: Path) -> None:
+    raftlog.start("first", brokers=1, data_dir=str(tmp_path)).close()
+    raftlog.shutdown("first")
+    with pytest.raises(ForeignDataDir, match="first"):
+        raftlog.start("second", brokers=1, data_dir=str(tmp_path))
+    with raftlog.start("first", data_dir=str(tmp_path)) as log:
+        log.create_topic("fine")
+    raftlog.shutdown("first")
+
+
+def test_a_cluster_in_use_is_not_stopped(ray_session: None) -> None:
+    log = raftlog.start("in-use", brokers=1, ephemeral=True)
+    log.create_topic("t")
+    with log.producer() as producer:
+        producer.send("t", b"x").result(30)
+    with pytest.raises(ClusterInUse):
+        raftlog.shutdown("in-use")
+    raftlog.shutdown("in-use", force=True)
+    with pytest.raises(NotRunning):
+        raftlog.connect("in-use", timeout=1.0)
