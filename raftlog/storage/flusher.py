@@ -150,6 +150,14 @@ class Flusher:
             if save_index and segment.header_written and not segment.sealed:
                 await self._save_index(segment)
 
+    async def finish_sealing(self, log: ReplicaLog) -> None:
+        """Recovery found complete segments whose index file was not written: write it."""
+        for segment in log.segments:
+            complete = segment.is_full and segment.append_position == segment.end_position
+            if complete and not segment.sealed:
+                segment.file = await self._disk.open(segment.path)
+                await self._seal(log, segment)
+
     async def _flush_some(self, log: ReplicaLog, target: int) -> None:
         """One lazy write: entries of one segment, of limited size."""
         first = log.flushed_index + 1

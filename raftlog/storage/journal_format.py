@@ -222,6 +222,14 @@ def scan_records(
         at = next_at
 
 
+def record_begins(data: Buffer, at: int, position: int) -> bool:
+    """Whether what stands at ``at`` looks like a record of that position, checked or not."""
+    if at + RECORD_HEADER_BYTES > len(data):
+        return False
+    found: int = _RECORD.unpack_from(data, at)[2]
+    return found == position
+
+
 _MARK_LENGTH: Final = _U32.pack(MARK_BYTES)
 
 

@@ -17,7 +17,7 @@ from raftlog.storage.segment import (
     replica_folder,
     segment_path,
 )
-from raftlog.storage.segment_index import SegmentSummary, read_index, read_summary, write_index
+from raftlog.storage.segment_index import SegmentSummary, read_index, read_summary
 from raftlog.storage.snapshot_file import parse_snapshot_name
 from raftlog.storage.spec import ReplicaSpec, StorageConfig
 
@@ -164,10 +164,7 @@ async def _load(
     if size < segment.end_position:
         raise DamagedData(f"{path}: the file ends early", path=path, position=size)
     segment.append_position = segment.end_position
-    if segment.is_full and segment.index_saved_position < segment.end_position:
-        assert segment.index is not None
-        await write_index(disk, segment.index_path, segment.summary(), segment.index)
-    segment.sealed = segment.is_full
+    segment.sealed = segment.is_full and segment.index_saved_position == segment.end_position
     return segment
 
 

@@ -264,6 +264,7 @@ class BrokerStore:
         )
         for log in self.logs.values():
             self._flusher.added(log, sum(len(entry.frame) for entry in log.recovered.tail))
+            await self._flusher.finish_sealing(log)
         await self._store_manifest()
         self._journal.start()
         self._flusher.start()

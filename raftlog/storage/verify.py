@@ -1,0 +1,298 @@
+"""Check every byte of a broker's directory, offline, changing nothing.
+
+It believes what recovery believes and then reads all the rest: every frame of every segment, its crc and its
+place in the chain, the index files against the frames, every snapshot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from hashlib import sha256
+
+import msgspec
+
+from raftlog.errors import CorruptFrame, DamagedData, RaftlogError
+from raftlog.record.frame import FRAME_HEADER_BYTES, Buffer, FrameKind, frame_length, parse_frame
+from raftlog.storage.disk import Disk
+from raftlog.storage.identity import find_identity
+from raftlog.storage.journal_format import RecordKind, record_begins
+from raftlog.storage.journal_scan import JournalScan, scan_journal
+from raftlog.storage.manifest import Manifest, load_manifest
+from raftlog.storage.recovery import FrameSource, RecoveredReplica, Replayed, recover_replica, replay_whole
+from raftlog.storage.segment import SEGMENT_HEADER_BYTES, Segment, batch_fields, replica_folder
+from raftlog.storage.segment_index import SparseIndex, read_index
+from raftlog.storage.snapshot_file import parse_snapshot_name, read_snapshot
+from raftlog.storage.spec import ReplicaSpec, StorageConfig
+
+_READ_BYTES = 4 << 20
+
+
+class ReplicaRow(msgspec.Struct, frozen=True):
+    """One replica as it stands on this disk. Iterates over the columns of a table."""
+
+    topic: str
+    partition: int
+    replica_id: int
+    first_index: int
+    last_index: int
+    committed: int
+    """Known to be committed when last written; the truth may be further."""
+    start_offset: int
+    end_offset: int
+    bytes: int
+    """Of all its frames."""
+    sha256: str
+    """Over all its frames in order. Replicas that hold the same entries, and have dropped the same prefix,
+    agree."""
+
+    def __iter__(self) -> Iterator[str | int]:
+        yield self.topic
+        yield self.partition
+        yield self.replica_id
+        yield f"{self.first_index}..{self.last_index}"
+        yield f"{self.start_offset}..{self.end_offset}"
+        yield self.bytes
+        yield self.sha256
+
+
+class Problem(msgspec.Struct, frozen=True):
+    """Something that does not check."""
+
+    path: str
+    position: int
+    what: str
+
+    def __str__(self) -> str:
+        return self.what
+
+
+class VerifyReport(msgspec.Struct, frozen=True):
+    """Result of :func:`verify`."""
+
+    broker_id: int | None
+    cluster_id: str | None
+    clean: bool
+    """The broker was stopped in order."""
+    replicas: list[ReplicaRow]
+    problems: list[Problem]
+    notes: list[str]
+    """What is in order, but worth knowing: a torn tail that the next start will cut."""
+
+
+async def verify(disk: Disk) -> VerifyReport:
+    """Check a data directory. Take care that no broker runs in it.
+
+    Args:
+        disk: rooted at the broker's directory; it is closed at the end.
+
+    Returns:
+        What is there and what is wrong.
+    """
+    try:
+        return await _Verifier(disk).run()
+    finally:
+        await disk.close()
+
+
+class _Verifier:
+    def __init__(self, disk: Disk) -> None:
+        self._disk = disk
+        self._rows: list[ReplicaRow] = []
+        self._problems: list[Problem] = []
+        self._notes: list[str] = []
+
+    async def run(self) -> VerifyReport:
+        identity = manifest = None
+        try:
+            identity = await find_identity(self._disk)
+        except RaftlogError as error:
+            self._problem(error)
+        try:
+            manifest = await load_manifest(self._disk)
+        except RaftlogError as error:
+            self._problem(error)
+        disk_id = identity.disk_id if identity else None
+        if manifest is not None:
+            if disk_id is not None and manifest.disk_id != disk_id:
+                self._add("MANIFEST", 0, "the manifest was written on another disk")
+            await self._check_journal(manifest)
+        return VerifyReport(
+            identity.broker_id if identity else None,
+            identity.cluster_id if identity else None,
+            manifest is not None and manifest.clean,
+            self._rows,
+            self._problems,
+            self._notes,
+        )
+
+    async def _check_journal(self, manifest: Manifest) -> None:
+        source = FrameSource(self._disk)
+        try:
+            scan = await scan_journal(self._disk, manifest.disk_id, manifest.journal_sequence)
+            for damage in scan.damage:
+                self._problem(damage)
+            self._check_frames(scan)
+            replayed = await replay_whole(scan, source)
+        except RaftlogError as error:
+            self._problem(error)
+            return
+        self._note_torn_tail(scan)
+        for spec in manifest.replicas:
+            found = replayed.get(spec.replica_id)
+            if found is None:
+                self._add(replica_folder(spec.replica_id), 0, f"{_name(spec)}: nothing is left of it")
+                continue
+            await self._check_replica(spec, found, source)
+
+    def _check_frames(self, scan: JournalScan) -> None:
+        """A frame in the journal is covered by its record's crc; its own must agree."""
+        for sequence, record in scan.records():
+            if record.kind != RecordKind.ENTRY:
+                continue
+            try:
+                parse_frame(record.body)
+            except CorruptFrame as error:
+                path = next(file.path for file in scan.files if file.sequence == sequence)
+                what = f"{path}: record at journal position {record.position}: {error}"
+                self._add(path, record.position, what)
+
+    def _note_torn_tail(self, scan: JournalScan) -> None:
+        if not scan.files:
+            return
+        last = scan.files[-1]
+        if last.header_valid and record_begins(last.data, last.size, last.end):
+            what = f"{last.path}: the next start drops what follows byte {last.size} (never synced)"
+            self._notes.append(what)
+
+    async def _check_replica(self, spec: ReplicaSpec, replayed: Replayed, source: FrameSource) -> None:
+        try:
+            replica = await recover_replica(self._disk, StorageConfig(), spec, replayed, source)
+        except DamagedData as error:
+            self._problem(error)
+            await self._check_snapshots(spec)
+            return
+        digest = sha256()
+        size = 0
+        for segment in replica.segments:
+            if segment.header_written:
+                size += await self._check_segment(segment, digest.update)
+        for entry in replica.recovered.tail:
+            digest.update(entry.frame)
+            size += len(entry.frame)
+        await self._check_snapshots(spec)
+        self._rows.append(_row(replica, size, digest.hexdigest()))
+
+    async def _check_segment(self, segment: Segment, update: Callable[[Buffer], None]) -> int:
+        """Read all frames of a segment; returns their bytes."""
+        fresh = Segment(
+            segment.spec,
+            segment.base_index,
+            segment.base_offset,
+            segment.prev_term,
+            segment.prev_crc,
+            segment.interval,
+        )
+        file = await self._disk.open(segment.path)
+        try:
+            position = SEGMENT_HEADER_BYTES
+            while position < segment.end_position:
+                data = await file.read(position, min(_READ_BYTES, segment.end_position - position))
+                if len(data) >= FRAME_HEADER_BYTES and frame_length(data) > len(data):
+                    data = await file.read(position, min(frame_length(data), segment.end_position - position))
+                taken = self._take(fresh, data, position, segment.end_position)
+                if taken == 0:
+                    return position - SEGMENT_HEADER_BYTES
+                update(memoryview(data)[:taken])
+                position += taken
+        finally:
+            file.close()
+        await self._check_index(segment, fresh)
+        return position - SEGMENT_HEADER_BYTES
+
+    def _take(self, fresh: Segment, data: bytes, position: int, end: int) -> int:
+        at = 0
+        while at < len(data):
+            left = len(data) - at
+            cut = left < FRAME_HEADER_BYTES or left < frame_length(data, at)
+            if cut and position + len(data) < end and at > 0:
+                break
+            try:
+                header = parse_frame(data, at)
+            except CorruptFrame as error:
+                self._add(fresh.path, position + at, f"{fresh.path}: {error} at byte {position + at}")
+                return 0
+            if (header.index, header.prev_crc) != (fresh.last_index + 1, fresh.last_crc):
+                what = f"{fresh.path}: the frame at byte {position + at} does not follow the one before"
+                self._add(fresh.path, position + at, what)
+                return 0
+            fresh.advance(header, data, at)
+            at += header.length
+        return at
+
+    async def _check_index(self, segment: Segment, fresh: Segment) -> None:
+        """The index file must say what the frames say (as far as it goes)."""
+        path = segment.index_path
+        try:
+            summary, index = await read_index(self._disk, path)
+        except FileNotFoundError:
+            return
+        except RaftlogError as error:
+            self._problem(error)
+            return
+        assert fresh.index is not None
+        size = await self._disk.file_size(segment.path)
+        if summary.last_index == fresh.last_index:
+            if summary != fresh.summary():
+                self._add(path, 0, f"{path}: the summary does not agree with the segment's frames")
+            if segment.is_full and size != segment.end_position:
+                self._add(segment.path, segment.end_position, f"{segment.path}: bytes after the last frame")
+        known = _slots(fresh.index)
+        # The broker may have used another interval: compare the positions that both have.
+        if any(known.get(position, row) != row for position, row in _slots(index).items()):
+            self._add(path, 0, f"{path}: the index does not agree with the segment's frames")
+
+    async def _check_snapshots(self, spec: ReplicaSpec) -> None:
+        for name in await self._disk.list(replica_folder(spec.replica_id)):
+            index = parse_snapshot_name(name)
+            if index is None:
+                continue
+            try:
+                await read_snapshot(self._disk, spec.replica_id, index)
+            except RaftlogError as error:
+                self._problem(error)
+
+    def _add(self, path: str, position: int, what: str) -> None:
+        self._problems.append(Problem(path, position, what))
+
+    def _problem(self, error: RaftlogError) -> None:
+        details = error.details
+        self._add(str(details.get("path", "")), int(details.get("position", 0)), error.message)
+
+
+def _slots(index: SparseIndex) -> dict[int, tuple[int, int]]:
+    """Position -> (log index, record offset) of each granule."""
+    rows = zip(index.indexes, index.offsets, strict=True)
+    return dict(zip(index.positions, rows, strict=True))
+
+
+def _row(replica: RecoveredReplica, size: int, digest: str) -> ReplicaRow:
+    spec, recovered = replica.spec, replica.recovered
+    end = replica.flushed.offset
+    for entry in recovered.tail:
+        end = batch_fields(entry.frame)[0] if entry.kind == FrameKind.BATCH else end
+    return ReplicaRow(
+        spec.topic,
+        spec.partition,
+        spec.replica_id,
+        recovered.first_index,
+        recovered.last_index,
+        recovered.hard_state.commit,
+        replica.segments[0].base_offset,
+        end,
+        size,
+        digest,
+    )
+
+
+def _name(spec: ReplicaSpec) -> str:
+    return f"replica {spec.replica_id} of {spec.topic}-{spec.partition}"
