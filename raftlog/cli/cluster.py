@@ -13,7 +13,11 @@ from raftlog.cli.session import ClusterOption, JsonOption, connected, console, p
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from raftlog.client.log import ClusterDescription, PartitionDescription, TopicDescription
+    from raftlog.client.descriptions import (
+        ClusterDescription,
+        PartitionDescription,
+        TopicDescription,
+    )
 
 NUMBERS = frozenset(
     {"partition", "partitions", "term", "start", "committed", "end", "replicas held", "leads", "pid"}

@@ -19,8 +19,8 @@ from raftlog.cli.topics import TopicArgument
 from raftlog.errors import ConfigError
 
 if TYPE_CHECKING:
-    from raftlog.client.consumer import Consumer
     from raftlog.client.log import Log
+    from raftlog.client.sync import Consumer
     from raftlog.record.types import Record
 
 POLL_S: Final = 0.2
@@ -78,11 +78,16 @@ def consume(
         raise typer.BadParameter("--format, --json and --raw exclude each other")
     formatter = _formatter(format_, json, raw)
     position = parse_start(start, now_ms=time.time_ns() // 1_000_000)
-    assign = [(topic, number) for number in partition] if partition else None
-    with connected(ctx, cluster) as log, log.consumer(topic, assign=assign) as consumer:
+    with connected(ctx, cluster) as log, _consumer(log, topic, partition) as consumer:
         seek(log, consumer, position)
         records = _follow(consumer) if follow else _chunks(consumer.records(until="end"))
         _print(records, formatter, count)
+
+
+def _consumer(log: Log, topic: str, partitions: list[int] | None) -> Consumer:
+    if partitions:
+        return log.consumer(assign=[(topic, partition) for partition in partitions])
+    return log.consumer(topic)
 
 
 def _formatter(text: str | None, json: bool, raw: bool) -> Formatter:

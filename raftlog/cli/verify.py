@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from raftlog.storage.verify import VerifyReport
 
+NUMBERS = frozenset({"partition", "replica", "indexes", "offsets", "bytes"})
 DEPTH = 2
 """Folders of brokers may lie this deep below the directory that the user names."""
 
@@ -65,8 +66,15 @@ def broker_folders(data_dir: Path) -> list[Path]:
 
 
 def _print_report(out: Console, folder: str, report: VerifyReport) -> None:
-    out.print(f"[bold]{folder}[/bold]")
-    rows = table("topic", "partition", "replica", "index", "offset", "bytes", "sha256")
+    stopped = "stopped in order" if report.clean else "not stopped in order"
+    out.print(f"[bold]{folder}[/bold]  broker {report.broker_id}, {stopped}")
+    rows = table("topic", "partition", "replica", "indexes", "offsets", "bytes", "sha256", right=NUMBERS)
     for replica in report.replicas:
         rows.add_row(*map(str, replica))
     out.print(rows)
+    for note in report.notes:
+        out.print(f"note: {note}", style="yellow", markup=False)
+    for problem in report.problems:
+        out.print(f"wrong: {problem}", style="red", markup=False)
+    out.print("[green]every byte checks[/green]" if not report.problems else "[red]damaged[/red]")
+    out.print()
