@@ -116,6 +116,23 @@ class Connections:
         if link is not None and link.open() is None and not self._closed:
             self._dial(link.address)
 
+    async def to(self, broker_id: int) -> RpcConnection:
+        """The connection to one broker, made if there is none.
+
+        Raises:
+            ConnectionLost: it cannot be reached, or nobody has said where it is.
+        """
+        opened = self.open(broker_id)
+        if opened is not None:
+            return opened
+        link = self.links.get(broker_id)
+        if link is None or self._closed:
+            raise ConnectionLost(f"there is no address of broker {broker_id}")
+        connection = await asyncio.shield(self._dial(link.address))
+        if connection.peer.broker_id != broker_id:
+            raise ConnectionLost(f"broker {broker_id} is not at {link.address} any more")
+        return connection
+
     async def any(self) -> RpcConnection:
         """An open connection to whichever broker answers.
 

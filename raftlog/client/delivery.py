@@ -24,8 +24,8 @@ log = logging.getLogger("raftlog.client")
 
 NO_OFFSET: Final = -1
 
-ref_factory: Callable[[Delivery], Any] | None = None
-"""Makes ``Delivery.ref``; installed by ``raftlog.actors.promises``."""
+ref_factory: Callable[[Completion, int, int], Any] | None = None
+"""Makes ``Delivery.ref`` from (batch, index, timestamp_ms); installed by ``raftlog.actors.promises``."""
 
 
 class Completion:
@@ -37,6 +37,7 @@ class Completion:
     """
 
     __slots__ = (
+        "__weakref__",
         "_callbacks",
         "_looked_at",
         "_loop",
@@ -222,7 +223,8 @@ class Delivery:
         try:
             return self._ref
         except AttributeError:
-            self._ref = _make_ref(self)
+            self._batch.look_at(self._index)
+            self._ref = _make_ref(self._batch, self._index, self._timestamp_ms)
         return self._ref
 
     def __await__(self) -> Generator[Any, None, RecordMetadata]:
@@ -240,7 +242,7 @@ class Delivery:
         return RecordMetadata(batch.topic, batch.partition, offset, self._timestamp_ms)
 
     def __reduce__(self) -> Any:
-        raise _not_picklable("a Delivery", "delivery.ref, or what delivery.result() returns")
+        raise not_picklable("a Delivery", "delivery.ref, or what delivery.result() returns")
 
 
 class BatchDelivery:
@@ -327,7 +329,7 @@ class BatchDelivery:
         ]
 
     def __reduce__(self) -> Any:
-        raise _not_picklable("a BatchDelivery", "what batch_delivery.result() returns")
+        raise not_picklable("a BatchDelivery", "what batch_delivery.result() returns")
 
 
 def wait_for_all(batches: Sequence[Completion], timeout: float | None) -> bool:
@@ -365,7 +367,8 @@ def _still_under_way(what: object, timeout: float | None) -> RequestTimeout:
     return RequestTimeout(f"still under way after {timeout:g} s: {what!r}")
 
 
-def _not_picklable(what: str, instead: str) -> NotPicklable:
+def not_picklable(what: str, instead: str) -> NotPicklable:
+    """The error for pickling a handle that cannot leave its process; says what to pass instead."""
     return NotPicklable(f"{what} is tied to its process: pass {instead}")
 
 
@@ -376,9 +379,9 @@ def _running_loop() -> asyncio.AbstractEventLoop | None:
         return None
 
 
-def _make_ref(delivery: Delivery) -> Any:
+def _make_ref(batch: Completion, index: int, timestamp_ms: int) -> Any:
     if ref_factory is None and "ray" in sys.modules:
         importlib.import_module("raftlog.actors.promises")  # installs itself as ref_factory
     if ref_factory is None:
         raise NotRunning("delivery.ref is a Ray ObjectRef, and Ray is not initialised in this process")
-    return ref_factory(delivery)
+    return ref_factory(batch, index, timestamp_ms)

@@ -98,7 +98,7 @@ class MetadataCache:
         changed: list[PartitionView] = []
         for row in response.topics:
             changed += self._merge_row(row, response.version)
-        self._forget(response.unknown_topics, response.version)
+        self.forget(response.unknown_topics, response.version)
         self.version = max(self.version, response.version)
         return changed
 
@@ -115,7 +115,8 @@ class MetadataCache:
         self.topics[row.name] = TopicView(row, version)
         return []
 
-    def _forget(self, names: Iterable[str], version: int) -> None:
+    def forget(self, names: Iterable[str], version: int) -> None:
+        """These topics do not exist as of ``version``."""
         for name in names:
             known = self.topics.get(name)
             if known is not None and version >= known.version:

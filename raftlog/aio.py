@@ -1,0 +1,418 @@
+"""The asynchronous face: the same handles with ``await``, on the loop they are used on.
+
+::
+
+    log = await raftlog.aio.connect()
+    async with log.producer() as producer:
+        delivery = await producer.send("orders", b"value")     # waits for buffer room only
+        meta = await delivery                                  # waits for the acknowledgement
+    async with log.consumer("orders") as consumer:
+        async for record in consumer:
+            ...
+
+No thread is involved, except in ``connect``, ``start`` and ``shutdown``, which talk to Ray. A handle belongs
+to the loop on which it was first used.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+from raftlog.client import attach
+from raftlog.client.admin import CALL_TIMEOUT_S, Admin
+from raftlog.client.cluster import Bootstrap, ClusterClient
+from raftlog.client.consumer import ConsumerCore, Place
+from raftlog.client.delivery import BatchDelivery, Delivery, when_all_done
+from raftlog.client.descriptions import ClusterDescription, TopicDescription
+from raftlog.client.handle import Deadline, Handle, OneUser, process_client_id, wait_until
+from raftlog.client.log import refresh_through_ray
+from raftlog.client.producer import Pending, ProducerCore
+from raftlog.config import ConsumerConfig, Environment, ProducerConfig, TopicConfig
+from raftlog.errors import Closed, DeliveryFailed, RequestTimeout
+from raftlog.net.network import Seams, real_seams
+from raftlog.record.types import Record, TopicPartition
+
+__all__ = ["Consumer", "Log", "Producer", "connect", "shutdown", "start"]
+
+
+async def start(
+    name: str = "default",
+    brokers: int | None = None,
+    data_dir: str | Path | None = None,
+    ephemeral: bool = False,
+) -> Log:
+    """As :func:`raftlog.start`."""
+    log = await asyncio.to_thread(attach.start, name, brokers, data_dir, ephemeral)
+    return Log(log.bootstrap)
+
+
+async def connect(name: str | None = None, timeout: float = 30.0) -> Log:
+    """As :func:`raftlog.connect`; each call makes a Log of its own."""
+    return Log(await asyncio.to_thread(attach.find, name or Environment.read().cluster, timeout))
+
+
+async def shutdown(name: str = "default", force: bool = False) -> None:
+    """As :func:`raftlog.shutdown`."""
+    await asyncio.to_thread(attach.shutdown, name, force)
+
+
+class Log:
+    """As :class:`raftlog.Log`, for one event loop.
+
+    Args:
+        bootstrap: how to reach the cluster.
+        seams: what it reaches the outside through; tests give simulated ones.
+    """
+
+    def __init__(self, bootstrap: Bootstrap, seams: Seams | None = None) -> None:
+        self._bootstrap = bootstrap
+        self._seams = seams
+        self._closed = False
+        self._pid = os.getpid()
+        self._cluster: ClusterClient | None = None
+        self._handles: list[Producer | Consumer] = []
+
+    @property
+    def name(self) -> str:
+        """The cluster's name."""
+        return self._bootstrap.name
+
+    @property
+    def cluster_id(self) -> str:
+        """The cluster's id, the same for as long as its data lives."""
+        return self._bootstrap.cluster_id
+
+    @property
+    def bootstrap(self) -> Bootstrap:
+        """How to reach the cluster."""
+        return self._bootstrap
+
+    @property
+    def closed(self) -> bool:
+        """Whether it was closed."""
+        return self._closed
+
+    def __repr__(self) -> str:
+        return f"<raftlog.aio.Log of cluster {self.name!r}{' (closed)' if self._closed else ''}>"
+
+    def __reduce__(self) -> tuple[type[Log], tuple[Bootstrap]]:
+        return Log, (self._bootstrap,)
+
+    def producer(self, **settings: Any) -> Producer:
+        """As :meth:`raftlog.Log.producer`; use it in an ``async with``."""
+        producer = Producer(self._connected(), ProducerConfig(**settings))
+        self._handles.append(producer)
+        return producer
+
+    def consumer(self, *topics: str, **settings: Any) -> Consumer:
+        """As :meth:`raftlog.Log.consumer`, but topics are looked up at the first use."""
+        consumer = Consumer(self._connected(), topics, ConsumerConfig(**settings))
+        self._handles.append(consumer)
+        return consumer
+
+    async def create_topic(
+        self,
+        name: str,
+        partitions: int = 1,
+        replication_factor: int | str = "auto",
+        config: Mapping[str, Any] | TopicConfig | None = None,
+        exist_ok: bool = False,
+        timeout: float = CALL_TIMEOUT_S,
+    ) -> None:
+        """As :meth:`raftlog.Log.create_topic`."""
+        await self._admin().create_topic(name, partitions, replication_factor, config, exist_ok, timeout)
+
+    async def topics(self) -> list[str]:
+        """As :meth:`raftlog.Log.topics`."""
+        return await self._admin().topics()
+
+    async def describe_topic(self, name: str) -> TopicDescription:
+        """As :meth:`raftlog.Log.describe_topic`."""
+        return await self._admin().describe_topic(name)
+
+    async def delete_topic(self, name: str, timeout: float = CALL_TIMEOUT_S) -> None:
+        """As :meth:`raftlog.Log.delete_topic`."""
+        await self._admin().delete_topic(name, timeout)
+
+    async def describe_cluster(self) -> ClusterDescription:
+        """As :meth:`raftlog.Log.describe_cluster`."""
+        return await self._admin().describe_cluster()
+
+    async def close(self) -> None:
+        """As :meth:`raftlog.Log.close`."""
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            for handle in self._handles:
+                await handle.close()
+        finally:
+            if self._cluster is not None:
+                await self._cluster.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    def _connected(self) -> ClusterClient:
+        if self._closed:
+            raise Closed("the Log is closed")
+        if self._cluster is None or self._pid != os.getpid():
+            self._pid = os.getpid()
+            self._handles = []
+            self._cluster = ClusterClient(
+                self._seams or real_seams(),
+                self._bootstrap,
+                process_client_id(),
+                refresh_through_ray(self._bootstrap),
+            )
+        self._handles = [handle for handle in self._handles if not handle.closed]
+        return self._cluster
+
+    def _admin(self) -> Admin:
+        return Admin(self._connected())
+
+
+class Producer(Handle):
+    """As :class:`raftlog.Producer`; made by :meth:`Log.producer`."""
+
+    def __init__(self, cluster: ClusterClient, config: ProducerConfig) -> None:
+        super().__init__("producer")
+        loop = asyncio.get_running_loop()
+        self._core = ProducerCore(cluster, config, loop, loop.call_soon)
+        self._clock = loop.time
+
+    async def send(
+        self,
+        topic: str,
+        value: Any,
+        key: Any = None,
+        headers: Iterable[tuple[str, bytes | None]] = (),
+        partition: int | None = None,
+        timestamp_ms: int | None = None,
+    ) -> Delivery:
+        """As :meth:`raftlog.Producer.send`: waits for buffer room only. Await the Delivery for the
+        acknowledgement."""
+        if self._closed or self._pid != os.getpid():
+            self._check_open()
+        result = self._core.send(topic, value, key, headers, partition, timestamp_ms)
+        if type(result) is Delivery:
+            return result
+        assert isinstance(result, Pending), "a record is buffered or pending"
+        return await self._wait_and_send(result)
+
+    async def _wait_and_send(self, pending: Pending) -> Delivery:
+        core = self._core
+        deadline = Deadline(core.max_block_s, self._clock)
+        while True:
+            if pending.needs_topic:
+                await core.load_topic(pending.topic, deadline.left() or 0.0)
+            elif not await wait_until(core.accumulator.when_room, deadline.left()) or deadline.over():
+                raise core.buffer_full()
+            result = core.resume(pending)
+            if isinstance(result, Delivery):
+                return result
+            pending = result
+
+    async def send_batch(
+        self,
+        topic: str,
+        values: Sequence[Any],
+        keys: Sequence[Any] | None = None,
+        partition: int | None = None,
+        timestamp_ms: int | None = None,
+    ) -> BatchDelivery:
+        """As :meth:`raftlog.Producer.send_batch`: waits for buffer room only."""
+        self._check_open()
+        core = self._core
+        if not core.knows(topic):
+            await core.load_topic(topic, core.max_block_s)
+        batches = []
+        for each in core.split(topic, values, keys, partition, timestamp_ms):
+            deadline = Deadline(core.max_block_s, self._clock)
+            while (batch := core.buffer_batch(each)) is None:
+                if not await wait_until(core.accumulator.when_room, deadline.left()) or deadline.over():
+                    raise core.buffer_full()
+            batches.append(batch)
+        return BatchDelivery(batches)
+
+    async def flush(self, timeout: float | None = None) -> None:
+        """As :meth:`raftlog.Producer.flush`."""
+        self._check_open()
+        await self._flush(timeout)
+
+    async def _flush(self, timeout: float | None) -> None:
+        batches = self._core.accumulator.close_open_batches()
+        if batches and not await wait_until(partial(when_all_done, batches), timeout):
+            left = sum(batch.count for batch in batches if not batch.done)
+            raise RequestTimeout(f"{left} records are still under way after {timeout:g} s")
+        self._core.raise_failures()
+
+    async def close(self, timeout: float | None = None) -> None:
+        """As :meth:`raftlog.Producer.close`."""
+        if self._closed or self._pid != os.getpid():
+            return
+        self._closed = True
+        self._core.accumulator.close()
+        try:
+            await self._flush(timeout)
+        finally:
+            self._core.sender.stop()
+
+    async def __aenter__(self) -> Self:
+        self._check_open()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            await self.close()
+        except (DeliveryFailed, RequestTimeout):
+            if error is None:
+                raise
+
+
+class Consumer(Handle):
+    """As :class:`raftlog.Consumer`; belongs to one task at a time. Made by :meth:`Log.consumer`."""
+
+    def __init__(self, cluster: ClusterClient, topics: Sequence[str], config: ConsumerConfig) -> None:
+        super().__init__("consumer")
+        loop = asyncio.get_running_loop()
+        self._core = ConsumerCore(cluster, config, topics, loop, loop.call_soon)
+        self._use = OneUser(asyncio.current_task)
+        self._clock = loop.time
+
+    async def poll(self, timeout: float = 1.0, max_records: int | None = None) -> list[Record]:
+        """As :meth:`raftlog.Consumer.poll`."""
+        records_max = self._core.config.max_poll_records if max_records is None else max_records
+        deadline = Deadline(timeout, self._clock)
+        core = await self._started()
+        with self._use:
+            while True:
+                seen = core.arrivals
+                records = core.take(records_max)
+                if records or deadline.over():
+                    return records
+                await wait_until(partial(core.when_arrived, seen), deadline.left())
+
+    def __aiter__(self) -> AsyncIterator[Record]:
+        """Record after record, for ever; ends when the consumer is closed."""
+        return self.records()
+
+    async def records(
+        self, until: Literal["end"] | None = None, idle_timeout: float | None = None
+    ) -> AsyncIterator[Record]:
+        """As :meth:`raftlog.Consumer.records`."""
+        core = await self._started()
+        if until is not None:
+            core.limit(await core.ends())
+        try:
+            while (record := await self._next(until is not None, idle_timeout)) is not None:
+                yield record
+        finally:
+            if until is not None:
+                core.limit(None)
+
+    async def _next(self, limited: bool, idle_timeout: float | None) -> Record | None:
+        core = self._core
+        deadline: Deadline | None = None
+        with self._use:
+            while not core.closed:
+                seen = core.arrivals
+                record = core.pop()
+                if record is not None:
+                    return record
+                if limited and core.at_limits():
+                    break
+                deadline = deadline or Deadline(idle_timeout, self._clock)
+                if deadline.over():
+                    break
+                await wait_until(partial(core.when_arrived, seen), deadline.left())
+        return None
+
+    async def assignment(self) -> list[TopicPartition]:
+        """As :meth:`raftlog.Consumer.assignment`."""
+        return (await self._started()).assignment()
+
+    async def position(self, partition: Place) -> int:
+        """As :meth:`raftlog.Consumer.position`."""
+        core = await self._started()
+        with self._use:
+            return await core.position(partition)
+
+    async def seek(self, partition: Place, offset: int) -> None:
+        """As :meth:`raftlog.Consumer.seek`."""
+        core = await self._started()
+        with self._use:
+            core.seek(partition, offset)
+
+    async def seek_to_beginning(self, *partitions: Place) -> None:
+        """As :meth:`raftlog.Consumer.seek_to_beginning`."""
+        core = await self._started()
+        with self._use:
+            core.seek_to_beginning(partitions)
+
+    async def seek_to_end(self, *partitions: Place) -> None:
+        """As :meth:`raftlog.Consumer.seek_to_end`."""
+        core = await self._started()
+        with self._use:
+            core.seek_to_end(partitions)
+
+    async def seek_to_time(self, timestamp: int | datetime, *partitions: Place) -> None:
+        """As :meth:`raftlog.Consumer.seek_to_time`."""
+        core = await self._started()
+        with self._use:
+            await core.seek_to_time(timestamp, partitions)
+
+    async def pause(self, *partitions: Place) -> None:
+        """As :meth:`raftlog.Consumer.pause`."""
+        core = await self._started()
+        with self._use:
+            core.pause(partitions)
+
+    async def resume(self, *partitions: Place) -> None:
+        """As :meth:`raftlog.Consumer.resume`."""
+        core = await self._started()
+        with self._use:
+            core.resume(partitions)
+
+    async def lag(self) -> dict[TopicPartition, int]:
+        """As :meth:`raftlog.Consumer.lag`."""
+        core = await self._started()
+        with self._use:
+            return await core.lag()
+
+    async def close(self) -> None:
+        """As :meth:`raftlog.Consumer.close`; from any task."""
+        if self._closed or self._pid != os.getpid():
+            return
+        self._closed = True
+        await self._core.close()
+
+    async def _started(self) -> ConsumerCore:
+        self._check_open()
+        if not self._core.started:
+            with self._use:
+                await self._core.start()
+        return self._core
+
+    async def __aenter__(self) -> Self:
+        await self._started()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()

@@ -1,0 +1,81 @@
+"""``raftlog.start``, ``connect`` and ``shutdown``: finding a cluster through Ray, or making one.
+
+Ray and ``raftlog.actors`` are imported when one of these is called, never before.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+
+from raftlog.client.cluster import Bootstrap
+from raftlog.client.handle import process_client_id
+from raftlog.client.log import Log
+from raftlog.config import Environment
+
+_lock = threading.Lock()
+_logs: dict[tuple[int, str], Log] = {}
+
+
+def start(
+    name: str = "default",
+    brokers: int | None = None,
+    data_dir: str | Path | None = None,
+    ephemeral: bool = False,
+) -> Log:
+    """See :func:`raftlog.start`."""
+    from raftlog.actors import launch
+
+    return log_of(launch.start(name, brokers, data_dir, ephemeral))
+
+
+def connect(name: str | None = None, timeout: float = 30.0) -> Log:
+    """See :func:`raftlog.connect`."""
+    name = name or Environment.read().cluster
+    with _lock:
+        present = _logs.get((os.getpid(), name))
+    if present is not None and not present.closed:
+        return present
+    return log_of(find(name, timeout))
+
+
+def find(name: str, timeout: float) -> Bootstrap:
+    """How to reach a cluster that runs.
+
+    Raises:
+        NotRunning: none of that name does.
+    """
+    from raftlog.actors import launch
+
+    return launch.find(name, timeout)
+
+
+def shutdown(name: str = "default", force: bool = False) -> None:
+    """See :func:`raftlog.shutdown`."""
+    from raftlog.actors import launch
+
+    launch.stop(name, force, (process_client_id(),))
+    with _lock:
+        present = _logs.pop((os.getpid(), name), None)
+    if present is not None:
+        present.close()
+
+
+def log_of(bootstrap: Bootstrap) -> Log:
+    """This process's Log of that cluster."""
+    key = os.getpid(), bootstrap.name
+    with _lock:
+        present = _logs.get(key)
+        if present is None or present.closed or present.cluster_id != bootstrap.cluster_id:
+            present = _logs[key] = Log(bootstrap)
+        return present
+
+
+def _after_fork_in_child() -> None:
+    global _lock
+    _lock = threading.Lock()  # another thread may have held it
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)

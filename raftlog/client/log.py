@@ -1,0 +1,269 @@
+"""The Log: a cluster as a program sees it. Makes producers and consumers, and manages topics."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import threading
+import weakref
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
+
+from raftlog.client.admin import CALL_TIMEOUT_S, Admin
+from raftlog.client.cluster import Bootstrap, ClusterClient
+from raftlog.client.descriptions import (
+    BrokerDescription,
+    ClusterDescription,
+    PartitionDescription,
+    TopicDescription,
+)
+from raftlog.client.handle import process_client_id
+from raftlog.client.io_thread import IoThread, io_thread
+from raftlog.config import ConsumerConfig, ProducerConfig, TopicConfig
+from raftlog.errors import Closed, NotRunning
+from raftlog.net.network import real_seams
+
+if TYPE_CHECKING:
+    from raftlog.client.sync import Consumer, Producer
+
+__all__ = [
+    "Bootstrap",
+    "BrokerDescription",
+    "ClusterDescription",
+    "Log",
+    "PartitionDescription",
+    "TopicDescription",
+    "refresh_through_ray",
+]
+
+T = TypeVar("T")
+
+REFRESH_TIMEOUT_S: Final = 10.0
+
+_inherited: list[Any] = []
+"""What a fork left of the parent's handles: kept, never used nor freed (see ``io_thread``)."""
+
+
+class Log:
+    """A cluster: topics, producers and consumers.
+
+    Thread-safe. It pickles (as name and addresses) and connects again where it is used, also after a fork; so
+    hand it to Ray tasks and actors, and make producers and consumers there.
+
+    Args:
+        bootstrap: how to reach the cluster; found by :func:`raftlog.connect`.
+    """
+
+    def __init__(self, bootstrap: Bootstrap) -> None:
+        self._bootstrap = bootstrap
+        self._closed = False
+        self._lock = threading.Lock()
+        self._runtime: _Runtime | None = None
+
+    @property
+    def name(self) -> str:
+        """The cluster's name."""
+        return self._bootstrap.name
+
+    @property
+    def cluster_id(self) -> str:
+        """The cluster's id, the same for as long as its data lives."""
+        return self._bootstrap.cluster_id
+
+    @property
+    def bootstrap(self) -> Bootstrap:
+        """How to reach the cluster."""
+        return self._bootstrap
+
+    @property
+    def closed(self) -> bool:
+        """Whether it was closed."""
+        return self._closed
+
+    def __repr__(self) -> str:
+        return f"<raftlog.Log of cluster {self.name!r}{' (closed)' if self._closed else ''}>"
+
+    def __reduce__(self) -> tuple[type[Log], tuple[Bootstrap]]:
+        return Log, (self._bootstrap,)
+
+    # -- handles ---------------------------------------------------------------------------------------------
+
+    def producer(self, **settings: Any) -> Producer:
+        """A new producer; use it in a ``with``, which flushes and closes it.
+
+        Args:
+            settings: see :class:`raftlog.config.ProducerConfig`; Kafka's dotted names work too, as in
+                ``log.producer(**{"linger.ms": 0})``.
+
+        Raises:
+            ConfigError: unknown, out of range or contradictory settings.
+        """
+        from raftlog.client.sync import Producer  # pulls in the record codec: not for who only lists topics
+
+        config = ProducerConfig(**settings)
+        runtime = self._connected()
+        producer = Producer(self, runtime.io, runtime.cluster, config)
+        runtime.handles.add(producer)
+        return producer
+
+    def consumer(self, *topics: str, **settings: Any) -> Consumer:
+        """A new consumer of all partitions of ``topics``, or of those in ``assign=``.
+
+        Args:
+            topics: names.
+            settings: see :class:`raftlog.config.ConsumerConfig`; ``assign`` is a list of (topic, partition).
+
+        Raises:
+            ConfigError: unknown, out of range or contradictory settings.
+            UnknownTopic, UnknownPartition: there is nothing to read.
+        """
+        from raftlog.client.sync import Consumer
+
+        config = ConsumerConfig(**settings)
+        runtime = self._connected()
+        consumer = Consumer(self, runtime.io, runtime.cluster, topics, config)
+        runtime.handles.add(consumer)
+        return consumer
+
+    # -- topics ----------------------------------------------------------------------------------------------
+
+    def create_topic(
+        self,
+        name: str,
+        partitions: int = 1,
+        replication_factor: int | str = "auto",
+        config: Mapping[str, Any] | TopicConfig | None = None,
+        exist_ok: bool = False,
+        timeout: float = CALL_TIMEOUT_S,
+    ) -> None:
+        """Create a topic; returns when all of its partitions have leaders.
+
+        Args:
+            name: 1 to 249 of a-z A-Z 0-9 . _ -
+            partitions: how many, each with an order of its own.
+            replication_factor: copies of each; "auto": 3, or as many as there are brokers if that is fewer.
+            config: see :class:`raftlog.config.TopicConfig`.
+            exist_ok: be content with a topic of that name, as it is.
+            timeout: seconds.
+
+        Raises:
+            TopicExists, InvalidTopic, ConfigError, InvalidReplicationFactor: nothing was created.
+            ConnectionLost, RequestTimeout: the cluster did not answer in time; it may have been created.
+        """
+        self._call(
+            self._admin().create_topic(name, partitions, replication_factor, config, exist_ok, timeout)
+        )
+
+    def topics(self) -> list[str]:
+        """Names of all topics, in order."""
+        return self._call(self._admin().topics())
+
+    def describe_topic(self, name: str) -> TopicDescription:
+        """Partitions of a topic: leaders, replicas, offsets, and who is behind; asked of the brokers now.
+
+        Raises:
+            UnknownTopic, ConnectionLost.
+        """
+        return self._call(self._admin().describe_topic(name))
+
+    def delete_topic(self, name: str, timeout: float = CALL_TIMEOUT_S) -> None:
+        """Delete a topic and all of its records.
+
+        Raises:
+            UnknownTopic, ConnectionLost, RequestTimeout.
+        """
+        self._call(self._admin().delete_topic(name, timeout))
+
+    def describe_cluster(self) -> ClusterDescription:
+        """The brokers, each as it says it is; asked now. One that does not answer is "lost"."""
+        return self._call(self._admin().describe_cluster())
+
+    # -- life ------------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Close its producers (after flushing them) and consumers, and the connections. Closing twice does
+        nothing.
+
+        Raises:
+            DeliveryFailed: of a producer that was still open.
+        """
+        with self._lock:
+            runtime, self._runtime = self._runtime, None
+            self._closed = True
+        if runtime is not None and runtime.pid == os.getpid():
+            runtime.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        runtime = getattr(self, "_runtime", None)
+        if runtime is not None and runtime.pid == os.getpid():
+            runtime.io.spawn(runtime.cluster.close())
+
+    def _connected(self) -> _Runtime:
+        with self._lock:
+            if self._closed:
+                raise Closed("the Log is closed")
+            if self._runtime is not None and self._runtime.pid != os.getpid():
+                _inherited.append(self._runtime)
+                self._runtime = None
+            if self._runtime is None:
+                self._runtime = _Runtime(self._bootstrap)
+            return self._runtime
+
+    def _admin(self) -> Admin:
+        return self._connected().admin
+
+    def _call(self, work: Coroutine[Any, Any, T]) -> T:
+        return self._connected().io.call(work)
+
+
+class _Runtime:
+    """A Log's connection in this process, on its I/O thread."""
+
+    def __init__(self, bootstrap: Bootstrap) -> None:
+        self.pid = os.getpid()
+        self.io: IoThread = io_thread()
+        self.cluster: ClusterClient = self.io.call(self._make(bootstrap))
+        self.admin = Admin(self.cluster)
+        self.handles: weakref.WeakSet[Producer | Consumer] = weakref.WeakSet()
+
+    async def _make(self, bootstrap: Bootstrap) -> ClusterClient:
+        return ClusterClient(real_seams(), bootstrap, process_client_id(), refresh_through_ray(bootstrap))
+
+    def close(self) -> None:
+        try:
+            for handle in list(self.handles):
+                handle.close()
+        finally:
+            self.io.call(self.cluster.close())
+
+
+def refresh_through_ray(bootstrap: Bootstrap) -> Callable[[], Awaitable[Bootstrap]]:
+    """Finds the cluster's addresses again through Ray, where this process uses Ray and the cluster is the
+    same."""
+
+    def find() -> Bootstrap:
+        ray = sys.modules.get("ray")
+        if ray is None or not ray.is_initialized():
+            return bootstrap
+        from raftlog.actors import launch
+
+        try:
+            found = launch.find(bootstrap.name, REFRESH_TIMEOUT_S)
+        except NotRunning:
+            return bootstrap
+        return found if found.cluster_id == bootstrap.cluster_id else bootstrap
+
+    async def refresh() -> Bootstrap:
+        return await asyncio.get_running_loop().run_in_executor(None, find)
+
+    return refresh
