@@ -319,28 +319,29 @@ class Consumer(Handle):
         if until is not None:
             core.limit(await core.ends())
         try:
-            while (record := await self._next(until is not None, idle_timeout)) is not None:
+            while True:
+                record = core.pop()
+                if record is None:
+                    record = await self._wait_and_pop(until is not None, idle_timeout)
+                    if record is None:
+                        return
                 yield record
+        except Closed:
+            return
         finally:
             if until is not None:
                 core.limit(None)
 
-    async def _next(self, limited: bool, idle_timeout: float | None) -> Record | None:
+    async def _wait_and_pop(self, limited: bool, idle_timeout: float | None) -> Record | None:
         core = self._core
-        deadline: Deadline | None = None
+        deadline = Deadline(idle_timeout, self._clock)
         with self._use:
-            while not core.closed:
+            while True:
                 seen = core.arrivals
                 record = core.pop()
-                if record is not None:
+                if record is not None or (limited and core.at_limits()) or deadline.over():
                     return record
-                if limited and core.at_limits():
-                    break
-                deadline = deadline or Deadline(idle_timeout, self._clock)
-                if deadline.over():
-                    break
                 await wait_until(partial(core.when_arrived, seen), deadline.left())
-        return None
 
     async def assignment(self) -> list[TopicPartition]:
         """As :meth:`raftlog.Consumer.assignment`."""

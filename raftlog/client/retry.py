@@ -74,7 +74,10 @@ async def retry(
     def stop(state: RetryCallState) -> bool:
         return loop.time() + state.upcoming_sleep >= deadline
 
+    async def attempt() -> T:
+        return await call()  # tenacity awaits only what is a coroutine function
+
     policy = AsyncRetrying(
         sleep=asyncio.sleep, wait=wait, stop=stop, retry=retry_if_exception(retriable), reraise=True
     )
-    return await policy(call)
+    return await policy(attempt)

@@ -190,8 +190,8 @@ class Producer(Handle):
         core, io = self._core, self._io
         if core.accumulator.unsettled():
             warnings.warn(
-                f"a producer was dropped with {core.accumulator.used} bytes of records not acknowledged: close "
-                "it, or use it in a `with`",
+                f"a producer was dropped with {core.accumulator.used} bytes of records not acknowledged: "
+                "close it, or use it in a `with`",
                 ResourceWarning,
                 source=self,
                 stacklevel=2,
@@ -262,36 +262,37 @@ class Consumer(Handle):
             As :meth:`poll`; when another thread closes the consumer, the iteration just ends.
         """
         self._check_open()
+        with self._use:  # of this thread for as long as the iteration lasts
+            yield from self._records(until, idle_timeout)
+
+    def _records(self, until: Literal["end"] | None, idle_timeout: float | None) -> Iterator[Record]:
         core = self._core
         if until is not None:
             core.limit(self._io.call(core.ends()))
         try:
-            while (record := self._next(until is not None, idle_timeout)) is not None:
+            while True:
+                record = core.pop()
+                if record is None:
+                    record = self._wait_and_pop(until is not None, idle_timeout)
+                    if record is None:
+                        return
                 yield record
+        except Closed:
+            return
         finally:
             if until is not None:
                 core.limit(None)
 
-    def _next(self, limited: bool, idle_timeout: float | None) -> Record | None:
+    def _wait_and_pop(self, limited: bool, idle_timeout: float | None) -> Record | None:
         core = self._core
-        deadline: Deadline | None = None
-        with self._use:
-            while not core.closed:
-                seen = core.arrivals
-                try:
-                    record = core.pop()
-                except Closed:
-                    break
-                if record is not None:
-                    return record
-                if limited and core.at_limits():
-                    break
-                deadline = deadline or Deadline(idle_timeout)
-                if deadline.over():
-                    break
-                left = deadline.left()
-                block_until(partial(core.when_arrived, seen), FOREVER_S if left is None else left)
-        return None
+        deadline = Deadline(idle_timeout)
+        while True:
+            seen = core.arrivals
+            record = core.pop()
+            if record is not None or (limited and core.at_limits()) or deadline.over():
+                return record
+            left = deadline.left()
+            block_until(partial(core.when_arrived, seen), FOREVER_S if left is None else left)
 
     def assignment(self) -> list[TopicPartition]:
         """The partitions that are read, in order."""
