@@ -93,6 +93,12 @@ def world(request: pytest.FixtureRequest) -> Iterator[World]:
     world = World(request.param)
     yield world
     world.loop.close()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _collect() -> Iterator[None]:
+    """What was dropped without being closed warns here, and warnings are errors."""
+    yield
     gc.collect()
 
 
