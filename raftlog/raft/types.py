@@ -257,4 +257,4 @@ class Ready(msgspec.Struct, frozen=True):
     """(context, index) of ReadIndex requests that may now be served once ``index`` is applied."""
     snapshots: tuple[int, ...] = ()
     """Followers that need entries the log no longer has: the host sends each a snapshot at or above
-    ``first_index - 1``. The follower's acknowledgement ends it, or ``RawNode.on_snapshot_failed(to)``."""
+    ``first_index - 1`` and ends with ``RawNode.on_snapshot_sent(to, index)`` or ``on_snapshot_failed(to)``."""
