@@ -10,7 +10,15 @@ from __future__ import annotations
 
 from raftlog.raft.log import UNKNOWN_CRC, LogDiverged
 from raftlog.raft.node import Node
-from raftlog.raft.types import AppendRequest, AppendResponse, Entry, Heartbeat, HeartbeatResponse, Role
+from raftlog.raft.types import (
+    AppendRequest,
+    AppendResponse,
+    Entry,
+    Heartbeat,
+    HeartbeatResponse,
+    Role,
+    Snapshot,
+)
 
 
 def handle_append(node: Node, message: AppendRequest) -> None:
@@ -23,8 +31,10 @@ def handle_append(node: Node, message: AppendRequest) -> None:
     if prev_index < log.commit:
         # Every leader has what is committed (leader completeness), so up to there the logs agree, and the
         # terms below may be compacted away here: look at the rest only.
-        entries = entries[log.commit - prev_index :]
-        prev_index, prev_crc = log.commit, UNKNOWN_CRC
+        known = log.commit - prev_index
+        prev_crc = entries[known - 1].crc if len(entries) >= known else UNKNOWN_CRC
+        entries = entries[known:]
+        prev_index = log.commit
         last = max(last, prev_index)
     elif log.term(prev_index) != prev_term:
         _reject(node, message)
@@ -110,6 +120,25 @@ def acknowledge(node: Node) -> None:
         node.acked_index = index
         if wanted:
             node.ack_wanted = -1
+
+
+def restore(node: Node, snapshot: Snapshot, leader_time_ms: int) -> bool:
+    """Take over a snapshot that the host holds durably (Raft section 7); see RawNode.restore."""
+    assert node.role is not Role.LEADER, "a leader has all that is committed"
+    log, index = node.log, snapshot.index
+    fresh = index > log.commit and log.term(index) != snapshot.term
+    if fresh:
+        log.restore(index, snapshot.term, snapshot.crc, leader_time_ms)
+        node.confs.restore(index, snapshot.conf)
+        node.durability.restored(index)
+        _configuration_changed(node)
+    elif index > log.commit:
+        log.commit = index  # the log holds the entry itself: what a snapshot covers is committed
+    # What is committed is in the log of whoever leads now.
+    node.matched_index = max(node.matched_index, log.commit)
+    node.ack_wanted = log.commit
+    acknowledge(node)
+    return fresh
 
 
 def handle_heartbeat(node: Node, message: Heartbeat) -> None:

@@ -40,7 +40,7 @@ def _check_leader(node: Node) -> None:
     log = node.log
     assert node.leader == node.id
     assert node.durability.term == node.term, "a leader's own vote is durable before it counts"
-    assert log.term(node.term_start) == node.term
+    assert log.term(max(node.term_start, log.first_index - 1)) == node.term
     assert node.progress.keys() == node.confs.current.members - {node.id}
     assert node.uncommitted_bytes == log.size_of(log.commit + 1, log.last_index + 1)
     for progress in node.progress.values():

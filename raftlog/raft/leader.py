@@ -9,20 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from raftlog.errors import Busy, NotLeader
+from raftlog.raft import heartbeats, transfer
+from raftlog.raft.confchange import leave
+from raftlog.raft.confstack import encode_conf
 from raftlog.raft.node import Node
 from raftlog.raft.progress import Progress, ProgressState
-from raftlog.raft.quorum import VoteResult, quorum_index, vote_result
-from raftlog.raft.types import (
-    AppendRequest,
-    AppendResponse,
-    Entry,
-    Heartbeat,
-    HeartbeatResponse,
-    LoadRequest,
-    Role,
-)
-from raftlog.record.frame import FRAME_HEADER_BYTES, Buffer, FrameKind
+from raftlog.raft.proposals import append_entry, follow_configuration
+from raftlog.raft.quorum import is_voter, quorum_index
+from raftlog.raft.types import AppendRequest, AppendResponse, Entry, HeartbeatResponse, LoadRequest, Role
+from raftlog.record.frame import FrameKind
 
 
 def become_leader(node: Node) -> None:
@@ -37,59 +32,7 @@ def become_leader(node: Node) -> None:
     follow_configuration(node)
     node.uncommitted_bytes = log.size_of(log.commit + 1, log.last_index + 1)
     node.term_start = append_entry(node, FrameKind.NOOP, b"", log.last_leader_time_ms).index
-    node.heartbeat_due_ms = node.now_ms + node.config.heartbeat_ms
-    node.deadline_ms = node.heartbeat_due_ms
-
-
-def follow_configuration(node: Node) -> None:
-    """Make ``progress`` hold exactly the other members of the configuration in force."""
-    members = node.confs.current.members - {node.id}
-    for gone in [replica for replica in node.progress if replica not in members]:
-        del node.progress[gone]
-    for replica in sorted(members - node.progress.keys()):
-        node.progress[replica] = Progress(replica, node.log.last_index + 1, node.now_ms)
-    node.pump_wanted = True
-
-
-# -- proposals -----------------------------------------------------------------------------------------------
-
-
-def propose(node: Node, kind: int, payload: Buffer, leader_time_ms: int) -> Entry:
-    """Append one entry as leader.
-
-    Raises:
-        NotLeader: nothing happened; details: leader (replica id or None), term.
-        Busy: too many bytes are uncommitted; nothing happened.
-    """
-    if node.role is not Role.LEADER:
-        raise NotLeader(
-            f"replica {node.id} does not lead in term {node.term}", leader=node.leader or None, term=node.term
-        )
-    size = FRAME_HEADER_BYTES + len(payload)
-    limit = node.config.uncommitted_bytes_max
-    if node.uncommitted_bytes and node.uncommitted_bytes + size > limit:
-        raise Busy(
-            f"{node.uncommitted_bytes} bytes are uncommitted; {size} more would pass the limit of {limit}"
-        )
-    return append_entry(node, kind, payload, leader_time_ms)
-
-
-def append_entry(node: Node, kind: int, payload: Buffer, leader_time_ms: int) -> Entry:
-    """Encode and append; the leader's time never runs back along the log."""
-    log = node.log
-    entry = Entry.create(
-        log.last_crc,
-        kind,
-        node.term,
-        log.last_index + 1,
-        max(leader_time_ms, log.last_leader_time_ms),
-        payload,
-    )
-    if node.append((entry,)):
-        follow_configuration(node)
-    node.uncommitted_bytes += len(entry.frame)
-    node.pump_wanted = True
-    return entry
+    node.deadline_ms = node.now_ms + node.config.heartbeat_ms
 
 
 # -- commit --------------------------------------------------------------------------------------------------
@@ -111,6 +54,22 @@ def advance_commit(node: Node) -> None:
         node.uncommitted_bytes -= log.size_of(log.commit + 1, index + 1)
         log.commit = index
         node.pump_wanted = True
+        _configuration_committed(node)
+
+
+def _configuration_committed(node: Node) -> None:
+    """If the configuration in force is committed: end a joint phase, or end office when it has no vote for
+    us."""
+    conf = node.confs.current
+    if node.log.commit < node.confs.current_index:
+        return
+    if conf.is_joint and conf.auto_leave:
+        append_entry(node, FrameKind.CONF, encode_conf(leave(conf)), node.log.last_leader_time_ms)
+    elif not is_voter(conf, node.id):
+        # Thesis section 4.2.2: it managed the group without counting itself until now. The others learn of
+        # the commit from messages that are made before it goes.
+        pump(node)
+        step_down(node)
 
 
 # -- sending -------------------------------------------------------------------------------------------------
@@ -119,6 +78,7 @@ def advance_commit(node: Node) -> None:
 def pump(node: Node) -> None:
     """Send every follower what it can take now."""
     node.pump_wanted = False
+    heartbeats.start_round(node)
     for progress in node.progress.values():
         if progress.connected:
             if progress.state is ProgressState.REPLICATE:
@@ -133,13 +93,13 @@ def _stream(node: Node, progress: Progress) -> None:
     log, config = node.log, node.config
     sent = False
     while progress.next <= log.last_index:
+        if progress.next < log.first_index:
+            _need_snapshot(node, progress)
+            return
         window = progress.window_bytes(config.inflight_messages_max, config.inflight_bytes_max)
         if not window or progress.loading:
             break
         limit = min(window, config.append_bytes_max)
-        if progress.next < log.first_index:
-            _need_snapshot(node, progress)
-            return
         if progress.next < log.offset:
             progress.loading = True
             node.loads.append(LoadRequest(progress.id, progress.next, limit))
@@ -210,6 +170,24 @@ def on_load_failed(node: Node, to: int) -> None:
         progress.paused = True
 
 
+def on_snapshot_sent(node: Node, to: int, index: int) -> None:
+    """Follower ``to`` says that it has a snapshot at ``index``: go on behind it, with a probe, for the log
+    there may be another by now."""
+    progress = node.progress.get(to)
+    if progress is not None and progress.state is ProgressState.SNAPSHOT:
+        progress.become_probe()
+        progress.next = max(progress.next, min(index, node.log.last_index) + 1)
+        node.pump_wanted = True
+
+
+def on_snapshot_failed(node: Node, to: int) -> None:
+    """The host could not bring a snapshot to ``to``: look again where it stands after its next answer."""
+    progress = node.progress.get(to)
+    if progress is not None and progress.state is ProgressState.SNAPSHOT:
+        progress.become_probe()
+        progress.paused = True
+
+
 # -- answers -------------------------------------------------------------------------------------------------
 
 
@@ -235,8 +213,10 @@ def handle_append_response(node: Node, message: AppendResponse) -> None:
     if streams:
         progress.become_replicate()
     node.pump_wanted = True
-    if news and message.index > node.log.commit:
-        advance_commit(node)
+    if news:
+        transfer.go_on(node, progress)
+        if message.index > node.log.commit:
+            advance_commit(node)
 
 
 def handle_heartbeat_response(node: Node, message: HeartbeatResponse) -> None:
@@ -246,13 +226,16 @@ def handle_heartbeat_response(node: Node, message: HeartbeatResponse) -> None:
         return
     progress.heard_ms = node.now_ms
     progress.connected = True
+    heartbeats.answered(node, progress, message.context)
     if progress.state is ProgressState.PROBE:
         progress.paused = False
         node.pump_wanted = True
     elif progress.state is ProgressState.REPLICATE and progress.match < progress.next - 1:
         # Something is in flight. If neither log nor acknowledgement moved for a whole heartbeat, ask with an
         # empty append behind it: a slow follower answers in its time, one that lost a message refuses it.
-        if (progress.seen_match, progress.seen_last) == (progress.match, message.last_index):
+        if progress.next < node.log.first_index:
+            node.pump_wanted = True  # what comes next was compacted away meanwhile
+        elif (progress.seen_match, progress.seen_last) == (progress.match, message.last_index):
             _send(node, progress, node.log.crc(progress.next - 1), ())
         progress.seen_match, progress.seen_last = progress.match, message.last_index
 
@@ -267,6 +250,8 @@ def peer_lost(node: Node, replica: int) -> None:
         progress.connected = False
         if progress.state is not ProgressState.SNAPSHOT:
             progress.become_probe()
+        if node.transfer_to == replica:
+            node.transfer_to = 0
 
 
 def peer_restored(node: Node, replica: int, forgot: bool) -> None:
@@ -282,22 +267,16 @@ def peer_restored(node: Node, replica: int, forgot: bool) -> None:
 
 
 def tick(node: Node) -> None:
-    """Heartbeats are due: see first whether a quorum still answers (CheckQuorum, thesis section 6.2)."""
-    since = node.now_ms - node.config.election_timeout_ms
-    active = {replica: progress.heard_ms >= since for replica, progress in node.progress.items()}
-    active[node.id] = True
-    if vote_result(node.confs.current, active) is not VoteResult.WON:
+    """Heartbeats are due: see first whether a quorum still answers, and whether a transfer takes too long."""
+    if not heartbeats.has_quorum(node):
         node.become_follower(node.term, 0)
         return
-    broadcast_heartbeat(node)
-    node.heartbeat_due_ms = node.deadline_ms = node.now_ms + node.config.heartbeat_ms
+    transfer.give_up_late(node)
+    heartbeats.broadcast(node)
+    node.deadline_ms = node.now_ms + node.config.heartbeat_ms
 
 
-def broadcast_heartbeat(node: Node, context: int = 0) -> None:
-    """One heartbeat to every follower, with the commit index as far as it is known to have the entries."""
-    commit = node.log.commit
-    for progress in node.progress.values():
-        known = min(progress.match, commit)
-        node.messages.append(Heartbeat(progress.id, node.id, node.term, known, context))
-        if known > progress.commit_sent:
-            progress.commit_sent = known
+def step_down(node: Node) -> None:
+    """Stop leading, in the same term; the follower that holds most is told to campaign at once."""
+    transfer.nudge_best_follower(node)
+    node.become_follower(node.term, 0)

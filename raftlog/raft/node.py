@@ -5,7 +5,9 @@ only those below it::
 
     raw_node      the public face: dispatches inputs, assembles Ready
     election      timers, PreVote, votes, becoming leader
-    leader        replication, commit, heartbeats, CheckQuorum       follower    appends, acknowledgements
+    leader        replication, commit, taking and leaving office     follower    appends, acknowledgements
+    proposals     entries into a leader's log, configuration changes
+    heartbeats    CheckQuorum, ReadIndex                             transfer    leadership transfer
     node          this module
 
 Nothing here reads a clock: ``now_ms`` is the time of the last input that carried one.
@@ -14,6 +16,7 @@ Nothing here reads a clock: ``now_ms`` is the time of the last input that carrie
 from __future__ import annotations
 
 import random
+from collections import deque
 from collections.abc import Sequence
 from typing import Final
 
@@ -30,6 +33,20 @@ NEVER: Final = 2**62
 """A deadline of a node that waits for nothing."""
 
 
+class ReadQueue:
+    """Reads on a leader, from arrival to confirmation."""
+
+    __slots__ = ("arrived", "confirmed", "round", "waiting")
+
+    def __init__(self) -> None:
+        self.arrived: list[tuple[int, int]] = []
+        """(replica that asks, its context): in no round yet."""
+        self.waiting: deque[tuple[int, int, int, int]] = deque()
+        """(round, commit index, replica, context): the round is out."""
+        self.round = 0
+        self.confirmed = 0
+
+
 class Node:
     """Everything one node knows. Fields below "leader" mean something only while ``role`` is LEADER, and so
     on."""
@@ -43,7 +60,6 @@ class Node:
         "durability",
         "early_until_ms",
         "handed_state",
-        "heartbeat_due_ms",
         "id",
         "leader",
         "leader_heard_ms",
@@ -55,10 +71,14 @@ class Node:
         "progress",
         "pump_wanted",
         "random",
+        "reads",
+        "reads_done",
         "role",
         "snapshots",
         "term",
         "term_start",
+        "transfer_to",
+        "transfer_until_ms",
         "uncommitted_bytes",
         "vote",
         "votes",
@@ -99,13 +119,17 @@ class Node:
         self.term_start = 0
         """Index of this term's no-op."""
         self.uncommitted_bytes = 0
-        self.heartbeat_due_ms = 0
+        self.transfer_to = 0
+        """Follower that leadership is being handed to; 0: none."""
+        self.transfer_until_ms = 0
+        self.reads = ReadQueue()
         self.pump_wanted = False
         """Something may have to be sent: followers are looked at once, when Ready is taken."""
         # outbox
         self.messages: list[Message] = []
         self.loads: list[LoadRequest] = []
         self.snapshots: list[int] = []
+        self.reads_done: list[tuple[int, int]] = []
         self.become_follower(self.term, 0)
 
     # -- configuration ---------------------------------------------------------------------------------------
@@ -156,6 +180,9 @@ class Node:
         self.term_start = 0
         self.uncommitted_bytes = 0
         self.pump_wanted = False
+        self.transfer_to = 0
+        if self.reads.round or self.reads.arrived:
+            self.reads = ReadQueue()
         self.loads.clear()
         self.snapshots.clear()
         if leader or self.now_ms >= self.early_until_ms:

@@ -39,6 +39,7 @@ class Progress:
         "match",
         "next",
         "paused",
+        "read_round",
         "seen_last",
         "seen_match",
         "state",
@@ -58,6 +59,8 @@ class Progress:
         self.connected = True
         self.loading = False
         """A LoadRequest for it is out."""
+        self.read_round = 0
+        """The last round of reads that it confirmed."""
         self.inflight_bytes = 0
         self._inflight: deque[tuple[int, int]] = deque()
         self.seen_match = -1

@@ -17,9 +17,9 @@ halt.
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
-from raftlog.raft import election, follower, invariants, leader
+from raftlog.raft import election, follower, heartbeats, invariants, leader, proposals, transfer
 from raftlog.raft.config import RaftConfig, RecoveredLog
 from raftlog.raft.node import Node
 from raftlog.raft.progress import Progress
@@ -34,10 +34,15 @@ from raftlog.raft.types import (
     Heartbeat,
     HeartbeatResponse,
     InstallSnapshot,
+    InstallSnapshotResponse,
     Message,
+    ReadIndexRequest,
+    ReadIndexResponse,
     Ready,
     Role,
+    Snapshot,
     SoftState,
+    TimeoutNow,
     VoteRequest,
     VoteResponse,
 )
@@ -91,8 +96,25 @@ class RawNode:
             election.handle_vote_request(node, message)
         elif isinstance(message, VoteResponse):
             election.handle_vote_response(node, message)
-        elif isinstance(message, InstallSnapshot):
-            node.heard_leader(message.sender)
+        else:
+            self._dispatch_rare(message)
+
+    def _dispatch_rare(self, message: Message) -> None:
+        node = self._node
+        leads = node.role is Role.LEADER
+        if isinstance(message, InstallSnapshot):
+            node.heard_leader(message.sender)  # its bytes are the host's: see restore
+        elif isinstance(message, InstallSnapshotResponse):
+            if message.sender in node.progress:
+                node.progress[message.sender].heard_ms = node.now_ms
+        elif isinstance(message, TimeoutNow):
+            if not leads and node.is_promotable:
+                election.start_election(node, transfer=True)
+        elif isinstance(message, ReadIndexRequest):
+            if leads:
+                heartbeats.read(node, message.sender, message.context)
+        elif isinstance(message, ReadIndexResponse):
+            node.reads_done.append((message.context, message.index))
 
     def _admit(self, message: Message) -> bool:
         """Settle terms (Raft section 5.1). Returns whether the message is still of interest."""
@@ -148,7 +170,51 @@ class RawNode:
             NotLeader: nothing happened; details: leader (replica id or None), term.
             Busy: ``uncommitted_bytes_max`` would be passed; nothing happened.
         """
-        return leader.propose(self._node, kind, payload, leader_time_ms)
+        return proposals.propose(self._node, kind, payload, leader_time_ms)
+
+    def propose_conf(self, voters: Iterable[int], learners: Iterable[int], leader_time_ms: int) -> Entry:
+        """Begin changing the configuration to these voters and learners, through a joint one if voters
+        change.
+
+        The change is complete once ``conf`` is no longer joint and its entry is committed; the leader appends
+        the second step by itself. A leader that loses its vote steps down when that is committed.
+
+        Raises:
+            NotLeader: nothing happened.
+            Busy: a change is under way, or the no-op is not committed yet; nothing happened.
+            ConfigError: not a possible configuration; new voters must be learners first.
+        """
+        return proposals.propose_conf(self._node, voters, learners, leader_time_ms)
+
+    def transfer_leadership(self, to: int, now_ms: int) -> None:
+        """Hand leadership to the voter ``to``. Proposals are Busy meanwhile, for an election timeout at most.
+
+        Raises:
+            NotLeader: nothing happened.
+            ConfigError: ``to`` is not a voter.
+        """
+        node = self._node
+        node.advance(now_ms)
+        proposals.require_leader(node)
+        transfer.begin(node, to)
+
+    def read_index(self, context: int, now_ms: int) -> None:
+        """Ask at which index a linearizable read may be served; the answer is (context, index) in
+        ``Ready.reads``.
+
+        No answer comes if leadership changes or a message is lost: the host asks again, under a new context.
+
+        Raises:
+            NotLeader: no leader is known.
+        """
+        node = self._node
+        node.advance(now_ms)
+        if node.role is Role.LEADER:
+            heartbeats.read(node, node.id, context)
+        elif node.leader:
+            heartbeats.forward_read(node, context)
+        else:
+            proposals.require_leader(node)
 
     def campaign(self, now_ms: int) -> None:
         """Start a PreVote at once, if this replica is a voter and does not lead."""
@@ -200,6 +266,8 @@ class RawNode:
         """Send a message whose promise is durable now, unless its term is over: then nobody waits for it."""
         if message.term != self._node.term:
             return
+        if isinstance(message, VoteRequest) and self._node.role is not Role.CANDIDATE:
+            return  # a leader of this term has spoken: our log may have been cut since
         if message.to == self._node.id:
             self._dispatch(message)
         else:
@@ -221,12 +289,53 @@ class RawNode:
         node.log.trim(node.config.cache_bytes_max, node.durability.index)
 
     def step_down(self, now_ms: int) -> None:
-        """Stop leading, in the same term (the host's disk stalls, say). Not elected before a full timeout
-        passes, unless nobody else is."""
+        """Stop leading, in the same term (the host's disk stalls, say), and let the follower that holds most
+        campaign at once. This replica itself waits a full election timeout before it campaigns."""
         node = self._node
         node.advance(now_ms)
         if node.role is Role.LEADER:
-            node.become_follower(node.term, 0)
+            leader.step_down(node)
+
+    def restore(self, snapshot: Snapshot, now_ms: int, *, leader_time_ms: int = 0) -> bool:
+        """The host of this follower holds ``snapshot`` durably; its log is to begin behind it.
+
+        If True: the snapshot replaces log and state machine; the host makes storage do the same, durably
+            (term and
+        vote of earlier appends are kept), and the state machine too, before it takes the next Ready, which
+        tells the leader. If False: the log has all that the snapshot brings; both stay as they are.
+
+        Args:
+            snapshot: its ``conf`` comes into force.
+            now_ms: time.
+            leader_time_ms: time of the entry at the snapshot's index, if known.
+        """
+        node = self._node
+        node.advance(now_ms)
+        return follower.restore(node, snapshot, leader_time_ms)
+
+    def on_snapshot_sent(self, to: int, index: int) -> None:
+        """Follower ``to`` has confirmed that it took over the snapshot at ``index``. Each replica named in
+        ``Ready.snapshots`` must end in this call or the next, for nothing else is sent to it until then."""
+        leader.on_snapshot_sent(self._node, to, index)
+
+    def on_snapshot_failed(self, to: int) -> None:
+        """A snapshot asked for in ``Ready.snapshots`` could not be brought to ``to``; it is asked for again
+        later."""
+        leader.on_snapshot_failed(self._node, to)
+
+    def on_compacted(self, first_index: int, prev_crc: int) -> None:
+        """Storage dropped the entries below ``first_index``; ``prev_crc`` is the crc of the last one dropped.
+
+        Only applied and durable entries may go, and a snapshot at or above ``first_index - 1`` must be there.
+        """
+        node = self._node
+        assert first_index <= node.durability.index + 1, (first_index, node.durability.index)
+        node.log.compact(first_index, prev_crc)
+        node.confs.forget_below(first_index - 1)
+
+    def conf_at(self, index: int) -> ConfState:
+        """The configuration in force at ``index`` (of a snapshot there), from ``first_index - 1`` on."""
+        return self._node.confs.at(index)
 
     # -- outputs ---------------------------------------------------------------------------------------------
 
@@ -243,6 +352,7 @@ class RawNode:
             or node.durability.has_unassigned
             or node.loads
             or node.snapshots
+            or node.reads_done
             or self._soft != (node.role, node.term, node.leader)
         )
 
@@ -257,14 +367,13 @@ class RawNode:
         messages, node.messages = tuple(node.messages), []
         loads, node.loads = tuple(node.loads), []
         snapshots, node.snapshots = tuple(node.snapshots), []
+        reads, node.reads_done = tuple(node.reads_done), []
         soft = (node.role, node.term, node.leader)
         soft_state = None
         if soft != self._soft:
             self._soft = soft
             soft_state = SoftState(*soft)
-        return Ready(
-            append, messages, node.log.take_committed(), soft_state, loads=loads, snapshots=snapshots
-        )
+        return Ready(append, messages, node.log.take_committed(), soft_state, loads, reads, snapshots)
 
     def _take_append(self) -> Append | None:
         """Entries that storage does not have and term and vote if they changed. The commit index goes along

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 from raft_cluster import Cluster
 
-from raftlog.errors import Busy
+from raftlog.errors import Busy, ConfigError, NotLeader
+from raftlog.raft.raw_node import RawNode
 from raftlog.raft.types import Role
 
 
@@ -20,6 +23,7 @@ class Chaos:
         self.cluster = Cluster(
             voters=(1, 3, 3, 3, 5)[seed % 5],
             learners=(9,) if seed % 3 == 0 else (),
+            spares=(7, 8),
             seed=seed,
             append_bytes_max=(120, 1 << 20)[seed % 2],
             inflight_messages_max=(2, 16)[seed // 2 % 2],
@@ -44,6 +48,11 @@ class Chaos:
             self.stall: 0.5 * draw(),
             self.campaign: 0.3 * draw(),
             self.step_down: 0.2 * draw(),
+            self.transfer: 0.3 * draw(),
+            self.change_conf: 0.8 * draw() * (draw() < 0.6),
+            self.read: 1.0,
+            self.compact: 0.4 * draw() * (draw() < 0.6),
+            self.snapshot: 1.0,
         }
         self.actions = list(weights)
         self.weights = list(weights.values())
@@ -58,6 +67,18 @@ class Chaos:
 
     def some(self) -> int:
         return self.random.choice(list(self.cluster.nodes))
+
+    def running(self) -> RawNode:
+        """Some replica that is up; more often than not the leader."""
+        alive = [node for replica, node in self.cluster.nodes.items() if replica not in self.cluster.down]
+        leaders = [node for node in alive if node.role is Role.LEADER]
+        return self.random.choice(
+            leaders if leaders and self.random.random() < 0.7 else alive or [self.lone()]
+        )
+
+    def lone(self) -> RawNode:
+        """All are down: bring one back."""
+        return self.cluster.start(self.some())
 
     def work(self) -> None:
         """Hosts, network and disks each do a part of what lies before them."""
@@ -91,7 +112,8 @@ class Chaos:
             if node.role is Role.LEADER and replica not in self.cluster.down:
                 for _ in range(self.random.choice((1, 1, 3))):
                     self.proposed += 1
-                    self.cluster.propose(replica, b"%d" % self.proposed)
+                    with suppress(Busy):
+                        self.cluster.propose(replica, b"%d" % self.proposed)
 
     def tick(self) -> None:
         self.cluster.now += self.random.choice((5, 20, 50, 100, 100, 300))
@@ -141,6 +163,32 @@ class Chaos:
         if replica not in self.cluster.down:
             self.cluster.nodes[replica].step_down(self.cluster.now)
 
+    def transfer(self) -> None:
+        with suppress(NotLeader, ConfigError):
+            self.running().transfer_leadership(self.some(), self.cluster.now)
+
+    def change_conf(self) -> None:
+        """Towards any other configuration: new voters must have been learners, so try learners often."""
+        node = self.running()
+        replicas = list(self.cluster.nodes)
+        voters = [replica for replica in replicas if self.random.random() < 0.6]
+        learners = [replica for replica in replicas if replica not in voters and self.random.random() < 0.6]
+        if self.random.random() < 0.4:
+            voters = list(node.conf.voters)
+            learners = [replica for replica in replicas if replica not in voters]
+        with suppress(NotLeader, Busy, ConfigError):
+            node.propose_conf(voters, learners, self.cluster.now)
+
+    def read(self) -> None:
+        with suppress(NotLeader):
+            self.cluster.read(self.running().id)
+
+    def compact(self) -> None:
+        self.cluster.compact(self.running().id)
+
+    def snapshot(self) -> None:
+        self.cluster.serve_snapshot(fail=self.random.random() < 0.3)
+
     def demand_progress(self) -> None:
         """Faults end: everybody must come to hold every committed entry and what is proposed now."""
         cluster = self.cluster
@@ -154,12 +202,15 @@ class Chaos:
         leader = cluster.leader()
         try:
             last = cluster.propose(leader.id, b"last")[0]
+            context = cluster.read(leader.id)
         except Busy:
             raise AssertionError(f"still busy after healing: {leader.progress}") from None
         cluster.advance(500)
-        for node in cluster.nodes.values():
+        assert (context, last.index - 1) in cluster.reads[leader.id]
+        for node in (cluster.nodes[replica] for replica in leader.conf.members):
             assert node.applied == last.index, (
                 f"{node.id} applied {node.applied}, not {last.index}: {leader.progress}"
             )
             assert node.last_crc == last.crc
         assert set(cluster.checker.committed) == set(range(1, last.index + 1))
+        assert not leader.conf.is_joint

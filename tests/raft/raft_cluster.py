@@ -24,6 +24,8 @@ from raftlog.raft.types import (
     ConfState,
     Entry,
     HardState,
+    InstallSnapshot,
+    InstallSnapshotResponse,
     LoadRequest,
     Message,
     Role,
@@ -98,9 +100,11 @@ class MemoryDisk:
         self.sync(chance.randint(0, len(self.pending)))
         self.pending.clear()
 
-    def install(self, snapshot: Snapshot) -> None:
-        self.pending.clear()
+    def install(self, snapshot: Snapshot) -> int:
+        """Replace the log; what was on its way is settled first, for term and vote must not be lost."""
+        sequence = self.sync()
         self.snapshot, self.entries = snapshot, []
+        return sequence
 
     def compact(self, snapshot: Snapshot) -> None:
         """Drop what the snapshot covers (all of it durable)."""
@@ -218,7 +222,13 @@ class Cluster:
     """Replicas 1..n, all voters unless ``learners`` says otherwise."""
 
     def __init__(
-        self, voters: int = 3, *, learners: Sequence[int] = (), seed: int = 0, **settings: Any
+        self,
+        voters: int = 3,
+        *,
+        learners: Sequence[int] = (),
+        spares: Sequence[int] = (),
+        seed: int = 0,
+        **settings: Any,
     ) -> None:
         self.conf = ConfState(tuple(range(1, voters + 1)), tuple(learners))
         self.random = random.Random(seed)
@@ -236,7 +246,8 @@ class Cluster:
         self.sent: list[Message] = []
         self.readies: dict[int, int] = {}
         self.checker = Checker(self)
-        for replica in sorted(self.conf.members):
+        self.read_floors: dict[int, int] = {}
+        for replica in sorted(self.conf.members | set(spares)):
             self.disks[replica] = MemoryDisk(self.conf)
             self.start(replica)
 
@@ -288,7 +299,11 @@ class Cluster:
             node.applied_to(ready.committed[-1].index)
         self.loads.extend((replica, load) for load in ready.loads)
         self.snapshots_wanted.extend((replica, to) for to in ready.snapshots)
-        self.reads[replica].extend(ready.reads)
+        for context, index in ready.reads:
+            assert index >= self.read_floors[context], (
+                f"read {context} misses what was committed before it came"
+            )
+            self.reads[replica].append((context, index))
         self.checker.after_step(replica)
         return True
 
@@ -323,6 +338,46 @@ class Cluster:
         node.on_loaded(load.to, entries)
         return True
 
+    def read(self, replica: int) -> int:
+        """Ask for a linearizable read; returns its context."""
+        context = len(self.read_floors) + 1
+        self.read_floors[context] = max(node.commit for node in self.nodes.values())
+        self.nodes[replica].read_index(context, self.now)
+        return context
+
+    def compact(self, replica: int, index: int | None = None) -> None:
+        """Take a snapshot at ``index`` (default: as high as may be) and drop the entries that it covers."""
+        node, disk = self.nodes[replica], self.disks[replica]
+        index = min(node.applied, node.durable_index) if index is None else index
+        if index > disk.base:
+            entry = disk.entries[index - disk.base - 1]
+            disk.compact(Snapshot(index, entry.term, entry.crc, node.conf_at(index)))
+            node.on_compacted(index + 1, entry.crc)
+            self.checker.after_step(replica)
+
+    def serve_snapshot(self, *, fail: bool = False) -> bool:
+        """Bring one snapshot that a leader asked for to its follower, or fail to."""
+        if not self.snapshots_wanted:
+            return False
+        replica, to = self.snapshots_wanted.pop(0)
+        node, snapshot = self.nodes[replica], self.disks[replica].snapshot
+        message = InstallSnapshot(to, replica, node.term, snapshot or Snapshot(0, 0, 0, self.conf))
+        if replica in self.down or node.role is not Role.LEADER:
+            return True
+        if fail or snapshot is None or self.is_cut(message):
+            node.on_snapshot_failed(to)
+        else:
+            self.deliver(message)
+            node.step(InstallSnapshotResponse(replica, to, node.term, snapshot.index, 0), self.now)
+            if self.nodes[to].term != message.term:
+                node.on_snapshot_failed(to)
+                return True
+            if self.nodes[to].restore(snapshot, self.now):
+                self.nodes[to].on_durable(self.disks[to].install(snapshot))
+            self.checker.after_step(to)
+            node.on_snapshot_sent(to, snapshot.index)
+        return True
+
     def log_of(self, replica: int) -> list[Entry]:
         """The whole log as the core sees it: what storage was given and what it was not yet."""
         node = self.nodes[replica]
@@ -347,7 +402,13 @@ class Cluster:
     def heal(self) -> None:
         self.cut_links.clear()
 
-    def settle(self, *, sync: bool = True, only: Callable[[Message], bool] = lambda message: True) -> None:
+    def settle(
+        self,
+        *,
+        sync: bool = True,
+        snapshots: bool = True,
+        only: Callable[[Message], bool] = lambda message: True,
+    ) -> None:
         """Let everything happen, in order, until nothing is left to do at this moment."""
         for _ in range(10_000):
             busy = False
@@ -357,6 +418,8 @@ class Cluster:
                     busy |= self.sync(replica)
             while self.loads:
                 busy |= self.serve_load()
+            while snapshots and self.snapshots_wanted:
+                busy |= self.serve_snapshot()
             if self.wire:
                 busy = True
                 message = self.wire.popleft()

@@ -93,6 +93,13 @@ def skips_the_term_check(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(RaftLog, "term", any_term)
 
 
+def believes_a_sync_from_before_a_cut(patch: pytest.MonkeyPatch) -> None:
+    def cut(self: Durability, index: int) -> None:
+        self.index = min(self.index, index - 1)
+
+    patch.setattr(Durability, "cut", cut)
+
+
 def never_sends_again(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(leader, "handle_heartbeat_response", lambda node, message: None)
 
@@ -109,6 +116,7 @@ def never_sends_again(patch: pytest.MonkeyPatch) -> None:
         a_short_message_cuts_the_log,
         believes_the_leaders_commit_blindly,
         skips_the_term_check,
+        believes_a_sync_from_before_a_cut,
         never_sends_again,
     ],
 )
