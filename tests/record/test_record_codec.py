@@ -255,6 +255,17 @@ def test_counts_must_agree_with_the_records() -> None:
             decode_batch(batch_of(section, count, last_delta=last_delta), "t", 0)
 
 
+@pytest.mark.parametrize("compression", KINDS)
+def test_log_append_time_gives_every_record_the_largest_timestamp(compression: Compression) -> None:
+    """Brokers of Kafka can write such batches; ours never do, but a log may be copied from there."""
+    batch = bytearray(build([(5, None, b"a" * 50, ()), (9, None, b"b" * 50, ())], compression))
+    batch[22] |= 0x08
+    batch[17:21] = crc32c(bytes(batch[21:])).to_bytes(4, "big")
+    assert BatchHeader.parse(batch).is_log_append_time
+    assert [each.timestamp_ms for each in decode_batch(batch, "t", 0)] == [9, 9]
+    assert [row[0] for row in their_rows(bytes(batch))] == [9, 9]
+
+
 def test_buffers_that_are_not_one_batch() -> None:
     batch = build([(0, None, b"v", ())])
     for wrong in (b"", batch[:30], batch[:-1], batch + b"x", batch + batch):
