@@ -243,9 +243,3 @@ def stamped(batch: Buffer, base_offset: int, leader_epoch: int) -> bytes:
     return b"".join(
         (_OFFSET_LENGTH_EPOCH.pack(base_offset, batch_length, leader_epoch), view[STAMPED_BYTES:])
     )
-
-
-def stamp_in_place(batch: bytearray | memoryview, base_offset: int, leader_epoch: int) -> None:
-    """Write base offset and leader epoch into a writable batch that the caller owns alone: no copy."""
-    (batch_length,) = _LENGTH.unpack_from(batch, 8)
-    _OFFSET_LENGTH_EPOCH.pack_into(batch, 0, base_offset, batch_length, leader_epoch)

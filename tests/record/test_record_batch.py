@@ -20,7 +20,6 @@ from raftlog.record.batch import (
     Compression,
     check_batch,
     compression_named,
-    stamp_in_place,
     stamped,
     with_producer,
 )
@@ -159,9 +158,6 @@ def test_stamping_copies_and_leaves_the_crc_valid() -> None:
     assert (header.base_offset, header.leader_epoch) == (2**40, 2**31 - 1)
     assert batch == good(), "the received buffer is not ours to change"
     assert result[16:] == batch[16:]
-    owned = bytearray(batch)
-    stamp_in_place(owned, 2**40, 2**31 - 1)
-    assert owned == result
     assert [each.offset for each in decode_batch(result, "t", 0)] == [2**40, 2**40 + 1, 2**40 + 2]
 
 
