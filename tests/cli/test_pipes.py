@@ -40,7 +40,10 @@ def command(cluster: LocalCluster, *arguments: str) -> Iterator[subprocess.Popen
         yield process
     finally:
         process.kill()
-        process.communicate()
+        process.wait()
+        for pipe in (process.stdin, process.stdout, process.stderr):
+            assert pipe is not None
+            pipe.close()
 
 
 def end(process: subprocess.Popen[bytes]) -> tuple[int, bytes]:
