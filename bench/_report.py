@@ -20,7 +20,11 @@ from rich.table import Table
 RESULTS = Path(__file__).parent / "results"
 _PACKAGES = ("raftlog", "ray", "uvloop", "msgspec", "aiokafka")
 
-console = Console(highlight=False, soft_wrap=True)
+_WIDTH_MIN = 110
+
+console = Console(highlight=False)
+if not console.is_terminal:
+    console = Console(highlight=False, width=_WIDTH_MIN)
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
