@@ -12,7 +12,7 @@ from raftlog.errors import ConfigError, ConnectionLost, ProtocolError, RaftlogEr
 from raftlog.net.frames import Buffer, Frame, Kind, encode_head
 from raftlog.net.handshake import HANDSHAKE_VERSION, Handshake, Hello, Local, decode_error
 from raftlog.net.network import Seams
-from raftlog.net.rpc import REQUESTS, Request, Struct
+from raftlog.net.rpc import REQUESTS, OneWay, Request
 from raftlog.net.stream import FrameStream, Limits, logger
 
 R = TypeVar("R", bound=msgspec.Struct)
@@ -20,6 +20,7 @@ R = TypeVar("R", bound=msgspec.Struct)
 _RESPONSE_DECODERS: Final = {api: msgspec.msgpack.Decoder(cls.response) for api, cls in REQUESTS.items()}
 _REQUEST: Final = int(Kind.REQUEST)
 _RESPONSE: Final = int(Kind.RESPONSE)
+_ONE_WAY: Final = int(Kind.ONE_WAY)
 _CORRELATION_MAX: Final = 2**32 - 1
 _DEFAULT_LIMITS: Final = Limits()
 
@@ -105,11 +106,13 @@ class RpcConnection(FrameStream):
         try:
             async with asyncio.timeout_at(deadline):
                 await connection._ready
-        except TimeoutError:
-            raise ConnectionLost(f"no handshake from {address} within {timeout} s") from None
-        finally:
-            if not connection._is_open:
-                connection._shut(None, flush=False)
+        except BaseException as error:
+            # Also when the handshake ended just now: the caller will never see this connection.
+            connection._on_close = None
+            connection._shut(None, flush=False)
+            if type(error) is TimeoutError:
+                raise ConnectionLost(f"no handshake from {address} within {timeout} s") from None
+            raise
         return connection
 
     @property
@@ -223,7 +226,7 @@ class RpcConnection(FrameStream):
                 RequestTimeout(f"no answer to {what} from {self._address} within {timeout} s")
             )
 
-    def send(self, message: Struct, payload: Sequence[Buffer] = ()) -> None:
+    def send(self, message: OneWay, payload: Sequence[Buffer] = ()) -> None:
         """Send a one-way message (one of ``rpc.ONE_WAY``).
 
         Raises:
@@ -232,8 +235,7 @@ class RpcConnection(FrameStream):
         if self._closing:
             raise self._lost_error(sent=False)
         size = sum(map(len, payload)) if payload else 0
-        api: int = message.api  # type: ignore[attr-defined]
-        self._write(encode_head(Kind.ONE_WAY, api, self.rpc_version, 0, message, size), payload, size)
+        self._write(encode_head(_ONE_WAY, message.api, self.rpc_version, 0, message, size), payload, size)
 
     def _on_message(self, frame: Frame) -> None:
         kind, api, _, correlation, header, payload = frame

@@ -8,7 +8,7 @@ decodes.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Final, Generic, TypeVar
+from typing import Any, ClassVar, Final, Generic, Protocol, TypeVar
 
 import msgspec
 
@@ -279,6 +279,14 @@ class BrokerStatusRequest(Request[BrokerStatusResponse], frozen=True):
 
     api = 18
     response = BrokerStatusResponse
+
+
+class OneWay(Protocol):
+    """A message that is not answered: its class is in ``ONE_WAY``."""
+
+    @property
+    def api(self) -> int:
+        """Its number."""
 
 
 # -- between brokers -----------------------------------------------------------------------------------------

@@ -222,11 +222,6 @@ class _Attempt:
         self._context = context
         self.transport: SimTransport | None = None
 
-    @property
-    def is_opened(self) -> bool:
-        """Whether the dialing side knows that it is connected."""
-        return self._opened.done() and not self._opened.cancelled() and self._opened.exception() is None
-
     def start(self) -> None:
         self._later(self._delay(self._node.name, self._target), self._syn)
 
@@ -314,13 +309,13 @@ class NodeNetwork:
         try:
             async with asyncio.timeout(timeout):
                 await opened
-        except (OSError, TimeoutError) as error:
-            raise ConnectionLost(
-                f"cannot connect to {host}:{port}: {str(error) or 'no answer in time'}"
-            ) from error
-        finally:
-            if attempt.transport is not None and not attempt.is_opened:
-                attempt.transport.abort()  # given up while the answer was on its way
+        except BaseException as error:
+            if attempt.transport is not None:
+                attempt.transport.abort()  # given up while the answer was on its way, or had just come
+            if isinstance(error, OSError | TimeoutError):
+                reason = str(error) or "no answer in time"
+                raise ConnectionLost(f"cannot connect to {host}:{port}: {reason}") from error
+            raise
         transport = attempt.transport
         assert transport is not None, "opened without a transport"
         protocol = protocol_factory()

@@ -19,6 +19,7 @@ from raftlog.errors import (
     IncompatibleVersion,
     StaleIncarnation,
 )
+from raftlog.net.connection import RpcConnection
 from raftlog.net.frames import Buffer, Kind, encode_head
 from raftlog.net.handshake import HANDSHAKE_VERSION, Handshake, Local, Proof
 from raftlog.net.rpc import Empty
@@ -214,6 +215,29 @@ def test_a_server_that_says_nothing_is_given_up(world: RpcWorld) -> None:
         world.dial(timeout=3.0)
 
 
+def test_giving_up_at_any_moment_leaves_no_connection_behind(world: RpcWorld) -> None:
+    server = world.serve()
+    closed: list[object] = []
+    finished = 0
+    for steps in range(1, 60):
+        opening = RpcConnection.open(
+            world.seams("c"), "hs", PORT, client(), SECRET, on_close=lambda c, e: closed.append(c)
+        )
+        task = world.loop.run_as("c", opening)
+        until = world.loop.steps + steps
+        world.until(lambda until=until, task=task: world.loop.steps >= until or task.done())
+        finished += task.done()
+        if task.done():
+            task.result().close()
+        else:
+            task.cancel()
+        world.loop.run_for(1.0)
+        assert not server.connections, f"given up after {steps} steps"
+        assert not server._handshaking
+    assert 0 < finished < 59
+    assert len(closed) == finished, "only connections that the caller saw are reported as closed"
+
+
 def test_too_many_half_open_handshakes(world: RpcWorld) -> None:
     world.serve(limits=Limits(handshakes_max=3))
     raws = [world.dial_raw(f"n{i}") for i in range(4)]
@@ -248,15 +272,14 @@ def test_garbage_before_the_handshake_closes_the_connection(
     next_valid_request_succeeds(world)
 
 
-def test_an_endless_hello_is_cut_off_at_4_kib(world: RpcWorld) -> None:
-    """Many small valid frames do not get around the limit either."""
+def test_all_that_is_read_before_the_handshake_ends_is_4_kib(world: RpcWorld) -> None:
+    """Frames that are each within the limit do not get around it together."""
     world.serve()
     raw = world.dial_raw()
-    hello = Handshake(client(), SECRET, "client", world.seams("c").random).hello
+    hello = Handshake(client("x" * 200), SECRET, "client", world.seams("c").random).hello
     raw.transport.write(encode_head(Kind.HELLO, 0, HANDSHAKE_VERSION, 0, hello))
     world.until(lambda: bool(raw.received))
-    for _ in range(100):
-        raw.transport.write(bytes.fromhex("00001000"))
+    raw.transport.write(encode_head(Kind.PROOF, 0, HANDSHAKE_VERSION, 0, Proof(bytes(4000)))[:-1])
     world.until(lambda: raw.lost, 1.0)
 
 

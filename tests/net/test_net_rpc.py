@@ -155,6 +155,19 @@ def test_batch_end_comes_once_after_the_frames_of_a_chunk(world: RpcWorld) -> No
     assert max(world.handler.batches) > 1
 
 
+def test_fields_of_a_newer_release_are_ignored_and_those_of_an_older_one_get_defaults(
+    world: RpcWorld,
+) -> None:
+    world.serve()
+    connection = world.dial()
+    for correlation, fields in ((71, [b"t" * 16, 5]), (72, [b"t" * 16, 6, -1, "from the future", [1]])):
+        connection._pending[correlation] = future = world.loop.create_future()
+        connection._write(encode_head(Kind.REQUEST, 10, 1, correlation, fields), (), 0)
+        world.until(future.done)
+        assert future.result()[0].base_offset == fields[1]
+    assert [request.acks for request in world.handler.requests] == [-1, -1]
+
+
 # -- errors --------------------------------------------------------------------------------------------------
 
 
