@@ -175,7 +175,7 @@ class Log:
                 self._seams or real_seams(),
                 self._bootstrap,
                 process_client_id(),
-                refresh_through_ray(self._bootstrap),
+                refresh_through_ray(self._bootstrap) if self._seams is None else None,
             )
         self._handles = [handle for handle in self._handles if not handle.closed]
         return self._cluster

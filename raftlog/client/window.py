@@ -104,7 +104,11 @@ class Window(Generic[B]):
 
     def may_send_new(self) -> bool:
         """Whether a batch that was never sent may go out now."""
-        return not self.retry and not self.draining and not self.broken and len(self.in_flight) < self.size
+        if self.retry or self.draining or self.broken:
+            return False
+        # counted from the oldest, not by number: were one answer late and others not, the leader would
+        # remember five batches beyond the late one, and no longer know its offset
+        return not self.in_flight or self._orders + 1 - self.in_flight[0].order < self.size
 
     def sent_new(self, batch: B) -> None:
         """A batch goes out for the first time; it bears ``next_sequence``."""
@@ -199,11 +203,11 @@ def judge(error: RaftlogError, *, oldest: bool, broken: bool, in_doubt: bool) ->
     """
     if isinstance(error, DuplicateSequence):
         return Verdict.WRITTEN
-    if isinstance(error, OutOfOrderSequence):
-        # that is what follows a batch that failed; for the oldest it means that the log lost what it
-        # acknowledged
-        return Verdict.RETRY if broken or not oldest else Verdict.FAIL
+    if isinstance(error, (OutOfOrderSequence, UnknownProducer)) and (broken or not oldest):
+        # what comes of following a batch that failed (UnknownProducer, if that one was the producer's first)
+        return Verdict.RETRY
     if isinstance(error, UnknownProducer):
         # the partition forgot this producer (it was idle for long): KIP-360
         return Verdict.FAIL if in_doubt else Verdict.RENEW
+    # OutOfOrderSequence for the oldest means that the log lost what it acknowledged: not retriable
     return Verdict.RETRY if error.retriable else Verdict.FAIL
