@@ -110,6 +110,7 @@ class ServerConnection(FrameStream):
         "_handshake",
         "_is_open",
         "_pauses",
+        "_remote",
         "_serial",
         "_server",
         "in_flight_bytes",
@@ -125,6 +126,7 @@ class ServerConnection(FrameStream):
         self._handshake = Handshake(server.local, server.secret, "client", server.seams.random)
         self._is_open = False
         self._pauses = 0
+        self._remote = "?"
         self._on_frame = self._on_hello
         self.in_flight_bytes = 0
         self.rpc_version = 0
@@ -140,10 +142,6 @@ class ServerConnection(FrameStream):
         return f"<ServerConnection {self._serial} {getattr(self, 'peer', None) or self._remote}>"
 
     @property
-    def _remote(self) -> str:
-        return str(self._transport.get_extra_info("peername")) if self._transport is not None else "?"
-
-    @property
     def closed(self) -> bool:
         """Whether it is closed or closing."""
         return self._closing
@@ -156,6 +154,7 @@ class ServerConnection(FrameStream):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
+        self._remote = str(transport.get_extra_info("peername"))
         waiting = self._server._handshaking
         if len(waiting) >= self._limits.handshakes_max:
             logger.warning("refused %s: %d handshakes under way", self._remote, len(waiting))

@@ -136,9 +136,11 @@ class FrameStream(asyncio.Protocol):
 
     @property
     def buffered_bytes(self) -> int:
-        """Bytes written that have not left this process."""
+        """Bytes written that have not left this process; 0 once the connection is closing."""
         transport = self._transport
-        return self._collected_bytes + (transport.get_write_buffer_size() if transport is not None else 0)
+        if transport is None or self._closing:  # uvloop refuses the question once a transport is closed
+            return 0
+        return self._collected_bytes + transport.get_write_buffer_size()
 
     def _write(self, head: bytes, payload: Sequence[Buffer], size: int, *, is_lone: bool = False) -> None:
         """Write one frame; ``size`` is that of ``payload``. Buffers must not be changed afterwards.

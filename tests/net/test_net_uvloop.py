@@ -69,6 +69,31 @@ def test_echo_of_all_sizes_pipelined() -> None:
     run(main)
 
 
+def test_a_closed_connection_may_still_be_asked() -> None:
+    async def main() -> None:
+        handler = Recorder()
+        async with served(handler) as server:
+            connection = await dial(server)
+            await until(lambda: bool(server.connections))
+            (accepted,) = server.connections
+            handler.hold = True
+            future = connection.request(produce(), (b"x",))
+            await until(lambda: bool(handler.held))
+            connection.close()
+            await until(lambda: bool(handler.closed))
+            for end in (connection, accepted):
+                assert end.closed
+                assert end.buffered_bytes == 0
+                assert "1" in repr(end)
+                await end.drain()
+            handler.release()
+            accepted.close()
+            connection.close()
+            assert isinstance(future.exception(), ConnectionLost)
+
+    run(main)
+
+
 def test_nagle_is_off_on_both_sides() -> None:
     async def main() -> None:
         async with served(Recorder()) as server:
