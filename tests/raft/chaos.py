@@ -135,7 +135,12 @@ class Chaos:
             self.cluster.start(replica, self.random.randrange(30))
 
     def partition(self) -> None:
-        self.cluster.isolate(self.some())
+        """Cut one replica off, mostly the leader: both sides may lead for a while, for some notice at once."""
+        alone = self.running().id
+        self.cluster.isolate(alone)
+        for replica, node in self.cluster.nodes.items():
+            if replica not in self.cluster.down and replica != alone and self.random.random() < 0.7:
+                node.peer_lost(alone, self.cluster.now)
 
     def heal(self) -> None:
         self.cluster.heal()

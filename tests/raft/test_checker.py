@@ -7,11 +7,14 @@ from collections.abc import Callable
 import pytest
 from chaos import Chaos
 
-from raftlog.raft import follower, leader
+from raftlog.raft import follower, heartbeats, leader
+from raftlog.raft.confstack import ConfStack
 from raftlog.raft.durability import Durability
 from raftlog.raft.log import RaftLog
 from raftlog.raft.node import Node
-from raftlog.raft.quorum import voter_ids
+from raftlog.raft.progress import Progress
+from raftlog.raft.quorum import quorum_index, voter_ids
+from raftlog.raft.types import ConfState
 
 Patch = Callable[[pytest.MonkeyPatch], None]
 
@@ -100,6 +103,22 @@ def believes_a_sync_from_before_a_cut(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Durability, "cut", cut)
 
 
+def commits_with_the_new_half_alone(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(leader, "quorum_index", lambda conf, match: quorum_index(ConfState(conf.voters), match))
+
+
+def serves_reads_without_asking(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(heartbeats, "quorum_index", lambda conf, rounds: max(rounds.values()))
+
+
+def forgets_to_roll_a_configuration_back(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(ConfStack, "cut", lambda self, index: False)
+
+
+def streams_without_probing(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Progress, "rejected", lambda self, index, meet: False)
+
+
 def never_sends_again(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(leader, "handle_heartbeat_response", lambda node, message: None)
 
@@ -117,6 +136,10 @@ def never_sends_again(patch: pytest.MonkeyPatch) -> None:
         believes_the_leaders_commit_blindly,
         skips_the_term_check,
         believes_a_sync_from_before_a_cut,
+        commits_with_the_new_half_alone,
+        serves_reads_without_asking,
+        forgets_to_roll_a_configuration_back,
+        streams_without_probing,
         never_sends_again,
     ],
 )
