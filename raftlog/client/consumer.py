@@ -14,10 +14,10 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from threading import Lock
-from typing import Any
+from typing import Any, Final
 
 from raftlog.client.assigned import AssignedPartition
 from raftlog.client.cluster import ClusterClient, partition_of
@@ -40,6 +40,8 @@ from raftlog.record.types import Record, TopicPartition
 log = logging.getLogger("raftlog.client")
 
 Place = TopicPartition | tuple[str, int]
+
+_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 class ConsumerCore:
@@ -396,7 +398,7 @@ def to_ms(when: int | datetime) -> int:
     if isinstance(when, datetime):
         if when.tzinfo is None:
             raise ConfigError(f"{when!r} has no timezone: say datetime.now(UTC), or pass milliseconds")
-        return int(when.timestamp() * 1000)
+        return (when - _EPOCH) // timedelta(milliseconds=1)
     if isinstance(when, bool) or not isinstance(when, int):
         raise ConfigError(f"a time is milliseconds or a datetime with a timezone, not {when!r}")
     return when

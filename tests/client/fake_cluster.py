@@ -30,7 +30,7 @@ from raftlog.net.handshake import Local
 from raftlog.net.network import Seams
 from raftlog.net.server import Reply, RpcServer, ServerConnection
 from raftlog.raft.types import Entry
-from raftlog.record.batch import check_batch, stamped
+from raftlog.record.batch import BatchHeader, check_batch, stamped
 from raftlog.record.codec import decode_batch
 from raftlog.record.frame import FRAME_HEADER_BYTES, FrameKind, iter_frames
 from raftlog.record.types import Record
@@ -105,8 +105,7 @@ class FakePartition:
         size = 0
         for frame in self.frames:
             if frame[12] == FrameKind.BATCH:
-                records = decode_batch(frame[FRAME_HEADER_BYTES:], self.topic, self.index)
-                if records[-1].offset < offset:
+                if BatchHeader.parse(frame, FRAME_HEADER_BYTES).last_offset < offset:
                     continue
             elif not taken:
                 continue
