@@ -58,7 +58,8 @@ PROBLEMS_SHOWN = 10
 # -- the data ------------------------------------------------------------------------------------------------
 
 
-class Flight(msgspec.Struct, gc=False):
+@dataclass(slots=True)
+class Flight:
     """The value of a record, as JSON. ``row`` is the flight's number in the data set: no two are alike."""
 
     row: int
@@ -81,7 +82,8 @@ class Sent(NamedTuple):
     timestamp_ms: int
 
 
-class CarrierTotals(msgspec.Struct):
+@dataclass
+class CarrierTotals:
     """Delays of one carrier, in minutes; integers, so that sums agree exactly in any order."""
 
     flights: int = 0
@@ -198,8 +200,8 @@ def merged(parts: Iterable[dict[str, CarrierTotals]]) -> dict[str, CarrierTotals
     for part in parts:
         for name, more in part.items():
             carrier = whole.setdefault(name, CarrierTotals())
-            for attribute in CarrierTotals.__struct_fields__:
-                setattr(carrier, attribute, getattr(carrier, attribute) + getattr(more, attribute))
+            for attribute, value in vars(more).items():
+                setattr(carrier, attribute, getattr(carrier, attribute) + value)
     return whole
 
 
