@@ -20,9 +20,15 @@ from raftlog.raft.quorum import VoteResult, vote_result, voter_ids
 from raftlog.raft.types import TERM_MAX, Role, VoteRequest, VoteResponse
 
 
-def on_deadline(node: Node) -> None:
-    """The election timer of a node that does not lead has run out."""
-    if node.is_promotable:
+def on_deadline(node: Node, late_ms: int) -> None:
+    """The election timer of a node that does not lead has run out.
+
+    If the host was held up, the leader's heartbeats may lie unread before it: once, it gets the time to read them.
+    """
+    if late_ms > node.config.heartbeat_ms and node.leader and not node.excused:
+        node.excused = True
+        node.deadline_ms = node.now_ms + node.config.heartbeat_ms
+    elif node.is_promotable:
         start_pre_vote(node)
     else:
         node.leader = 0

@@ -266,8 +266,14 @@ def peer_restored(node: Node, replica: int, forgot: bool) -> None:
         node.pump_wanted = True
 
 
-def tick(node: Node) -> None:
-    """Heartbeats are due: see first whether a quorum still answers, and whether a transfer takes too long."""
+def tick(node: Node, late_ms: int) -> None:
+    """Heartbeats are due: see first whether a quorum still answers, and whether a transfer takes too long.
+
+    A host that was held up did not read answers meanwhile either: that time does not count against the followers.
+    """
+    if late_ms > node.config.heartbeat_ms:
+        for progress in node.progress.values():
+            progress.heard_ms += late_ms
     if not heartbeats.has_quorum(node):
         node.become_follower(node.term, 0)
         return

@@ -59,6 +59,7 @@ class Node:
         "deadline_ms",
         "durability",
         "early_until_ms",
+        "excused",
         "handed_state",
         "id",
         "leader",
@@ -104,6 +105,8 @@ class Node:
         # timers
         self.deadline_ms = NEVER
         self.leader_heard_ms = now_ms
+        self.excused = False
+        """The timer ran out while the host was held up, and was put off once."""
         self.early_until_ms = 0
         """Until then the leader's broker is known to be lost, and waits are short."""
         # candidates
@@ -155,6 +158,7 @@ class Node:
         votes)."""
         timeout = self.config.election_timeout_ms
         self.deadline_ms = self.now_ms + timeout + self.random.randrange(timeout)
+        self.excused = False
 
     @property
     def in_lease(self) -> bool:

@@ -147,10 +147,11 @@ class RawNode:
         node.advance(now_ms)
         if node.now_ms < node.deadline_ms:
             return
+        late_ms = node.now_ms - node.deadline_ms
         if node.role is Role.LEADER:
-            leader.tick(node)
+            leader.tick(node, late_ms)
         else:
-            election.on_deadline(node)
+            election.on_deadline(node, late_ms)
 
     @property
     def deadline_ms(self) -> int:

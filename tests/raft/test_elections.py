@@ -113,6 +113,31 @@ def test_check_quorum_one_follower_is_enough_of_three(cluster: Cluster) -> None:
     assert node.term == 1
 
 
+def test_a_leader_whose_host_was_held_up_does_not_blame_its_followers(cluster: Cluster) -> None:
+    node = cluster.elect(1)
+    node.tick(cluster.now + 30_000)  # answers lie unread meanwhile
+    assert node.role is Role.LEADER
+    for ms in range(30_100, 31_200, 100):
+        node.tick(cluster.now + ms)
+    assert node.role is Role.FOLLOWER, "the time since then does count"
+
+
+def test_a_follower_whose_host_was_held_up_reads_its_mail_first(cluster: Cluster) -> None:
+    cluster.elect(1)
+    node = cluster.nodes[2]
+    late = node.deadline_ms + 500
+    node.tick(late)
+    assert node.role is Role.FOLLOWER
+    assert node.deadline_ms == late + 100
+    node.step(Heartbeat(2, 1, 1, 0), late + 50)
+    node.tick(late + 100)
+    assert node.role is Role.FOLLOWER
+    late = node.deadline_ms + 500
+    node.tick(late)
+    node.tick(late + 900)
+    assert node.role is Role.PRE_CANDIDATE, "put off once, not for ever"
+
+
 def test_a_lease_refuses_votes_even_of_a_higher_term(cluster: Cluster) -> None:
     cluster.elect(1)
     voter = cluster.nodes[2]
