@@ -12,7 +12,7 @@ from typing import TypeAlias
 
 from raftlog.errors import DamagedData, ForeignDataDir, RaftlogError, StorageFull
 from raftlog.raft.types import Append, HardState
-from raftlog.storage.disk import Disk
+from raftlog.storage.disk import Disk, Write
 from raftlog.storage.flusher import Flusher
 from raftlog.storage.journal import Done, Journal
 from raftlog.storage.journal_format import Checkpoint
@@ -20,7 +20,7 @@ from raftlog.storage.journal_scan import JournalScan, scan_journal
 from raftlog.storage.manifest import Manifest, load_manifest, store_manifest
 from raftlog.storage.recovery import FrameSource, RecoveredReplica, recover_replica, replay_whole
 from raftlog.storage.replica_log import Recovered, ReplicaLog
-from raftlog.storage.segment import Segment, replica_folder
+from raftlog.storage.segment import Segment, replica_folder, segment_path
 from raftlog.storage.segment_reader import SegmentReader
 from raftlog.storage.snapshot_file import snapshot_path
 from raftlog.storage.spec import ReplicaSpec, StorageConfig
@@ -236,6 +236,7 @@ class BrokerStore:
     async def _begin(self, manifest: Manifest, scan: JournalScan, found: list[RecoveredReplica]) -> None:
         """From here on the directory is changed."""
         await self._cut_torn_tail(scan)
+        await self._sync_what_was_read(scan, found)
         for replica in found:
             for path in replica.leftovers:
                 await self._disk.remove(path)
@@ -278,6 +279,24 @@ class BrokerStore:
                 # Not only for tidiness: what stands behind could one day line up with new records.
                 file = await self._disk.open(last.path)
                 await self._disk.truncate(file, last.size)
+                file.close()
+
+    async def _sync_what_was_read(self, scan: JournalScan, found: list[RecoveredReplica]) -> None:
+        """A process that was killed leaves writes that the operating system holds and no sync has covered.
+        What recovery read of them counts as durable from now on (the next mark's floor says so), so sync it
+        first."""
+        paths = {scan.files[-1].path} if scan.files else set()
+        for replica in found:
+            replica_id = replica.spec.replica_id
+            paths |= {
+                segment_path(replica_id, place.base_index, place.base_offset)
+                for place in replica.places.values()
+            }
+        files = [await self._disk.open(path) for path in sorted(paths)]
+        try:
+            await self._disk.write([Write(file, 0, ()) for file in files])
+        finally:
+            for file in files:
                 file.close()
 
     def _new_log(self, spec: ReplicaSpec) -> ReplicaLog:
