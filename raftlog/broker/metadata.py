@@ -26,6 +26,7 @@ from raftlog.net.rpc import (
     PartitionRow,
     TopicRow,
 )
+from raftlog.raft.config import RecoveredLog
 from raftlog.raft.types import ConfState, Entry
 from raftlog.record.frame import FrameKind
 from raftlog.state.metadata import (
@@ -86,12 +87,12 @@ class MetadataReplica(Replica[MetadataState]):
         host: Host,
         log: ReplicaLog,
         machine: MetadataState,
-        applied: int,
+        recovered: RecoveredLog,
         members: Sequence[tuple[int, int]],
         changed: Callable[[], None],
     ) -> None:
         hosts = {replica_id: broker_id for broker_id, replica_id in members}
-        super().__init__(host, log, machine, applied, hosts, preferred=members[0][0] == host.broker_id)
+        super().__init__(host, log, machine, recovered, hosts, preferred=members[0][0] == host.broker_id)
         self._changed = changed
 
     @classmethod
@@ -100,8 +101,8 @@ class MetadataReplica(Replica[MetadataState]):
     ) -> MetadataReplica:
         """Restore the image from the newest snapshot and the committed log above it."""
         machine = MetadataState.restore(log.snapshot.data) if log.snapshot is not None else MetadataState()
-        applied = await recover(log, machine)
-        return cls(host, log, machine, applied, members, changed)
+        recovered = await recover(log, machine)
+        return cls(host, log, machine, recovered, members, changed)
 
     def command(self, command: Command, done: Done) -> None:
         """Propose a command; ``done`` hears its result, or the typed error it was refused with.

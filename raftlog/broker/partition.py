@@ -9,6 +9,7 @@ from typing import Final, Protocol
 from raftlog.broker.replica import Done, Host, Replica, recover
 from raftlog.errors import OffsetOutOfRange
 from raftlog.net.rpc import ProduceResponse
+from raftlog.raft.config import RecoveredLog
 from raftlog.raft.types import Entry
 from raftlog.record.batch import check_batch, stamped
 from raftlog.record.frame import Buffer, FrameKind
@@ -36,13 +37,13 @@ class PartitionReplica(Replica[PartitionState]):
         host: Host,
         log: ReplicaLog,
         machine: PartitionState,
-        applied: int,
+        recovered: RecoveredLog,
         hosts: Mapping[int, int],
         *,
         preferred: bool,
         batch_bytes_max: int,
     ) -> None:
-        super().__init__(host, log, machine, applied, hosts, preferred=preferred)
+        super().__init__(host, log, machine, recovered, hosts, preferred=preferred)
         self.batch_bytes_max = batch_bytes_max
         self._in_flight: dict[int, int] = {}
         """base offset -> index of batches above the applied index, for duplicates of a batch in flight."""
@@ -55,8 +56,8 @@ class PartitionReplica(Replica[PartitionState]):
     ) -> PartitionReplica:
         """Restore the machine from the newest snapshot and the committed log above it."""
         machine = PartitionState.restore(log.snapshot.data) if log.snapshot is not None else PartitionState()
-        applied = await recover(log, machine)
-        return cls(host, log, machine, applied, hosts, preferred=preferred, batch_bytes_max=batch_bytes_max)
+        recovered = await recover(log, machine)
+        return cls(host, log, machine, recovered, hosts, preferred=preferred, batch_bytes_max=batch_bytes_max)
 
     # -- produce ---------------------------------------------------------------------------------------------
 

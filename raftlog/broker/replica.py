@@ -81,7 +81,8 @@ class Replica(Generic[M]):
     Args:
         host: the broker.
         log: the replica's log as storage recovered it.
-        machine: its state machine, applied up to ``applied`` (see :meth:`recover`).
+        machine: its state machine, as :func:`recover` left it.
+        recovered: what :func:`recover` returned.
         hosts: replica id -> broker id of every member.
         preferred: this replica is the one that should lead a brand-new group.
     """
@@ -91,7 +92,7 @@ class Replica(Generic[M]):
         host: Host,
         log: ReplicaLog,
         machine: M,
-        applied: int,
+        recovered: RecoveredLog,
         hosts: Mapping[int, int],
         *,
         preferred: bool,
@@ -108,18 +109,6 @@ class Replica(Generic[M]):
         self._waiters: dict[int, list[Done]] = {}
         self._soft: SoftState | None = None
         self._campaign_at = 0
-        found = log.recovered
-        recovered = RecoveredLog(
-            hard_state=found.hard_state,
-            confs=found.confs,
-            first_index=found.first_index,
-            prev_term=found.prev_term,
-            prev_crc=found.prev_crc,
-            terms=found.terms,
-            last_index=found.last_index,
-            tail=found.tail,
-            applied=applied,
-        )
         self.node = RawNode(
             host.raft_config(self.replica_id), recovered, host.random_for(self.replica_id), host.now_ms()
         )
@@ -335,7 +324,7 @@ class Replica(Generic[M]):
         return self.hosts.get(self.node.leader)
 
 
-async def recover(log: ReplicaLog, machine: StateMachine) -> int:
+async def recover(log: ReplicaLog, machine: StateMachine) -> RecoveredLog:
     """Apply what a recovered log knows to be committed above the machine's snapshot.
 
     Args:
@@ -343,13 +332,28 @@ async def recover(log: ReplicaLog, machine: StateMachine) -> int:
         machine: restored from ``log.snapshot``, or new when there is none.
 
     Returns:
-        The index applied.
+        What the core begins with.
     """
-    applied = log.snapshot.index if log.snapshot is not None else log.recovered.first_index - 1
-    commit = min(log.recovered.hard_state.commit, log.recovered.last_index)
+    found = log.recovered
+    applied = log.snapshot.index if log.snapshot is not None else found.first_index - 1
+    commit = min(found.hard_state.commit, found.last_index)
     while applied < commit:
         for entry in await log.entries(applied + 1, commit + 1, _RECOVERY_CHUNK_BYTES):
             machine.apply(entry)
             applied = entry.index
     log.set_committed(applied)
-    return applied
+    tail = found.tail
+    if not tail and found.last_index >= found.first_index:
+        # The next entry names its predecessor's checksum, so the last one must be at hand.
+        tail = tuple(await log.entries(found.last_index, found.last_index + 1, 0))
+    return RecoveredLog(
+        hard_state=found.hard_state,
+        confs=found.confs,
+        first_index=found.first_index,
+        prev_term=found.prev_term,
+        prev_crc=found.prev_crc,
+        terms=found.terms,
+        last_index=found.last_index,
+        tail=tail,
+        applied=applied,
+    )

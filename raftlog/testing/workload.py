@@ -60,7 +60,7 @@ class Workload:
     """
 
     def __init__(
-        self, seed: int, *, brokers: int = 3, partitions: int = 2, producers: int = 2, values: int = 150
+        self, seed: int, *, brokers: int = 3, partitions: int = 2, producers: int = 2, values: int = 250
     ) -> None:
         self.cluster = SimCluster(seed, brokers)
         self.history = History()
@@ -124,7 +124,7 @@ class Workload:
             compression=self.random.choice(["none", "lz4"]),
         )
         producer = ProducerCore(client, config, loop, loop.call_soon)
-        await producer.load_topic(TOPIC)
+        await producer.load_topic(TOPIC, 60.0)
         pending = []
         for number in range(self._values):
             for partition in range(self._partitions):
@@ -154,7 +154,7 @@ class Workload:
         """Read along for ever."""
         loop = asyncio.get_running_loop()
         client = self._client(name)
-        consumer = ConsumerCore(client, (TOPIC,), ConsumerConfig(), loop)
+        consumer = ConsumerCore(client, ConsumerConfig(), (TOPIC,), loop, loop.call_soon)
         await consumer.start()
         while True:
             for record in consumer.take(100):
@@ -166,11 +166,11 @@ class Workload:
         """Everything, from the beginning, with a fresh client."""
         loop = asyncio.get_running_loop()
         client = self._client("auditor")
-        consumer = ConsumerCore(client, (TOPIC,), ConsumerConfig(), loop)
+        consumer = ConsumerCore(client, ConsumerConfig(), (TOPIC,), loop, loop.call_soon)
         await consumer.start()
         consumer.limit(await consumer.ends())
         records: list[Record] = []
-        while not consumer.at_limits:
+        while not consumer.at_limits():
             records += consumer.take(1000)
             await asyncio.sleep(0.01)
         await consumer.close()
