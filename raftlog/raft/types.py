@@ -1,8 +1,8 @@
 """The values that go in and out of the Raft core: entries, messages, durable state, configurations, Ready.
 
-Everything here is immutable and free of I/O. The names are those of the Raft thesis and of etcd's implementation.
-A node id is a *replica id*: allotted by the metadata group, unique in the cluster's whole life, never used twice
-(0 means "none"). A message therefore finds its group by its ``to`` alone.
+Everything here is immutable and free of I/O. The names are those of the Raft thesis and of etcd's
+implementation. A node id is a *replica id*: allotted by the metadata group, unique in the cluster's whole
+life, never used twice (0 means "none"). A message therefore finds its group by its ``to`` alone.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ class Entry(msgspec.Struct, frozen=True, gc=False):
 
     @classmethod
     def parse(cls, buffer: Buffer, position: int = 0, *, check: bool = True) -> Entry:
-        """Parse the frame at ``position`` (CorruptFrame when it does not check); the entry keeps a view of it."""
+        """Parse the frame at ``position`` (CorruptFrame when it does not check); the entry keeps a view of
+        it."""
         header = parse_frame(buffer, position, check=check)
         return cls.of(header, memoryview(buffer)[position : position + header.length])
 
@@ -64,8 +65,8 @@ class Entry(msgspec.Struct, frozen=True, gc=False):
 
 
 class HardState(msgspec.Struct, frozen=True, array_like=True):
-    """What a replica must never forget. Term and vote are synced before any message that depends on them leaves;
-    ``commit`` is written along with the others but never synced for its own sake."""
+    """What a replica must never forget. Term and vote are synced before any message that depends on them
+    leaves; ``commit`` is written along with the others but never synced for its own sake."""
 
     term: int = 0
     vote: int = 0
@@ -73,9 +74,10 @@ class HardState(msgspec.Struct, frozen=True, array_like=True):
 
 
 class ConfState(msgspec.Struct, frozen=True, array_like=True):
-    """A configuration. ``outgoing`` is non-empty only in a joint configuration (thesis section 4.3): then every
-    decision needs a majority of ``voters`` and one of ``outgoing``. Learners receive the log and never count.
-    ``learners_next`` are voters of ``outgoing`` that become learners when the joint configuration is left."""
+    """A configuration. ``outgoing`` is non-empty only in a joint configuration (thesis section 4.3): then
+    every decision needs a majority of ``voters`` and one of ``outgoing``. Learners receive the log and never
+    count. ``learners_next`` are voters of ``outgoing`` that become learners when the joint configuration is
+    left."""
 
     voters: tuple[int, ...] = ()
     learners: tuple[int, ...] = ()
@@ -113,15 +115,15 @@ class Role(Enum):
 
 
 class SoftState(msgspec.Struct, frozen=True):
-    """Who leads as far as this replica knows. Not durable. ``serving`` is True on a leader once its no-op of this
-    term is committed and applied."""
+    """Who leads as far as this replica knows. Not durable. Whether a leader may
+    serve is ``RawNode.serving``."""
 
     role: Role
     term: int
     leader: int
 
 
-# -- messages ---------------------------------------------------------------------------------------------------
+# -- messages ------------------------------------------------------------------------------------------------
 
 
 class _Message(msgspec.Struct, frozen=True, array_like=True, tag_field="t"):
@@ -146,8 +148,9 @@ class VoteResponse(_Message, frozen=True, tag=2):
 
 
 class AppendRequest(_Message, frozen=True, tag=3):
-    """AppendEntries. ``prev_crc`` is the crc of the frame at ``prev_index``: a check of the chain, on top of the
-    term check that Raft makes. Entries travel as one contiguous range of frames behind the message's header."""
+    """AppendEntries. ``prev_crc`` is the crc of the frame at ``prev_index``: a check of the chain, on top of
+    the term check that Raft makes. Entries travel as one contiguous range of frames behind the message's
+    header."""
 
     prev_index: int
     prev_term: int
@@ -157,8 +160,9 @@ class AppendRequest(_Message, frozen=True, tag=3):
 
 
 class AppendResponse(_Message, frozen=True, tag=4):
-    """``index`` is the last index the sender holds durably and in agreement with the leader; when ``rejected``, it
-    is the ``prev_index`` refused, and (hint_index, hint_term) the sender's best guess of where logs meet."""
+    """``index`` is the last index the sender holds durably and in agreement with the leader; when
+    ``rejected``, it is the ``prev_index`` refused, and (hint_index, hint_term) the sender's best guess of
+    where logs meet."""
 
     index: int
     rejected: bool = False
@@ -220,14 +224,14 @@ Message: TypeAlias = (
 )
 
 
-# -- Ready ------------------------------------------------------------------------------------------------------
+# -- Ready ---------------------------------------------------------------------------------------------------
 
 
 class Append(msgspec.Struct, frozen=True):
     """What must become durable, in order. ``entries[0].index`` truncates what the log held at and above it.
 
-    When it is durable the host calls ``RawNode.on_durable(sequence)``. Sequences grow by one for each Append of a
-    node; being told of N means that all up to N are durable."""
+    When it is durable the host calls ``RawNode.on_durable(sequence)``. Sequences grow by one for each Append
+    of a node; being told of N means that all up to N are durable."""
 
     sequence: int
     hard_state: HardState | None
@@ -235,8 +239,9 @@ class Append(msgspec.Struct, frozen=True):
 
 
 class LoadRequest(msgspec.Struct, frozen=True):
-    """The core needs entries that are no longer in memory, for follower ``to``, from ``index`` on and of at most
-    ``bytes_max``. The host answers with ``RawNode.on_loaded(to, entries)`` (or ``on_load_failed(to)``)."""
+    """The core needs entries that are no longer in memory, for follower ``to``, from ``index`` on and of at
+    most ``bytes_max``. The host answers with ``RawNode.on_loaded(to, entries)`` (or
+    ``on_load_failed(to)``)."""
 
     to: int
     index: int
@@ -244,8 +249,9 @@ class LoadRequest(msgspec.Struct, frozen=True):
 
 
 class Ready(msgspec.Struct, frozen=True):
-    """What the host must do now. Order: hand ``append`` to storage; send ``messages`` (they need not wait for it:
-    what must wait for durability the core holds back itself until ``on_durable``); apply ``committed``."""
+    """What the host must do now. Order: hand ``append`` to storage; send ``messages`` (they need not wait for
+    it: what must wait for durability the core holds back itself until ``on_durable``); apply
+    ``committed``."""
 
     append: Append | None = None
     messages: tuple[Message, ...] = ()
@@ -257,4 +263,5 @@ class Ready(msgspec.Struct, frozen=True):
     """(context, index) of ReadIndex requests that may now be served once ``index`` is applied."""
     snapshots: tuple[int, ...] = ()
     """Followers that need entries the log no longer has: the host sends each a snapshot at or above
-    ``first_index - 1`` and ends with ``RawNode.on_snapshot_sent(to, index)`` or ``on_snapshot_failed(to)``."""
+    ``first_index - 1`` and ends with ``RawNode.on_snapshot_sent(to, index)`` or ``on_snapshot_failed(to)``.
+    One named again (its connection was lost) starts over."""
