@@ -23,7 +23,8 @@ from raftlog.raft.types import TERM_MAX, Role, VoteRequest, VoteResponse
 def on_deadline(node: Node, late_ms: int) -> None:
     """The election timer of a node that does not lead has run out.
 
-    If the host was held up, the leader's heartbeats may lie unread before it: once, it gets the time to read them.
+    If the host was held up, the leader's heartbeats may lie unread before it: once, it gets the time to read
+    them.
     """
     if late_ms > node.config.heartbeat_ms and node.leader and not node.excused:
         node.excused = True

@@ -269,7 +269,8 @@ def peer_restored(node: Node, replica: int, forgot: bool) -> None:
 def tick(node: Node, late_ms: int) -> None:
     """Heartbeats are due: see first whether a quorum still answers, and whether a transfer takes too long.
 
-    A host that was held up did not read answers meanwhile either: that time does not count against the followers.
+    A host that was held up did not read answers meanwhile either: that time does not count against the
+        followers.
     """
     if late_ms > node.config.heartbeat_ms:
         for progress in node.progress.values():

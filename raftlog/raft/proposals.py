@@ -24,6 +24,7 @@ def require_leader(node: Node) -> None:
 def propose(node: Node, kind: int, payload: Buffer, leader_time_ms: int) -> Entry:
     """Append one entry as leader (see RawNode.propose)."""
     require_leader(node)
+    assert kind != FrameKind.CONF, "configurations change through propose_conf"
     if node.transfer_to:
         raise Busy(f"leadership is being transferred to replica {node.transfer_to}")
     size = FRAME_HEADER_BYTES + len(payload)

@@ -163,7 +163,7 @@ class RawNode:
         """Append an entry as leader; it is committed when it comes out in ``Ready.committed``.
 
         Args:
-            kind: a FrameKind.
+            kind: a FrameKind other than CONF.
             payload: copied into the entry's frame.
             leader_time_ms: wall clock; raised to the last entry's if that is later.
 

@@ -135,7 +135,8 @@ class Chaos:
             self.cluster.start(replica, self.random.randrange(30))
 
     def partition(self) -> None:
-        """Cut one replica off, mostly the leader: both sides may lead for a while, for some notice at once."""
+        """Cut one replica off, mostly the leader: both sides may lead for a while, for some notice at
+        once."""
         alone = self.running().id
         self.cluster.isolate(alone)
         for replica, node in self.cluster.nodes.items():

@@ -452,7 +452,7 @@ def test_soft_state_is_told_once_per_change(cluster: Cluster) -> None:
     assert (soft.role, soft.term, soft.leader) == (Role.PRE_CANDIDATE, 0, 0)
     assert not node.has_ready()
     cluster.nodes[2].step(Heartbeat(2, 3, 1, 0), 0)
-    assert cluster.nodes[2].ready().soft_state.leader == 3  # type: ignore[union-attr]
+    assert cluster.nodes[2].ready().soft_state.leader == 3
     cluster.nodes[2].step(Heartbeat(2, 3, 1, 0), 0)
     assert cluster.nodes[2].ready().soft_state is None
 
