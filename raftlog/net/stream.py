@@ -232,9 +232,12 @@ class FrameStream(asyncio.Protocol):
         else:
             transport.abort()
 
+    def eof_received(self) -> None:
+        """The peer has closed. Nobody half-closes here, so what is still to be written has no reader."""
+        is_whole = self._parser.is_between_frames
+        self._shut(None if is_whole else ConnectionLost("the stream ended inside a frame"), flush=False)
+
     def connection_lost(self, exc: Exception | None) -> None:
-        if exc is None and not self._closing and not self._parser.is_between_frames:
-            exc = ConnectionLost("the stream ended inside a frame")
         self._closing = True
         self._cancel_timer()
         self._collected.clear()

@@ -27,6 +27,9 @@ from raftlog.testing.loop import SimLoop, SimNode
 
 CHUNK_BYTES_MAX: Final = 64 * 1024
 ODD_CHUNK_PROBABILITY: Final = 0.1
+PROBE_SECONDS: Final = 1.0
+PROBES_MAX: Final = 900
+"""A connection breaks after a quarter of an hour without an answer from the other host."""
 DEFAULT_HIGH_WATER: Final = 64 * 1024
 
 
@@ -79,6 +82,7 @@ class Pipe:
         "_loop",
         "_network_context",
         "_overdue",
+        "_probes",
         "_random",
         "_window",
         "back",
@@ -102,6 +106,7 @@ class Pipe:
         self._in_window = 0  # bytes in flight or unread
         self._acks_owed = 0  # read, but the sender cannot know: the way back is cut
         self._overdue = 0
+        self._probes = 0
         self._last_arrival = 0.0
         self.forth = forth
         self.back = back
@@ -183,8 +188,8 @@ class Pipe:
         item = self._in_flight.popleft()
         receiver = self.receiver
         if receiver.is_gone:
-            if not receiver.is_silent and not self.back.is_cut and item is not END:
-                self.sender.incoming.interrupt(reset("the peer is gone"))
+            if item is not END and not self._probes:
+                self._probe()
         elif isinstance(item, Signal) and item.name == "reset":
             self._arrived.clear()
             self._arrived.append(item)
@@ -192,6 +197,17 @@ class Pipe:
         else:
             self._arrived.append(item)
             receiver._wake()
+
+    def _probe(self) -> None:
+        """Bytes have come to an end that is gone: its host says so, once it is up and can be heard. Until
+        then the sender's operating system sends again and again, as TCP does."""
+        self._probes += 1
+        is_heard = not (self.receiver.is_silent or self.forth.is_cut or self.back.is_cut)
+        if is_heard or self._probes > PROBES_MAX:
+            self.sender.incoming.interrupt(reset("the peer is gone"))
+        elif not self.sender.is_gone:
+            when = self._loop.time() + PROBE_SECONDS
+            self._loop.call_at(when, self._probe, context=self._network_context)
 
     def interrupt(self, news: Signal) -> None:
         """The receiver's own operating system tells it: nothing needs to travel."""
@@ -340,7 +356,10 @@ class SimTransport(asyncio.Transport):
         return self._protocol
 
     def _leave(self, news: Signal) -> None:
-        """The operating system's part of closing: the peer is told, whatever comes from it is refused."""
+        """The operating system's part of closing: the peer is told, whatever comes from it is refused. What
+        had come and was not read makes it a reset, as on Linux."""
+        if news is END and self.incoming.has_arrivals:
+            news = reset("connection reset by peer")
         self.outgoing.signal(news)
         self.is_gone = True
 
