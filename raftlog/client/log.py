@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
+import contextlib
 import os
 import sys
 import threading
@@ -22,7 +24,7 @@ from raftlog.client.descriptions import (
 from raftlog.client.handle import process_client_id
 from raftlog.client.io_thread import IoThread, io_thread
 from raftlog.config import ConsumerConfig, ProducerConfig, TopicConfig
-from raftlog.errors import Closed, NotRunning
+from raftlog.errors import Closed, NotRunning, RaftlogError
 from raftlog.net.network import real_seams
 
 if TYPE_CHECKING:
@@ -42,6 +44,9 @@ T = TypeVar("T")
 
 REFRESH_TIMEOUT_S: Final = 10.0
 
+CLOSE_TIMEOUT_S: Final = 2.0
+
+_runtimes: weakref.WeakSet[_Runtime] = weakref.WeakSet()
 _inherited: list[Any] = []
 """What a fork left of the parent's handles: kept, never used nor freed (see ``io_thread``)."""
 
@@ -235,6 +240,7 @@ class _Runtime:
         self.cluster: ClusterClient = self.io.call(self._make(bootstrap))
         self.admin = Admin(self.cluster)
         self.handles: weakref.WeakSet[Producer | Consumer] = weakref.WeakSet()
+        _runtimes.add(self)
 
     async def _make(self, bootstrap: Bootstrap) -> ClusterClient:
         return ClusterClient(real_seams(), bootstrap, process_client_id(), refresh_through_ray(bootstrap))
@@ -245,6 +251,16 @@ class _Runtime:
                 handle.close()
         finally:
             self.io.call(self.cluster.close())
+
+
+@atexit.register
+def _at_exit() -> None:
+    """Close connections in good order. Runs after ``sync``'s last flush and before the I/O thread ends: these
+    functions run in the reverse order of their registration, that is of the modules' imports."""
+    for runtime in list(_runtimes):
+        if runtime.pid == os.getpid():
+            with contextlib.suppress(RaftlogError, TimeoutError):
+                runtime.io.call(runtime.cluster.close(), CLOSE_TIMEOUT_S)
 
 
 def refresh_through_ray(bootstrap: Bootstrap) -> Callable[[], Awaitable[Bootstrap]]:
