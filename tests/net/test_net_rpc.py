@@ -335,6 +335,22 @@ def test_close_does_not_linger_for_ever_on_a_peer_that_does_not_read(world: RpcW
     assert lost == [None]
 
 
+def test_a_peer_that_has_closed_is_not_waited_for_with_what_is_still_to_be_written(world: RpcWorld) -> None:
+    server = world.serve()
+    world.handler.hold = True
+    connection = world.dial()
+    world.loop.run_for(0.1)
+    (accepted,) = server.connections
+    assert accepted._transport is not None
+    accepted._transport.pause_reading()
+    future = connection.request(produce(), (bytes(3_000_000),))
+    world.network.cut("c", "s", both=False)
+    accepted._transport.close()
+    world.loop.run_for(0.1)
+    assert future.done(), "at once, not when TCP gives up"
+    assert isinstance(future.exception(), ConnectionLost)
+
+
 def test_a_connection_cut_inside_a_frame_loses_that_frame_only(world: RpcWorld) -> None:
     world.serve()
     connection = world.dial()

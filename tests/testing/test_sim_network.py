@@ -300,6 +300,36 @@ def test_power_cut_is_silent_until_the_host_is_back(world: World) -> None:
     assert isinstance(here.lost[0], ConnectionResetError)
 
 
+def test_a_writer_whose_whole_window_was_lost_still_learns_of_it(world: World) -> None:
+    here, _ = world.pair()
+    world.network.power_cut("b")
+    here.transport.write(bytes(1_000_000))
+    world.loop.run_for(100.0)
+    assert not here.lost
+    world.listen("b")
+    world.until(lambda: bool(here.lost), 5.0)
+    assert isinstance(here.lost[0], ConnectionResetError)
+
+
+def test_a_host_that_never_answers_again_is_given_up_after_a_quarter_of_an_hour(world: World) -> None:
+    here, _ = world.pair()
+    start = world.loop.time()
+    world.network.power_cut("b")
+    here.transport.write(b"hello?")
+    world.until(lambda: bool(here.lost), 2000.0)
+    assert world.loop.time() - start == pytest.approx(900.0, abs=5.0)
+
+
+def test_closing_with_bytes_unread_is_a_reset(world: World) -> None:
+    here, there = world.pair()
+    there.transport.pause_reading()
+    here.transport.write(b"unread")
+    world.loop.run_for(1.0)
+    there.transport.close()
+    world.until(lambda: bool(here.lost))
+    assert isinstance(here.lost[0], ConnectionResetError)
+
+
 def test_giving_up_while_the_answer_is_under_way_leaves_nothing_open(world: World) -> None:
     world.listen("b")
     world.network.set_latency("b", "a", 4.0, 4.0)
