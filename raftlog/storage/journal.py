@@ -476,6 +476,8 @@ class Journal:
         again; the others go oldest first, so that no crash leaves a gap in the sequence."""
         while self.can_release:
             async with self._names:
+                if not self.can_release:
+                    return  # another caller was faster
                 if self._spare is not None:
                     await self._disk.remove(journal_path(self._spare))
                 file = self._files.pop(0)

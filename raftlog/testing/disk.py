@@ -224,6 +224,11 @@ class SimDisk:
     def used_bytes(self) -> int:
         return sum(max(len(node.live), node.reserved) for node in self._nodes.values())
 
+    @property
+    def unsynced_bytes(self) -> int:
+        """Bytes written that no sync has covered yet."""
+        return sum(len(data) for node in self._nodes.values() for _, data in node.pending)
+
     # -- Disk ------------------------------------------------------------------------------------------------
 
     async def open(self, path: str, *, create: bool = False, allocate: int = 0) -> DiskFile:

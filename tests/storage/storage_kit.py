@@ -1,4 +1,5 @@
-"""What the tests of storage share: entries with real batch headers, and a store driven like a broker drives it."""
+"""What the tests of storage share: entries with real batch headers, and a store driven like a broker drives
+it."""
 
 from __future__ import annotations
 
