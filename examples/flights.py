@@ -568,7 +568,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--flights", type=int, metavar="N", help="only the first N flights (all: 336,776)")
     options = parser.parse_args(arguments)
-    console = Console(highlight=False)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 110)
     try:
         if options.data_dir is not None:
             return run(options.data_dir.absolute(), options.flights, console)

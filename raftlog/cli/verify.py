@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from raftlog.cli.session import JsonOption, console, print_json, table
-from raftlog.errors import DataDirError
+from raftlog.errors import DataDirError, RaftlogError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -35,11 +35,7 @@ def verify(
     """Check every byte of a data directory, offline, changing nothing; exit with 1 if anything is wrong."""
     import asyncio
 
-    from raftlog.storage.real_disk import RealDisk
-    from raftlog.storage.verify import verify as verify_disk
-
-    folders = broker_folders(data_dir)
-    reports = {str(folder): asyncio.run(verify_disk(RealDisk(folder))) for folder in folders}
+    reports = {str(folder): asyncio.run(_verify(folder)) for folder in broker_folders(data_dir)}
     if as_json:
         print_json(reports)
     else:
@@ -63,6 +59,20 @@ def broker_folders(data_dir: Path) -> list[Path]:
     if not found:
         raise NoData(f"no broker's data in {data_dir}")
     return found
+
+
+async def _verify(folder: Path) -> VerifyReport:
+    """The report on one broker's directory; DataDirLocked if the broker runs: half a write is no damage."""
+    from raftlog.storage.real_disk import RealDisk
+    from raftlog.storage.verify import verify as verify_disk
+
+    disk = RealDisk(folder)
+    try:
+        await disk.lock()
+    except RaftlogError:
+        await disk.close()
+        raise
+    return await verify_disk(disk)
 
 
 def _print_report(out: Console, folder: str, report: VerifyReport) -> None:
