@@ -152,6 +152,12 @@ class NotRunning(RaftlogError):
     hint = "start one with raftlog.start() or `raftlog start`"
 
 
+class NoRay(NotRunning):
+    """There is no Ray cluster to attach to."""
+
+    hint = "start one with `ray start --head`, or set RAY_ADDRESS to one that runs"
+
+
 class ClusterInUse(RaftlogError):
     """shutdown() found clients connected; details: clients."""
 

@@ -17,7 +17,7 @@ from raftlog.actors.metadata import ClusterSpec, MetadataActor
 from raftlog.actors.options import NAMESPACE, Actor, metadata_name, metadata_options
 from raftlog.client.cluster import Bootstrap
 from raftlog.config import Environment, default_data_dir
-from raftlog.errors import NotRunning, RaftlogError
+from raftlog.errors import NoRay, NotRunning, RaftlogError
 
 logger = logging.getLogger("raftlog.actors")
 
@@ -78,8 +78,7 @@ def find(name: str = "default", timeout: float = 30.0) -> Bootstrap:
     Raises:
         NotRunning: no Ray, no such cluster, or it does not answer within ``timeout`` seconds.
     """
-    if not ray.is_initialized():
-        _attach_ray()
+    attach_ray()
     deadline = time.monotonic() + timeout
     while True:
         try:
@@ -110,8 +109,7 @@ def stop(name: str = "default", force: bool = False, ignore: tuple[str, ...] = (
         NotRunning: no such cluster.
         ClusterInUse: clients are connected.
     """
-    if not ray.is_initialized():
-        _attach_ray()
+    attach_ray()
     try:
         actor = ray.get_actor(metadata_name(name), namespace=NAMESPACE)
     except ValueError:
@@ -177,8 +175,15 @@ def _init_ray() -> None:
         ray.init(address="local", namespace=NAMESPACE, log_to_driver=False, include_dashboard=False)
 
 
-def _attach_ray() -> None:
+def attach_ray() -> None:
+    """Attach to the Ray cluster of this machine or of RAY_ADDRESS, quietly; never start one.
+
+    Raises:
+        NoRay: there is none.
+    """
+    if ray.is_initialized():
+        return
     try:
-        ray.init(address="auto", namespace=NAMESPACE, log_to_driver=False)
+        ray.init(address="auto", namespace=NAMESPACE, log_to_driver=False, logging_level=logging.WARNING)
     except ConnectionError as error:
-        raise NotRunning(f"there is no Ray cluster to connect to ({error})") from error
+        raise NoRay("no Ray cluster runs here") from error
