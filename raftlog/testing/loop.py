@@ -191,17 +191,18 @@ class SimLoop(asyncio.BaseEventLoop):
         return self.create_task(coro, context=context)
 
     def pause(self, name: str) -> None:
-        """SIGSTOP: nothing of the node runs until ``resume``; its timers go off and wait."""
-        node = self.get_node(name)
-        if not node.paused:
+        """SIGSTOP: nothing of the node runs until ``resume``; its timers go off and wait. Not alive: nothing
+        happens."""
+        node = self._nodes.get(name)
+        if node is not None and not node.paused:
             node.paused = True
             if node._queue:
                 self._runnable.remove(node)
 
     def resume(self, name: str) -> None:
         """SIGCONT."""
-        node = self.get_node(name)
-        if node.paused:
+        node = self._nodes.get(name)
+        if node is not None and node.paused:
             node.paused = False
             if node._queue:
                 self._runnable.append(node)

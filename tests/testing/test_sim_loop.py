@@ -225,6 +225,21 @@ def test_paused_node_stands_still_and_catches_up(loop: SimLoop) -> None:
     assert seen == [1.0, 11.5, 12.5]
 
 
+def test_a_paused_node_can_be_killed_and_a_dead_one_is_not_revived_by_resume(loop: SimLoop) -> None:
+    seen: list[int] = []
+    with loop.node("a"):
+        loop.call_soon(seen.append, 1)
+    loop.pause("a")
+    loop.kill("a")
+    loop.resume("a")
+    loop.pause("a")
+    assert not loop.is_alive("a")
+    with loop.node("a"):
+        loop.call_soon(seen.append, 2)
+    loop.run_for(1.0)
+    assert seen == [2]
+
+
 def test_run_until_and_its_timeout(loop: SimLoop) -> None:
     start = loop.time()
     seen: list[int] = []
