@@ -106,6 +106,10 @@ class ClusterClient:
             found = self.cache.topics.get(name)
             if found is not None:
                 return found
+            for broker in self.connections.links:
+                self.connections.dial(
+                    broker
+                )  # so that the next attempt may be answered by one that knows more
             if answer.version < self.cache.version:
                 raise Busy(f"a broker's metadata is old: version {answer.version}")
             doubted_until = doubted_until or loop.time() + UNKNOWN_TOPIC_GRACE_S

@@ -9,6 +9,7 @@ blocking handles.
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 from collections import deque
 from collections.abc import Callable, Coroutine
@@ -42,6 +43,7 @@ T = TypeVar("T")
 
 SECRET = b"the secret of the fake cluster.."
 PORT = 9092
+TOPIC = "orders"
 
 Fault = Callable[["FakeBroker", "FakePartition", memoryview, Reply], None]
 """What a broker does with one produce request instead of appending and answering."""
@@ -135,6 +137,7 @@ class FakeCluster:
         self.create_faults: deque[RaftlogError] = deque()
         """Raised after the next topics were created, one each."""
         self.fetch_errors: deque[RaftlogError] = deque()
+        self.born_leaderless = False
         self._next_topic = 0
 
     def create(self, name: str, partitions: int = 1, **config: Any) -> list[FakePartition]:
@@ -146,6 +149,9 @@ class FakeCluster:
             FakePartition(name, topic_id, index, [ids[(index + k) % len(ids)] for k in range(len(ids))])
             for index in range(partitions)
         ]
+        if self.born_leaderless:
+            for partition in made:
+                partition.leader = None
         self.topics[name] = made
         self.configs[name] = config
         self.version += 1
@@ -162,6 +168,12 @@ class FakeCluster:
         partition.term += 1
         if leader is not None:
             partition.append_noop()
+
+    def elect_all(self) -> None:
+        """Every partition gets its preferred leader."""
+        for partitions in self.topics.values():
+            for partition in partitions:
+                self.move(partition, partition.replicas[0])
 
     def count(self, kind: type[rpc.Struct]) -> int:
         """How many requests of this kind came."""
@@ -192,6 +204,7 @@ class FakeBroker:
         self.cluster = cluster
         self.id = broker_id
         self.address = ("", 0)
+        self.incarnation = 1
         self.server: RpcServer
         self.up = True
         self.silent = False
@@ -202,9 +215,14 @@ class FakeBroker:
 
     async def start(self, seams: Seams, host: str, port: int) -> None:
         self.seams = seams
-        local = Local("c1", "broker", broker_id=self.id, incarnation=1)
+        local = Local("c1", "broker", broker_id=self.id, incarnation=self.incarnation)
         self.server = RpcServer(seams, local, SECRET, self)
         self.address = await self.server.start(host, port)
+
+    async def restart(self, seams: Seams, host: str) -> None:
+        """Come back as a new process at another address."""
+        self.incarnation += 1
+        await self.start(seams, host, PORT)
 
     def drop_connections(self) -> None:
         """Break every connection."""
@@ -255,13 +273,15 @@ class FakeBroker:
                 reply.ok(rpc.InitProducerResponse(self.cluster.producer_ids, 0))
             case rpc.CreateTopicRequest():
                 self._create(request, reply)
+            case rpc.BrokerStatusRequest():
+                reply.ok(self._status(request))
             case _:
                 raise RaftlogError(f"the fake does not know {type(request).__name__}")
 
     def _metadata(self, request: rpc.MetadataRequest, reply: Reply) -> None:
         cluster = self.cluster
         rows = [
-            rpc.BrokerRow(broker.id, *broker.address, 1, f"node-{broker.id}", "alive")
+            rpc.BrokerRow(broker.id, *broker.address, broker.incarnation, f"node-{broker.id}", "alive")
             for broker in cluster.brokers.values()
         ]
         topics = {} if self.blind else cluster.topics
@@ -321,6 +341,31 @@ class FakeBroker:
                 if max(record.timestamp_ms for record in records) >= query.timestamp_ms:
                     return rpc.OffsetAnswer(None, records[0].offset, records[0].timestamp_ms)
         return rpc.OffsetAnswer(None, -1, -1)
+
+    def _status(self, request: rpc.BrokerStatusRequest) -> rpc.BrokerStatusResponse:
+        rows = [
+            rpc.ReplicaRow(
+                topic=each.topic,
+                partition=each.index,
+                replica_id=0,
+                role="leader" if each.leader == self.id else "follower",
+                term=each.term,
+                leader=-1 if each.leader is None else each.leader,
+                start_offset=each.state.log_start,
+                end_offset=each.state.next_offset,
+                committed_offset=each.state.next_offset,
+                last_index=each.last_index,
+                commit_index=each.last_index,
+                applied_index=each.last_index,
+                durable_index=each.last_index,
+                voters=each.replicas,
+            )
+            for partitions in self.cluster.topics.values()
+            for each in partitions
+            if self.id in each.replicas and (request.topics is None or each.topic in request.topics)
+        ]
+        me = rpc.BrokerRow(self.id, *self.address, self.incarnation, f"node-{self.id}", "alive", os.getpid())
+        return rpc.BrokerStatusResponse(me, rows, [], "0", 0)
 
     def _create(self, request: rpc.CreateTopicRequest, reply: Reply) -> None:
         cluster = self.cluster
@@ -384,6 +429,20 @@ class _Fetch:
             return rpc.FetchedPartition(rpc.WireError(*to_wire(error)), -1, -1, 0), b""
         data = b"".join(partition.read(wanted.offset, wanted.bytes_max))
         return rpc.FetchedPartition(None, state.next_offset, state.log_start, len(data)), data
+
+
+def numbered(count: int) -> list[bytes]:
+    """Values that sort."""
+    return [b"%04d" % number for number in range(count)]
+
+
+async def send_singly(producer: aio.Producer, values: list[bytes], partition: int | None = 0) -> list[Any]:
+    """One batch each: a flush between closes it, without waiting."""
+    deliveries = []
+    for value in values:
+        deliveries.append(await producer.send(TOPIC, value, partition=partition))
+        producer._core.accumulator.close_open_batches()
+    return deliveries
 
 
 # -- faults --------------------------------------------------------------------------------------------------

@@ -1,0 +1,362 @@
+"""Metadata, leaders and connections: what a client believes, and how it finds out."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from typing import Any
+
+import pytest
+from fake_cluster import TOPIC, SimWorld
+
+from raftlog.client.cluster import ClusterClient
+from raftlog.client.connections import Bootstrap
+from raftlog.client.metadata import NO_LEADER, MetadataCache, PartitionView
+from raftlog.client.retry import BACKOFF, retry
+from raftlog.errors import (
+    Busy,
+    Closed,
+    ConfigError,
+    ConnectionLost,
+    InvalidTopic,
+    LeadershipLost,
+    RaftlogError,
+    RequestTimeout,
+    TopicExists,
+    UnknownTopic,
+)
+from raftlog.net.rpc import CreateTopicRequest, MetadataRequest, MetadataResponse, PartitionRow, TopicRow
+
+
+def view(leader: int, term: int) -> PartitionView:
+    return PartitionView(TOPIC, b"t" * 16, 0, PartitionRow([0, 1, 2], leader, term))
+
+
+@pytest.mark.parametrize(
+    ("known", "heard", "after"),
+    [
+        ((0, 3), (1, 4), (1, 4)),
+        ((0, 3), (1, 2), (0, 3)),
+        ((0, 3), (1, 3), (0, 3)),
+        ((0, 3), (NO_LEADER, 4), (0, 3)),
+        ((NO_LEADER, 3), (1, 3), (1, 3)),
+        ((NO_LEADER, 3), (1, 2), (NO_LEADER, 3)),
+    ],
+)
+def test_the_newer_term_counts_and_a_term_has_one_leader(
+    known: tuple[int, int], heard: tuple[int, int], after: tuple[int, int]
+) -> None:
+    partition = view(*known)
+    assert partition.learn(*heard) == (after != known)
+    assert (partition.leader, partition.term) == after
+
+
+def test_a_denial_counts_from_the_leader_itself_or_from_a_newer_term() -> None:
+    partition = view(0, 3)
+    partition.deny(1, 3)
+    assert partition.leader == 0
+    partition.deny(0, 2)
+    assert partition.leader == 0
+    partition.deny(0, 3)
+    assert (partition.leader, partition.term) == (NO_LEADER, 3)
+    partition = view(0, 3)
+    partition.deny(2, 5)
+    assert (partition.leader, partition.term) == (NO_LEADER, 5)
+
+
+def answer(version: int, *topics: TopicRow, unknown: tuple[str, ...] = ()) -> MetadataResponse:
+    return MetadataResponse("c1", [], list(topics), list(unknown), version)
+
+
+def row(name: str, topic_id: bytes, partitions: int = 1) -> TopicRow:
+    return TopicRow(name, topic_id, [PartitionRow([0], 0, 1)] * partitions, {})
+
+
+def test_an_older_answer_neither_deletes_nor_revives_a_topic() -> None:
+    cache = MetadataCache()
+    cache.merge(answer(5, row("a", b"1")))
+    first = cache.topics["a"].partitions[0]
+    cache.merge(answer(4, unknown=("a",)))
+    assert not first.deleted
+    cache.merge(answer(6, row("a", b"1", 3)))
+    assert cache.topics["a"].partitions[0] is first, "a partition's view lives as long as its topic"
+    assert len(cache.topics["a"].partitions) == 3
+    cache.merge(answer(7, unknown=("a",)))
+    assert first.deleted
+    cache.merge(answer(6, row("a", b"1")))
+    assert "a" not in cache.topics
+    cache.merge(answer(8, row("a", b"2")))
+    cache.merge(answer(7, row("a", b"1")))
+    assert cache.topics["a"].topic_id == b"2"
+
+
+def test_backoff_climbs_to_its_bound() -> None:
+    dice = random.Random(1)
+    delays = [BACKOFF.delay(attempt, dice) for attempt in range(1, 40)]
+    assert all(0.015 <= delay <= 0.625 for delay in delays)
+    assert max(delays[:5]) < 0.08
+    assert min(delays[20:]) > 0.37
+
+
+def run(world: SimWorld, work: Any) -> Any:
+    async def whole() -> Any:
+        client = world.client()
+        try:
+            return await work(client)
+        finally:
+            await client.close()
+
+    return world.run(whole())
+
+
+def test_retry_keeps_to_its_deadline_on_the_loops_clock(world: SimWorld) -> None:
+    attempts: list[float] = []
+
+    async def fails() -> None:
+        attempts.append(world.loop.time())
+        raise Busy("no")
+
+    async def work(_: ClusterClient) -> float:
+        began = world.loop.time()
+        with pytest.raises(Busy):
+            await retry(fails, random=random.Random(1), deadline=began + 5)
+        return world.loop.time() - began
+
+    assert 4 < run(world, work) <= 5
+    assert len(attempts) > 15
+
+
+def test_an_unknown_topic_is_doubted_for_a_moment_only(world: SimWorld) -> None:
+    async def work(client: ClusterClient) -> float:
+        began = world.loop.time()
+        with pytest.raises(UnknownTopic):
+            await client.topic("nosuch", timeout=60)
+        return world.loop.time() - began
+
+    assert 0.2 < run(world, work) < 0.7
+
+
+def test_a_broker_that_has_not_heard_of_a_new_topic_does_not_hide_it(world: SimWorld) -> None:
+    world.cluster.create(TOPIC)
+    for broker in (0, 1):
+        world.cluster.brokers[broker].blind = True
+
+    async def work(client: ClusterClient) -> None:
+        await client.topic("other", timeout=1)
+
+    with pytest.raises(UnknownTopic):
+        run(world, work)
+
+    async def again(client: ClusterClient) -> None:
+        client.cache.version = (
+            world.cluster.version
+        )  # it knows that there is something newer than the blind know
+        await client.metadata([], timeout=5)
+        for broker in (0, 1):
+            world.loop.call_later(1, setattr, world.cluster.brokers[broker], "blind", False)
+        assert (await client.topic(TOPIC, timeout=10)).name == TOPIC
+
+    run(world, again)
+
+
+def test_many_partitions_look_for_their_leaders_together(world: SimWorld) -> None:
+    partitions = world.cluster.create(TOPIC, 60)
+
+    async def work(client: ClusterClient) -> None:
+        topic = await client.topic(TOPIC, timeout=5)
+        await asyncio.gather(*(client.seek_leader(each) for each in topic.partitions))
+        for partition in partitions:
+            if partition.leader == 0:
+                world.cluster.move(partition, 1)
+        world.loop.kill("broker-0")
+        await asyncio.sleep(0.05)
+        before = world.cluster.count(MetadataRequest)
+        found = await asyncio.gather(*(client.seek_leader(each) for each in topic.partitions))
+        assert {connection.peer.broker_id for connection in found} == {1, 2}
+        assert world.cluster.count(MetadataRequest) - before <= 6, "not one question per partition"
+
+    run(world, work)
+
+
+def test_who_seeks_a_leader_hears_of_the_topics_end_and_of_the_clients(world: SimWorld) -> None:
+    (partition,) = world.cluster.create(TOPIC)
+    partition.leader = None
+
+    async def work(client: ClusterClient) -> None:
+        topic = await client.topic(TOPIC, timeout=5)
+        seeking = client.seek_leader(topic.partitions[0])
+        await asyncio.sleep(5)
+        assert not seeking.done()
+        world.cluster.delete(TOPIC)
+        with pytest.raises(UnknownTopic):
+            await seeking
+        world.cluster.create("other")[0].leader = None
+        other = await client.topic("other", timeout=5)
+        seeking = client.seek_leader(other.partitions[0])
+        world.loop.call_later(1, lambda: asyncio.ensure_future(client.close()))
+        with pytest.raises(Closed):
+            await seeking
+
+    run(world, work)
+
+
+def test_when_no_address_answers_new_ones_are_asked_for(world: SimWorld) -> None:
+    world.cluster.create(TOPIC)
+    asked = []
+
+    async def refresh() -> Bootstrap:
+        asked.append(world.loop.time())
+        return world.cluster.bootstrap
+
+    async def work() -> None:
+        nowhere = Bootstrap("fake", "c1", world.cluster.bootstrap.secret, (("broker-0", 1), ("nowhere", 2)))
+        client = ClusterClient(world.seams("client"), nowhere, "client", refresh)
+        assert (await client.topic(TOPIC, timeout=20)).name == TOPIC
+        assert len(asked) == 1
+        await client.close()
+
+    world.run(work())
+
+
+def test_a_broker_at_a_new_address_is_found_through_the_others(world: SimWorld) -> None:
+    (partition,) = world.cluster.create(TOPIC)
+
+    async def work(client: ClusterClient) -> None:
+        topic = await client.topic(TOPIC, timeout=5)
+        connection = await client.seek_leader(topic.partitions[0])
+        assert connection.peer.broker_id == 0
+        world.loop.kill("broker-0")
+        partition.leader = None
+        await asyncio.sleep(1)
+        world.loop.run_as(
+            "broker-0b", world.cluster.brokers[0].restart(world.seams("broker-0b"), "broker-0b")
+        )
+        await asyncio.sleep(0.1)
+        world.cluster.move(partition, 0)
+        connection = await client.seek_leader(topic.partitions[0])
+        assert (connection.peer.broker_id, connection.peer.incarnation) == (0, 2)
+
+    run(world, work)
+
+
+# -- topics --------------------------------------------------------------------------------------------------
+
+
+def test_creating_a_topic_returns_when_all_partitions_have_leaders(world: SimWorld) -> None:
+    world.cluster.born_leaderless = True
+
+    async def work() -> float:
+        async with world.log() as log:
+            began = world.loop.time()
+            world.loop.call_later(1.5, world.cluster.elect_all)
+            await log.create_topic(TOPIC, partitions=6)
+            return world.loop.time() - began
+
+    assert 1.5 <= world.run(work()) < 1.8
+
+
+def test_a_lost_answer_to_create_is_no_topic_exists(world: SimWorld) -> None:
+    world.cluster.create_faults.append(LeadershipLost("stepped down"))
+
+    async def work() -> None:
+        async with world.log() as log:
+            await log.create_topic(TOPIC)
+            with pytest.raises(TopicExists):
+                await log.create_topic(TOPIC)
+            await log.create_topic(TOPIC, exist_ok=True)
+
+    world.run(work())
+
+
+def test_a_topic_without_leaders_is_told_in_time(world: SimWorld) -> None:
+    world.cluster.born_leaderless = True
+
+    async def work() -> None:
+        async with world.log() as log:
+            with pytest.raises(RequestTimeout, match="was created"):
+                await log.create_topic(TOPIC, timeout=2)
+
+    world.run(work())
+
+
+def test_without_a_metadata_leader_creating_fails_in_time(world: SimWorld) -> None:
+    world.cluster.metadata_leader = None
+
+    async def work() -> None:
+        async with world.log() as log:
+            began = world.loop.time()
+            with pytest.raises(RequestTimeout) as caught:
+                await log.create_topic(TOPIC, timeout=2)
+            assert not caught.value.indeterminate, "nobody was asked"
+            assert world.loop.time() - began < 2.2
+            world.cluster.metadata_leader = 2
+            await log.create_topic(TOPIC, timeout=2)
+
+    world.run(work())
+    assert world.cluster.count(CreateTopicRequest) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        ({"name": "a b"}, InvalidTopic),
+        ({"partitions": 0}, ConfigError),
+        ({"partitions": "3"}, ConfigError),
+        ({"replication_factor": 0}, ConfigError),
+        ({"replication_factor": "all"}, ConfigError),
+        ({"config": {"retention.msec": 5}}, ConfigError),
+    ],
+)
+def test_what_is_wrong_with_a_topic_is_told_before_anything_is_sent(
+    world: SimWorld, arguments: dict[str, Any], error: type[RaftlogError]
+) -> None:
+    async def work() -> None:
+        async with world.log() as log:
+            with pytest.raises(error):
+                await log.create_topic(**{"name": TOPIC, **arguments})
+            assert not world.cluster.requests
+            await log.create_topic(TOPIC, config={"max.message.bytes": 4096})
+
+    world.run(work())
+    assert world.cluster.configs[TOPIC] == {"max_message_bytes": 4096}
+
+
+def test_nobody_answers(world: SimWorld) -> None:
+    async def work() -> float:
+        nowhere = Bootstrap("fake", "c1", b"", (("nowhere", 1),))
+        client = ClusterClient(world.seams("client"), nowhere, "client")
+        began = world.loop.time()
+        with pytest.raises(ConnectionLost, match="nowhere:1"):
+            await client.metadata([], timeout=3)
+        await client.close()
+        return world.loop.time() - began
+
+    assert world.run(work()) < 6.5
+
+
+def test_descriptions_are_put_together_from_what_brokers_say(world: SimWorld) -> None:
+    world.cluster.create(TOPIC, 2)
+
+    async def work() -> None:
+        async with world.log() as log:
+            described = await log.describe_topic(TOPIC)
+            assert [(each.index, each.leader, each.replicas) for each in described.partitions] == [
+                (0, 0, [0, 1, 2]),
+                (1, 1, [1, 2, 0]),
+            ]
+            assert [each.lagging for each in described.partitions] == [[], []]
+            world.network.cut("client", "broker-1")
+            described = await log.describe_topic(TOPIC)
+            assert [each.leader for each in described.partitions] == [0, None]
+            assert [each.lagging for each in described.partitions] == [[1], [1]]
+            cluster = await log.describe_cluster()
+            assert [(each.id, each.state) for each in cluster.brokers] == [
+                (0, "alive"),
+                (1, "lost"),
+                (2, "alive"),
+            ]
+            assert [each.leaders for each in cluster.brokers] == [1, 0, 0]
+            with pytest.raises(UnknownTopic):
+                await log.describe_topic("nosuch")
+
+    world.run(work())
