@@ -71,6 +71,13 @@ class ConfStack:
                 return conf
         raise AssertionError(f"no configuration known at {index}: the oldest is at {self._stack[0][0]}")
 
+    def possible(self, commit: int) -> Iterator[ConfState]:
+        """What may yet turn out to be in force: the configuration at ``commit`` and all above it."""
+        for start, conf in reversed(self._stack):
+            yield conf
+            if start <= commit:
+                return
+
     def forget_below(self, index: int) -> None:
         """``index`` is applied: only the configuration in force there, and later ones, still matter."""
         while len(self._stack) > 1 and self._stack[1][0] <= index:

@@ -139,8 +139,13 @@ class Node:
 
     @property
     def is_promotable(self) -> bool:
-        """Whether this node may campaign: a voter of the configuration in force."""
-        return is_voter(self.confs.current, self.id)
+        """Whether this node may campaign: a voter of the configuration in force, or of one that still may be.
+
+        A leader that appended the configuration which removes it, and fell before anyone had that entry, may
+        hold the longest log: those who need its vote to win cannot have it, so it must be able to campaign
+        itself and finish (thesis section 4.2.2). Its own vote does not count then.
+        """
+        return any(is_voter(conf, self.id) for conf in self.confs.possible(self.log.commit))
 
     def rank(self, lost: int) -> int:
         """Position of this node by id among the voters without ``lost``."""

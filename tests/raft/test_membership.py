@@ -171,6 +171,24 @@ def test_a_leader_that_loses_its_vote_steps_down_and_hands_over() -> None:
     assert not cluster.of(VoteRequest, sender=1, term=2)
 
 
+def test_a_leader_removed_by_an_entry_that_only_it_has_can_still_be_elected() -> None:
+    """Its log is the longest and a joint majority needs its vote, yet in its own log it is no voter any
+    more."""
+    cluster = Cluster(1, learners=(7,))
+    leader = cluster.elect(1)
+    leader.propose_conf([7], [1], 0)
+    cluster.settle(only=lambda message: not (message.to == 7 and getattr(message, "prev_index", 0) >= 2))
+    assert leader.conf == ConfState((7,), (1,))
+    assert cluster.nodes[7].conf.is_joint
+    leader.step_down(cluster.now)
+    cluster.wire.clear()
+    cluster.advance(10_000)
+    assert cluster.nodes[7].role is Role.LEADER
+    assert cluster.nodes[7].conf == ConfState((7,), (1,))
+    assert leader.role is Role.LEARNER
+    assert cluster.nodes[1].applied == cluster.nodes[7].applied
+
+
 def test_a_leader_that_becomes_learner_steps_down() -> None:
     cluster, leader = with_spares()
     change(cluster, leader, [2, 3], [1])

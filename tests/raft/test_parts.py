@@ -229,6 +229,9 @@ def test_the_stack_follows_appends_and_cuts() -> None:
     stack.push(conf_entry(20, five))
     assert stack.current == five
     assert [stack.at(index) for index in (0, 9, 10, 19, 20, 99)] == [CONF, CONF, four, four, five, five]
+    assert list(stack.possible(5)) == [five, four, CONF]
+    assert list(stack.possible(10)) == [five, four]
+    assert list(stack.possible(20)) == [five]
     assert not stack.cut(21)
     assert stack.cut(20)
     assert (stack.current, stack.current_index) == (four, 10)
