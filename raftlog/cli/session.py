@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 import typer
 
-from raftlog.errors import NotRunning, RaftlogError
+from raftlog.errors import RaftlogError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -61,38 +61,21 @@ def session(ctx: typer.Context) -> Session:
 def _connect(name: str) -> Log:
     import raftlog
 
-    _attach_only()
     return raftlog.connect(name, timeout=CONNECT_TIMEOUT_S)
 
 
 def _start(*, name: str, brokers: int | None, data_dir: str | None, ephemeral: bool) -> Log:
     import raftlog
+    from raftlog.actors.launch import attach_ray
 
-    _attach_only()
-    try:
-        return raftlog.start(name, brokers=brokers, data_dir=data_dir, ephemeral=ephemeral)
-    except ConnectionError as error:
-        if isinstance(error, RaftlogError):
-            raise
-        raise NoRay("Ray does not run here") from error
+    attach_ray()  # a Ray that start() made here would end with this process, and the brokers too
+    return raftlog.start(name, brokers=brokers, data_dir=data_dir, ephemeral=ephemeral)
 
 
 def _shutdown(name: str, force: bool) -> None:
     import raftlog
 
-    _attach_only()
     raftlog.shutdown(name, force=force)
-
-
-def _attach_only() -> None:
-    """Attach to a Ray that runs, or fail: one started here would end with this process."""
-    os.environ.setdefault("RAY_ADDRESS", "auto")
-
-
-class NoRay(NotRunning):
-    """No Ray to attach to."""
-
-    hint = "start it with `ray start --head`, or set RAY_ADDRESS to one that runs"
 
 
 @contextlib.contextmanager
