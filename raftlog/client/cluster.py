@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+from operator import attrgetter
 from typing import Any, Final, TypeVar
 
 import msgspec
@@ -102,17 +103,13 @@ class ClusterClient:
 
         async def look() -> TopicView:
             nonlocal doubted_until
-            answer = await self._ask_any([name], timeout)
+            answer = await (self._ask_all if doubted_until else self._ask_any)([name], timeout)
             found = self.cache.topics.get(name)
             if found is not None:
                 return found
-            for broker in self.connections.links:
-                self.connections.dial(
-                    broker
-                )  # so that the next attempt may be answered by one that knows more
-            if answer.version < self.cache.version:
-                raise Busy(f"a broker's metadata is old: version {answer.version}")
             doubted_until = doubted_until or loop.time() + UNKNOWN_TOPIC_GRACE_S
+            if answer.version < self.cache.version:
+                raise Busy(f"every broker that answers has old metadata: version {answer.version}")
             raise UnknownTopic(f"there is no topic {name!r}")
 
         def worth_it(error: BaseException) -> bool:
@@ -138,6 +135,21 @@ class ClusterClient:
 
     async def _ask_any(self, topics: list[str] | None, timeout: float) -> MetadataResponse:
         return await self._ask_one(await self.connections.any(), topics, timeout)
+
+    async def _ask_all(self, topics: list[str] | None, timeout: float) -> MetadataResponse:
+        """The newest of what all brokers say that can be asked now and answer soon."""
+        answers = [await self._ask_any(topics, timeout)]
+        for broker in self.connections.links:
+            self.connections.dial(broker)
+
+        async def ask(connection: RpcConnection) -> None:
+            with contextlib.suppress(RaftlogError):  # others are asked as well
+                answers.append(await self._ask_one(connection, topics, REQUEST_TIMEOUT_S))
+
+        await asyncio.wait(
+            [self._spawn(ask(connection)) for connection in self.connections.open_ones()], timeout=ASK_S
+        )
+        return max(answers, key=attrgetter("version"))
 
     async def _ask_one(
         self, connection: RpcConnection, topics: list[str] | None, timeout: float

@@ -148,12 +148,6 @@ def test_a_broker_that_has_not_heard_of_a_new_topic_does_not_hide_it(world: SimW
         run(world, work)
 
     async def again(client: ClusterClient) -> None:
-        client.cache.version = (
-            world.cluster.version
-        )  # it knows that there is something newer than the blind know
-        await client.metadata([], timeout=5)
-        for broker in (0, 1):
-            world.loop.call_later(1, setattr, world.cluster.brokers[broker], "blind", False)
         assert (await client.topic(TOPIC, timeout=10)).name == TOPIC
 
     run(world, again)
