@@ -83,6 +83,7 @@ class Tail:
 
     def at(self, index: int) -> Entry:
         """The entry of that index."""
+        assert index >= self.first_index, (index, self.first_index)
         return self.entries[index - self.first_index]
 
     def position_of(self, index: int) -> int:

@@ -8,7 +8,7 @@ import struct
 from collections.abc import Coroutine, Sequence
 from typing import Any, TypeVar
 
-from raftlog.raft.types import Append, ConfState, Entry, HardState
+from raftlog.raft.types import Append, ConfState, Entry, HardState, Snapshot
 from raftlog.record.frame import FrameKind
 from raftlog.storage.replica_log import ReplicaLog
 from raftlog.storage.spec import ReplicaSpec, StorageConfig
@@ -155,3 +155,9 @@ async def contents(log: ReplicaLog) -> list[bytes]:
             frames.append(bytes(entry.frame))
             index += 1
     return frames
+
+
+def snapshot_at(log: ReplicaLog, index: int) -> Snapshot:
+    """A snapshot of some state machine at an entry that is in memory."""
+    entry = log.memory.at(index)
+    return Snapshot(index, entry.term, entry.crc, log.conf_at(index), b"state at %d" % index)

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 
 import msgspec
 import pytest
-from storage_kit import DISK_ID, SMALL, Writer, append, batch, contents, grow, run, spec, submit
+from storage_kit import DISK_ID, SMALL, Writer, append, batch, contents, grow, run, snapshot_at, spec, submit
 
 from raftlog.errors import DataDirLocked, ForeignDataDir, RaftlogError
-from raftlog.raft.types import Append, ConfState, Entry, HardState, Snapshot
+from raftlog.raft.types import Append, ConfState, Entry, HardState
 from raftlog.record.frame import Buffer, FrameKind, iter_frames
 from raftlog.storage.manifest import Manifest, store_manifest
 from raftlog.storage.replica_log import ReplicaLog
@@ -315,11 +315,6 @@ def test_segments_of_replicas_hold_equal_ranges() -> None:
         assert len(contents_of[0]) > 5
 
     run(main())
-
-
-def snapshot_at(log: ReplicaLog, index: int) -> Snapshot:
-    entry = log.memory.at(index)
-    return Snapshot(index, entry.term, entry.crc, log.conf_at(index), b"state at %d" % index)
 
 
 def test_snapshot_at_each_segment_end_is_written_once_synced() -> None:

@@ -1,0 +1,235 @@
+"""The Disk of production, and a store on it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from storage_kit import DISK_ID, SMALL, Writer, contents, grow, run, spec, submit
+
+from raftlog.errors import DataDirError, DataDirLocked, StorageFailed, StorageFull
+from raftlog.storage import real_disk
+from raftlog.storage.disk import Write
+from raftlog.storage.identity import Identity, store_identity
+from raftlog.storage.real_disk import RealDisk
+from raftlog.storage.store import BrokerStore
+from raftlog.storage.verify import verify
+
+
+def test_store_on_a_real_directory(tmp_path: Path) -> None:
+    async def main() -> None:
+        store = await BrokerStore.open(RealDisk(tmp_path), SMALL, disk_id=DISK_ID)
+        small, large = await store.create_many([spec(1), spec(2)])
+        expected = [[bytes(e.frame) for e in await grow(store, small, 60)]]
+        expected.append([bytes(e.frame) for e in await grow(store, large, 8, size=3000)])
+        await store.flush()
+        assert [await contents(small), await contents(large)] == expected
+        await store.close()
+        assert not (await verify(RealDisk(tmp_path))).problems
+        # A second life that is killed, not stopped: the directory's lock goes with the process only.
+        store = await BrokerStore.open(RealDisk(tmp_path), SMALL, disk_id=DISK_ID)
+        assert store.was_clean
+        assert [await contents(log) for log in store.logs.values()] == expected
+        await grow(store, store.logs[1], 3)
+        store._disk._lock_fd = _close(store._disk._lock_fd)  # type: ignore[attr-defined]
+        again = await BrokerStore.open(RealDisk(tmp_path), SMALL, disk_id=DISK_ID)
+        assert not again.was_clean
+        assert len(await contents(again.logs[1])) == 63
+        await again.close()
+
+    run(main())
+
+
+def _close(fd: int) -> int:
+    os.close(fd)
+    return -1
+
+
+def test_commits_are_served_in_order_and_short_writes_are_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[int] = []
+    pwritev = os.pwritev
+
+    def short(fd: int, buffers: list[bytes], position: int) -> int:
+        written.append(position)
+        joined = b"".join(buffers)
+        return pwritev(fd, [joined[: max(1, len(joined) * 2 // 3)]], position)
+
+    monkeypatch.setattr(real_disk.os, "pwritev", short)
+
+    async def main() -> None:
+        disk = RealDisk(tmp_path)
+        file = await disk.open("a/b", create=True)
+        parts = [bytes([n % 256]) * (n % 50) for n in range(3000)]
+        first = asyncio.ensure_future(disk.commit([Write(file, 0, parts)]))
+        second = asyncio.ensure_future(disk.commit([Write(file, 0, [b"later"])]))
+        await asyncio.gather(first, second)
+        expected = b"later" + b"".join(parts)[5:]
+        assert await disk.read_file("a/b") == expected
+        assert await file.read(3, 10) == expected[3:13]
+        assert await file.read(len(expected) - 2, 10) == expected[-2:]
+        assert file.try_read(0, 20) in (None, expected[:20])
+        file.close()
+        file.close()
+        await disk.close()
+
+    run(main())
+    assert len(written) > 10
+
+
+def test_files_and_names(tmp_path: Path) -> None:
+    async def main() -> None:
+        disk = RealDisk(tmp_path / "new" / "dir")
+        with pytest.raises(FileNotFoundError):
+            await disk.open("missing")
+        file = await disk.open("x/one", create=True, allocate=8192)
+        assert await disk.file_size("x/one") == 8192
+        await disk.truncate(file, 100)
+        assert await disk.file_size("x/one") == 100
+        await disk.replace_file("x/two", b"content")
+        assert await disk.list("x") == ["one", "two"]
+        assert await disk.list("y") == []
+        await disk.rename("x/two", "y/three")
+        assert await disk.read_file("y/three") == b"content"
+        assert await disk.exists("y/three")
+        assert not await disk.exists("x/two")
+        await disk.remove("y/three")
+        await disk.remove("y/three")
+        await disk.remove_tree("x")
+        await disk.remove_tree("x")
+        assert await disk.list("x") == []
+        assert await disk.free_bytes() > 0
+        file.close()
+        await disk.close()
+        await disk.close()
+
+    run(main())
+
+
+def test_the_identity_is_for_its_owner_only(tmp_path: Path) -> None:
+    async def main() -> None:
+        disk = RealDisk(tmp_path)
+        await store_identity(disk, Identity("c", "name", 1, DISK_ID, 1, b"secret"))
+        await disk.close()
+
+    run(main())
+    assert stat.S_IMODE((tmp_path / "IDENTITY").stat().st_mode) == 0o600
+
+
+def test_errors_are_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And after each of them the next valid request succeeds."""
+
+    async def main() -> None:
+        disk = RealDisk(tmp_path)
+        file = await disk.open("a", create=True)
+
+        def no_room(*_: object) -> int:
+            raise OSError(28, "No space left on device")
+
+        def broken(*_: object) -> None:
+            raise OSError(5, "Input/output error")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(real_disk.os, "pwritev", no_room)
+            with pytest.raises(StorageFull):
+                await disk.commit([Write(file, 0, [b"x"])])
+            with pytest.raises(StorageFull):
+                await disk.write([Write(file, 0, [b"x"])])
+            with pytest.raises(StorageFull):
+                await disk.replace_file("b", b"y")
+        with monkeypatch.context() as patch:
+            patch.setattr(real_disk.os, "fdatasync", broken)
+            with pytest.raises(StorageFailed):
+                await disk.commit([Write(file, 0, [b"x"])])
+        await disk.commit([Write(file, 0, [b"xyz"])])
+        assert await disk.read_file("a") == b"xyz"
+        assert await disk.list(".") == ["a"]
+        await disk.close()
+        with pytest.raises(StorageFailed):
+            await disk.commit([Write(file, 0, [b"x"])])
+
+    run(main())
+
+
+def test_a_directory_in_use_names_the_process(tmp_path: Path) -> None:
+    holder = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import asyncio, pathlib, sys\n"
+            "from raftlog.storage.real_disk import RealDisk\n"
+            f"asyncio.run(RealDisk(pathlib.Path({str(tmp_path)!r})).lock())\n"
+            "print('locked', flush=True)\n"
+            "sys.stdin.read()\n",
+        ],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=Path(real_disk.__file__).parents[2],
+    )
+    assert holder.stdin is not None
+    assert holder.stdout is not None
+
+    async def main() -> None:
+        disk = RealDisk(tmp_path)
+        with pytest.raises(DataDirLocked, match=str(holder.pid)):
+            await BrokerStore.open(disk, SMALL, disk_id=DISK_ID)
+        holder.communicate("")
+        store = await BrokerStore.open(RealDisk(tmp_path), SMALL, disk_id=DISK_ID)
+        await store.close()
+
+    try:
+        assert holder.stdout.readline() == "locked\n"
+        run(main())
+    finally:
+        holder.kill()
+        holder.wait()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_an_unwritable_directory_is_refused(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(DataDirError, match="not writable"):
+        RealDisk(tmp_path)
+
+
+def test_a_path_that_is_no_directory_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataDirError, match="cannot make"):
+        RealDisk(tmp_path / "file" / "data")
+
+
+def test_files_closed_under_an_operation_stay_open_until_it_ends(tmp_path: Path) -> None:
+    async def main() -> None:
+        disk = RealDisk(tmp_path)
+        file = await disk.open("a", create=True)
+        write = asyncio.ensure_future(disk.commit([Write(file, 0, [b"x" * 100_000])]))
+        await asyncio.sleep(0)
+        file.close()
+        other = await disk.open("b", create=True)  # would be given the same descriptor
+        await write
+        assert await disk.file_size("a") == 100_000
+        assert await disk.file_size("b") == 0
+        with pytest.raises(StorageFailed):
+            await disk.commit([Write(file, 0, [b"x"])])
+        other.close()
+        await disk.close()
+
+    run(main())
+
+
+def test_group_commit_on_a_real_disk(tmp_path: Path) -> None:
+    async def main() -> None:
+        store = await BrokerStore.open(RealDisk(tmp_path), SMALL, disk_id=DISK_ID)
+        logs = await store.create_many([spec(n) for n in range(1, 30)])
+        await asyncio.gather(*(submit(store, log, [Writer(log).entry(1)]) for log in logs))
+        assert all(log.durable_index == 1 for log in logs)
+        await store.close()
+
+    run(main())
