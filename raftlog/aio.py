@@ -204,7 +204,7 @@ class Producer(Handle):
     ) -> Delivery:
         """As :meth:`raftlog.Producer.send`: waits for buffer room only. Await the Delivery for the
         acknowledgement."""
-        if self._closed or self._pid != os.getpid():
+        if not self._usable:
             self._check_open()
         result = self._core.send(topic, value, key, headers, partition, timestamp_ms)
         if type(result) is Delivery:
@@ -261,9 +261,8 @@ class Producer(Handle):
 
     async def close(self, timeout: float | None = None) -> None:
         """As :meth:`raftlog.Producer.close`."""
-        if self._closed or self._pid != os.getpid():
+        if not self._begin_close():
             return
-        self._closed = True
         self._core.accumulator.close()
         try:
             await self._flush(timeout)
@@ -397,9 +396,8 @@ class Consumer(Handle):
 
     async def close(self) -> None:
         """As :meth:`raftlog.Consumer.close`; from any task."""
-        if self._closed or self._pid != os.getpid():
+        if not self._begin_close():
             return
-        self._closed = True
         await self._core.close()
 
     async def _started(self) -> ConsumerCore:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from math import inf
 from typing import Final
@@ -29,7 +29,6 @@ from raftlog.net.connection import RpcConnection
 from raftlog.net.rpc import ProduceRequest
 from raftlog.record.batch import SEQUENCE_MODULUS, Compression, with_producer
 from raftlog.record.codec import BatchBuilder
-from raftlog.record.frame import Buffer
 from raftlog.record.partitioner import DefaultPartitioner
 from raftlog.record.types import Headers
 
@@ -197,15 +196,14 @@ class Accumulator:
         value: bytes | None,
         headers: Headers,
         size: int,
-        *,
         may_move: bool = False,
     ) -> Delivery | None:
         """Add one record to the partition's open batch.
 
         Args:
             size: bytes to account for it.
-            may_move: the record has no key and no partition of its own: when the open batch is full, close it
-                and return a Delivery of none (see Returns), so that the caller asks the partitioner again.
+            may_move: the record has neither key nor a partition of its own: when the open batch is full,
+                close it and buffer nothing, so that the caller asks the partitioner again.
 
         Returns:
             None if nothing was buffered: there is no room, or (``may_move``) the batch was full.
@@ -215,39 +213,39 @@ class Accumulator:
             Closed: the producer was closed.
         """
         with self._lock:
-            if self._closed:
-                raise Closed("the producer is closed")
-            if self._used and self._used + size > self.buffer_bytes:
-                return None
             batch = queue.open
-            index = None
-            if batch is not None:
+            used = self._used + size
+            if batch is not None and used <= self.buffer_bytes:
                 builder = batch.builder
                 assert builder is not None, "an open batch is not encoded"
                 index = builder.append(timestamp_ms, key, value, headers)
-            if batch is None or index is None:
-                if batch is not None:
-                    self._close_open(queue)
-                    if may_move:
-                        self._change(queue)
-                        return None
-                builder = BatchBuilder(queue.batch_bytes)
-                index = builder.append(timestamp_ms, key, value, headers)
-                assert index == 0, "an empty batch takes its first record whatever its size"
-                batch = self._open(queue, builder)
-            batch.count = index + 1
-            batch.bytes += size
+                if index is not None:
+                    batch.count = index + 1
+                    batch.bytes += size
+                    self._used = used
+                    return Delivery(batch, index, timestamp_ms)
+            if not self._has_room(size):
+                return None
+            if batch is not None:
+                self._close_open(queue)
+                if may_move:
+                    self._change(queue)
+                    return None
+            builder = BatchBuilder(queue.batch_bytes)
+            index = builder.append(timestamp_ms, key, value, headers)
+            assert index == 0, "an empty batch takes its first record whatever its size"
+            batch = self._open(queue, builder)
+            batch.count = 1
+            batch.bytes = size
             self._used += size
-        return Delivery(batch, index, timestamp_ms)
+            return Delivery(batch, 0, timestamp_ms)
 
     def add_encoded(
         self, queue: PartitionQueue, encoded: bytes, count: int, size: int
     ) -> ProducerBatch | None:
         """Add a whole batch, behind what is buffered; None if there is no room."""
         with self._lock:
-            if self._closed:
-                raise Closed("the producer is closed")
-            if self._used and self._used + size > self.buffer_bytes:
+            if not self._has_room(size):
                 return None
             if queue.open is not None:
                 self._close_open(queue)
@@ -354,6 +352,12 @@ class Accumulator:
 
     # -- within the lock -------------------------------------------------------------------------------------
 
+    def _has_room(self, size: int) -> bool:
+        if self._closed:
+            raise Closed("the producer is closed")
+        # into an empty buffer goes anything, or what is larger than the buffer would wait for ever
+        return not self._used or self._used + size <= self.buffer_bytes
+
     def _open(self, queue: PartitionQueue, builder: BatchBuilder) -> ProducerBatch:
         batch = queue.open = ProducerBatch(queue, self._loop)
         batch.builder = builder
@@ -388,13 +392,6 @@ class Accumulator:
             callback()
 
 
-def encoded_size(key: bytes | None, value: bytes | None, headers: Iterable[tuple[str, Buffer | None]]) -> int:
-    """About how many bytes a record takes in a batch; never less than it does, for lengths that matter."""
-    size = RECORD_OVERHEAD
-    if value is not None:
-        size += len(value)
-    if key is not None:
-        size += len(key)
-    if headers:
-        size += sum(len(name) * 3 + 10 + (0 if each is None else len(each)) for name, each in headers)
-    return size
+def size_of(headers: Headers) -> int:
+    """About how many bytes headers take in a batch, never less than they do."""
+    return sum(len(name) * 3 + 10 + (0 if value is None else len(value)) for name, value in headers)

@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 import uuid
+import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Never
@@ -34,6 +35,9 @@ class Handle:
         self._kind = kind
         self._pid = os.getpid()
         self._closed = False
+        self._usable = True
+        """Neither closed nor inherited through a fork: one look at it is all that a hot path pays."""
+        _handles.add(self)
 
     @property
     def closed(self) -> bool:
@@ -41,10 +45,20 @@ class Handle:
         return self._closed
 
     def _check_open(self) -> None:
+        if self._usable:
+            return
         if self._pid != os.getpid():
             raise UseAfterFork(f"this {self._kind} was made in process {self._pid}, before a fork")
-        if self._closed:
-            raise Closed(f"the {self._kind} is closed")
+        raise Closed(f"the {self._kind} is closed")
+
+    def _begin_close(self) -> bool:
+        """Mark it closed; False if there is nothing to do, because it is or because it is the parent
+        process's."""
+        if not self._usable:
+            return False
+        self._closed = True
+        self._usable = False
+        return True
 
     def __reduce__(self) -> Never:
         raise not_picklable(
@@ -53,6 +67,18 @@ class Handle:
 
     def __repr__(self) -> str:
         return f"<{type(self).__module__}.{type(self).__name__}{' (closed)' if self._closed else ''}>"
+
+
+_handles: weakref.WeakSet[Handle] = weakref.WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    for handle in _handles:
+        handle._usable = False
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 class OneUser:

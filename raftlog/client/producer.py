@@ -11,7 +11,7 @@ import asyncio
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Final, NamedTuple
 
-from raftlog.client.accumulator import RECORD_OVERHEAD, PartitionQueue, ProducerBatch, encoded_size
+from raftlog.client.accumulator import RECORD_OVERHEAD, PartitionQueue, ProducerBatch, size_of
 from raftlog.client.cluster import ClusterClient, partition_of
 from raftlog.client.delivery import Delivery
 from raftlog.client.metadata import TopicView
@@ -39,10 +39,13 @@ DEFAULT_MESSAGE_BYTES_MAX: Final[int] = TopicConfig.model_fields["max_message_by
 class Route:
     """What the producer keeps of a topic."""
 
-    __slots__ = ("bytes_max", "partitioner", "queues", "topic")
+    __slots__ = ("bytes_max", "count", "partitioner", "queues", "record_bytes_max", "topic")
 
     def __init__(self, topic: TopicView, partitioner: DefaultPartitioner, bytes_max: int) -> None:
         self.topic = topic
+        self.count = len(topic.partitions)
+        """Partitions."""
+        self.record_bytes_max = bytes_max - BATCH_HEADER_BYTES
         self.partitioner = partitioner
         self.bytes_max = bytes_max
         self.queues: dict[int, PartitionQueue] = {}
@@ -160,26 +163,26 @@ class ProducerCore:
         route = self._routes.get(topic)
         if route is None:
             return Pending(topic, True, (key, value, headers, partition, timestamp_ms))
-        size = encoded_size(key, value, headers)
-        if size + BATCH_HEADER_BYTES > route.bytes_max:
-            raise too_large(size, route.bytes_max, topic)
+        size = RECORD_OVERHEAD if value is None else RECORD_OVERHEAD + len(value)
+        if key is not None:
+            size += len(key)
+        if headers:
+            size += size_of(headers)
+        if size > route.record_bytes_max:
+            raise too_large(size, route.record_bytes_max, topic)
+        index = route.partitioner.partition(key, route.count) if partition is None else partition
+        queue = route.queues.get(index)
+        if queue is None:
+            queue = self._queue(route, index)
+        if queue.view.deleted:
+            self._routes.pop(topic, None)
+            return Pending(topic, True, (key, value, headers, partition, timestamp_ms))
         sticky = key is None and partition is None
-        for may_move in (sticky, False):
-            index = partition
-            if index is None:
-                index = route.partitioner.partition(key, len(route.topic.partitions))
-            queue = route.queues.get(index)
-            if queue is None:
-                queue = self._queue(route, index)
-            if queue.view.deleted:
-                self._routes.pop(topic, None)
-                return Pending(topic, True, (key, value, headers, partition, timestamp_ms))
-            delivery = self.accumulator.append(
-                queue, timestamp_ms, key, value, headers, size, may_move=may_move
-            )
-            if delivery is not None:
-                return delivery
-        return Pending(topic, False, (key, value, headers, partition, timestamp_ms))
+        delivery = self.accumulator.append(queue, timestamp_ms, key, value, headers, size, sticky)
+        if delivery is None and sticky:  # to the partitioner's next choice, or there is no room
+            queue = self._queue(route, route.partitioner.partition(None, route.count))
+            delivery = self.accumulator.append(queue, timestamp_ms, key, value, headers, size)
+        return delivery or Pending(topic, False, (key, value, headers, partition, timestamp_ms))
 
     def _serialize(self, serializer: Callable[[Any], Any], given: Any, topic: str, what: str) -> bytes:
         try:
@@ -236,7 +239,7 @@ class ProducerCore:
         partition: int | None,
         timestamp_ms: int,
     ) -> Iterator[EncodedBatch]:
-        count = len(route.topic.partitions)
+        count = route.count
         for index, some_values, some_keys in group_by_partition(
             route.partitioner, count, values, keys, partition
         ):

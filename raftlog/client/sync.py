@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import atexit
 import logging
-import os
 import time
 import warnings
 import weakref
@@ -72,7 +71,7 @@ class Producer(Handle):
             BufferFull: no room within ``max_block_ms``.
             Closed, UseAfterFork: this producer cannot be used (any more).
         """
-        if self._closed or self._pid != os.getpid():
+        if not self._usable:
             self._check_open()
         result = self._core.send(topic, value, key, headers, partition, timestamp_ms)
         if type(result) is Delivery:
@@ -155,9 +154,8 @@ class Producer(Handle):
         Raises:
             As :meth:`flush`.
         """
-        if self._closed or self._pid != os.getpid():
+        if not self._begin_close():
             return
-        self._closed = True
         _producers.discard(self)
         self._core.accumulator.close()
         try:
@@ -184,9 +182,8 @@ class Producer(Handle):
             log.warning("while leaving on %r: %s", error, failure)
 
     def __del__(self) -> None:
-        if getattr(self, "_closed", True) or self._pid != os.getpid():
+        if not getattr(self, "_usable", False):
             return
-        self._closed = True
         core, io = self._core, self._io
         if core.accumulator.unsettled():
             warnings.warn(
@@ -356,9 +353,8 @@ class Consumer(Handle):
 
     def close(self) -> None:
         """Stop reading; from any thread. A poll that waits raises Closed, an iteration ends."""
-        if self._closed or self._pid != os.getpid():
+        if not self._begin_close():
             return
-        self._closed = True
         self._io.call(self._core.close())
 
     def __enter__(self) -> Self:
@@ -371,7 +367,7 @@ class Consumer(Handle):
         self.close()
 
     def __del__(self) -> None:
-        if not getattr(self, "_closed", True) and self._pid == os.getpid() and hasattr(self, "_use"):
+        if getattr(self, "_usable", False) and hasattr(self, "_use"):
             self._io.spawn(self._core.close())
 
 
