@@ -46,6 +46,7 @@ class BrokerLaunch(msgspec.Struct, frozen=True):
         plan: under which the cluster was founded.
         zone: availability zone of the node, empty if unknown.
         config: settings of the broker.
+        ephemeral: the data goes with the cluster.
     """
 
     cluster: str
@@ -55,6 +56,7 @@ class BrokerLaunch(msgspec.Struct, frozen=True):
     plan: FoundingPlan
     zone: str = ""
     config: dict[str, object] = {}
+    ephemeral: bool = False
 
 
 class BrokerInfo(msgspec.Struct, frozen=True):
@@ -148,6 +150,10 @@ class BrokerHost:
     def _info(self, broker: Broker) -> BrokerInfo:
         return BrokerInfo(broker.broker_id, broker.address, broker.place.node_id, os.getpid())
 
+    async def launch(self) -> BrokerLaunch:
+        """What it was started with: how a metadata actor without memory finds the cluster again."""
+        return self._launch
+
     async def learn(self, addresses: dict[int, Address]) -> None:
         """Where the other brokers are."""
         if self._broker is not None:
@@ -183,6 +189,17 @@ class BrokerHost:
 
 
 BrokerActor: Any = ray.remote(BrokerHost)
+
+
+def running_brokers(cluster: str) -> list[int]:
+    """Ids of the cluster's brokers whose actors Ray knows (some may be dying)."""
+    prefix = broker_name(cluster, 0).removesuffix("0")
+    named = ray.util.list_named_actors(all_namespaces=True)
+    return sorted(
+        int(row["name"].removeprefix(prefix))
+        for row in named
+        if row["namespace"] == NAMESPACE and row["name"].startswith(prefix)
+    )
 
 
 def find_broker(cluster: str, broker_id: int) -> Actor | None:

@@ -28,6 +28,7 @@ from raftlog.actors.broker import (
     find_broker,
     probe_node,
     remove_data,
+    running_brokers,
 )
 from raftlog.actors.options import Actor, broker_options, probe_options
 from raftlog.broker.founding import FoundingPlan, decide, may_run
@@ -179,9 +180,18 @@ class MetadataHost:
     # -- beginning -------------------------------------------------------------------------------------------
 
     async def _begin(self) -> None:
+        running = await self._adopt()
         nodes = _alive_nodes()
         probes = await self._probe(nodes)
         self._plan, self._nodes = self._decide(nodes, probes)
+        for broker_id, (launch, info) in running.items():
+            if launch.plan.cluster_id != self._plan.cluster_id:
+                raise ForeignDataDir(
+                    f"broker {broker_id} of cluster {self._spec.name!r} runs on data of another cluster "
+                    f"({launch.plan.cluster_id}) than what is in {self._spec.data_dir} "
+                    f"({self._plan.cluster_id})"
+                )
+            self._nodes[broker_id] = nodes[info.node_id]
         await self._reconcile()
         if not self._running:
             raise self._why_nothing_runs()
@@ -189,6 +199,22 @@ class MetadataHost:
             asyncio.gather(*(actor.ready.remote() for actor, _ in self._running.values())), _CALL_TIMEOUT_S
         )
         self._loop_task = asyncio.get_running_loop().create_task(self._reconcile_forever())
+
+    async def _adopt(self) -> dict[int, tuple[BrokerLaunch, BrokerInfo]]:
+        """Brokers that run already: this actor was restarted, or lost and started anew. Where their data is
+        they know better than whoever starts it now."""
+        running: dict[int, tuple[BrokerLaunch, BrokerInfo]] = {}
+        for broker_id in running_brokers(self._spec.name):
+            actor = await self._find_alive(broker_id)
+            if actor is None:
+                continue
+            launch: BrokerLaunch = await asyncio.wait_for(actor.launch.remote(), _PING_TIMEOUT_S)
+            info: BrokerInfo = await asyncio.wait_for(actor.start.remote(), _CALL_TIMEOUT_S)
+            running[broker_id] = launch, info
+            self._spec = msgspec.structs.replace(
+                self._spec, data_dir=launch.data_dir, ephemeral=launch.ephemeral, config=launch.config
+            )
+        return running
 
     async def _probe(self, nodes: dict[str, Node]) -> list[NodeProbe]:
         """Ask every node for its version and for the data it holds."""
@@ -283,6 +309,7 @@ class MetadataHost:
                     plan=self._plan,
                     zone=node.zone,
                     config=self._spec.config,
+                    ephemeral=self._spec.ephemeral,
                 )
                 options = broker_options(self._spec.name, broker_id, node.node_id)
                 actor = BrokerActor.options(**options).remote(launch)

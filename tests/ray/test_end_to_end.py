@@ -75,7 +75,7 @@ def test_a_topic_is_created_once(log: raftlog.Log) -> None:
 
 
 def test_five_thousand_pending_refs_keep_nobody_waiting(log: raftlog.Log) -> None:
-    """Brokers answer at once while the refs are pending, and every ref resolves to the offset acknowledged."""
+    """Brokers answer at once meanwhile, and every ref resolves to the offset acknowledged."""
     log.create_topic("refs", partitions=3)
     with log.producer(linger_ms=2000) as producer:
         deliveries = [producer.send("refs", b"%d" % n) for n in range(5000)]

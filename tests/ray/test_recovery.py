@@ -8,6 +8,7 @@ import socket
 from pathlib import Path
 
 import pytest
+import ray
 
 import raftlog
 from raftlog.errors import ClusterInUse, ForeignDataDir, NotRunning
@@ -26,8 +27,8 @@ def test_a_cluster_is_recovered_on_other_ports(ray_session: None, tmp_path: Path
 
     occupied = []
     for broker in before.brokers:
-        host, port = broker.address
-        occupied.append(socket.create_server((host, port)))
+        host, _, port = broker.address.rpartition(":")
+        occupied.append(socket.create_server((host, int(port))))
     try:
         log = raftlog.start("recover", data_dir=str(tmp_path))
         after = log.describe_cluster()
@@ -72,12 +73,23 @@ def test_data_of_another_cluster_is_refused(ray_session: None, tmp_path: Path) -
 
 
 def test_a_cluster_in_use_is_not_stopped(ray_session: None) -> None:
-    log = raftlog.start("in-use", brokers=1, ephemeral=True)
-    log.create_topic("t")
-    with log.producer() as producer:
-        producer.send("t", b"x").result(30)
-    with pytest.raises(ClusterInUse):
+    with raftlog.start("in-use", brokers=1, ephemeral=True) as log:
+        log.create_topic("t")
+
+    @ray.remote(num_cpus=0)
+    class User:
+        def __init__(self) -> None:
+            self._log = raftlog.connect("in-use")
+
+        def topics(self) -> list[str]:
+            return self._log.topics()
+
+    user = User.remote()
+    assert ray.get(user.topics.remote(), timeout=60) == ["t"]
+    with pytest.raises(ClusterInUse) as caught:
         raftlog.shutdown("in-use")
+    assert len(caught.value.clients) == 1
+    assert ray.get(user.topics.remote(), timeout=60) == ["t"], "it still runs"
     raftlog.shutdown("in-use", force=True)
     with pytest.raises(NotRunning):
         raftlog.connect("in-use", timeout=1.0)
