@@ -65,7 +65,7 @@ class Flusher:
 
     def group_done(self) -> None:
         """The journal has synced a group: flush if enough has come together since the last time."""
-        if self.unflushed_bytes - self._left_bytes >= self._config.flush_bytes or self._journal.can_release:
+        if self.unflushed_bytes - self._left_bytes >= self._config.flush_bytes or self._journal.can_release():
             self.request()
 
     def request(self, log: ReplicaLog | None = None) -> None:

@@ -466,7 +466,6 @@ class Journal:
         file = await self._disk.open(path, create=True, allocate=self._config.journal_bytes)
         return _File(sequence, self._position, file)
 
-    @property
     def can_release(self) -> bool:
         """The oldest file is not needed any more."""
         return len(self._files) > 1 and self._is_released(self._files[0])
@@ -474,9 +473,9 @@ class Journal:
     async def release(self) -> None:
         """Let go of the oldest files that are not needed any more. The newest of them is kept to be used
         again; the others go oldest first, so that no crash leaves a gap in the sequence."""
-        while self.can_release:
+        while self.can_release():
             async with self._names:
-                if not self.can_release:
+                if not self.can_release():
                     return  # another caller was faster
                 if self._spare is not None:
                     await self._disk.remove(journal_path(self._spare))

@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import Callable, Iterable
 from typing import TypeAlias
 
-from raftlog.errors import DamagedData, ForeignDataDir, RaftlogError, StorageFull
+from raftlog.errors import Closed, DamagedData, ForeignDataDir, RaftlogError, StorageFull
 from raftlog.raft.types import Append, HardState
 from raftlog.storage.disk import Disk, Write
 from raftlog.storage.flusher import Flusher
@@ -149,7 +149,7 @@ class BrokerStore:
         """
         failed = self._journal.failed
         if failed is not None or self._closed:
-            error = failed or RaftlogError("the store is closed")
+            error = failed or Closed("the store is closed")
             asyncio.get_running_loop().call_soon(done, error)
             return
         dropped, direct = log.take(append.entries)

@@ -9,10 +9,12 @@ from collections.abc import Coroutine, Sequence
 from typing import Any, TypeVar
 
 from raftlog.raft.types import Append, ConfState, Entry, HardState, Snapshot
-from raftlog.record.frame import FrameKind
+from raftlog.record.frame import Buffer, FrameKind, iter_frames
 from raftlog.storage.replica_log import ReplicaLog
+from raftlog.storage.segment import batch_fields
 from raftlog.storage.spec import ReplicaSpec, StorageConfig
 from raftlog.storage.store import BrokerStore
+from raftlog.testing.disk import CrashMode, SimDisk
 
 T = TypeVar("T")
 
@@ -101,8 +103,7 @@ class Writer:
 
 
 def end_offset(entry: Entry) -> int:
-    from raftlog.storage.segment import batch_fields
-
+    """Record offset after a batch."""
     return batch_fields(entry.frame)[0]
 
 
@@ -161,3 +162,17 @@ def snapshot_at(log: ReplicaLog, index: int) -> Snapshot:
     """A snapshot of some state machine at an entry that is in memory."""
     entry = log.memory.at(index)
     return Snapshot(index, entry.term, entry.crc, log.conf_at(index), b"state at %d" % index)
+
+
+async def reopen(store: BrokerStore, disk: SimDisk, *, clean: bool = True) -> tuple[BrokerStore, SimDisk]:
+    """Stop the store, or cut its power, and open what is left."""
+    if clean:
+        await store.close()
+    else:
+        disk = disk.crash(CrashMode.NONE)
+    return await BrokerStore.open(disk, SMALL, disk_id=DISK_ID), disk
+
+
+def frames_in(buffers: Sequence[Buffer]) -> list[int]:
+    """Indexes of the frames in contiguous buffers."""
+    return [header.index for header, _ in iter_frames(b"".join(buffers))]

@@ -4,39 +4,32 @@ go."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
 
 import msgspec
 import pytest
-from storage_kit import DISK_ID, SMALL, Writer, append, batch, contents, grow, run, snapshot_at, spec, submit
+from storage_kit import (
+    DISK_ID,
+    SMALL,
+    Writer,
+    append,
+    contents,
+    frames_in,
+    grow,
+    reopen,
+    run,
+    snapshot_at,
+    spec,
+    submit,
+)
 
 from raftlog.errors import DataDirLocked, ForeignDataDir, RaftlogError
 from raftlog.raft.types import Append, ConfState, Entry, HardState
-from raftlog.record.frame import Buffer, FrameKind, iter_frames
+from raftlog.record.frame import FrameKind
 from raftlog.storage.manifest import Manifest, store_manifest
-from raftlog.storage.replica_log import ReplicaLog
 from raftlog.storage.spec import StorageConfig
 from raftlog.storage.store import BrokerStore
 from raftlog.storage.verify import verify
-from raftlog.testing.disk import CrashMode, SimDisk
-
-
-async def reopen(store: BrokerStore, disk: SimDisk, *, clean: bool = True) -> tuple[BrokerStore, SimDisk]:
-    if clean:
-        await store.close()
-    else:
-        disk = disk.crash(CrashMode.NONE)
-    return await BrokerStore.open(disk, SMALL, disk_id=DISK_ID), disk
-
-
-def frames_in(buffers: Sequence[Buffer]) -> list[int]:
-    """Indexes of the frames in contiguous buffers."""
-    return [header.index for header, _ in iter_frames(b"".join(buffers))]
-
-
-async def settle(store: BrokerStore) -> None:
-    """Until flushes and releases that were asked for have run."""
-    await store.flush()
+from raftlog.testing.disk import SimDisk
 
 
 @pytest.mark.parametrize("clean", [True, False])
@@ -162,133 +155,6 @@ def test_idle_mark_covers_the_last_group() -> None:
     run(main())
 
 
-# -- reads ---------------------------------------------------------------------------------------------------
-
-
-async def filled(disk: SimDisk, *, records: int = 3) -> tuple[BrokerStore, ReplicaLog, list[Entry]]:
-    """60 batches of three records each, with no-ops between, most of them in segments and out of memory."""
-    store = await BrokerStore.open(disk, SMALL, disk_id=DISK_ID)
-    log = await store.create(spec(1))
-    entries: list[Entry] = []
-    for n in range(90):
-        kind = FrameKind.NOOP if n % 3 == 0 else FrameKind.BATCH
-        entry = Writer(log).entry(1, kind=kind, count=records, size=150)
-        await append(store, log, [entry])
-        entries.append(entry)
-    log.set_committed(88)
-    await settle(store)
-    assert log.memory.first_index > 40
-    return store, log, entries
-
-
-def first_batch_with(entries: list[Entry], offset: int) -> int:
-    end = 0
-    for entry in entries:
-        if entry.kind == FrameKind.BATCH:
-            end += 3
-            if end > offset:
-                return entry.index
-    raise AssertionError(offset)
-
-
-@pytest.mark.parametrize("bytes_max", [1, 700, 10_000])
-def test_read_by_offset(bytes_max: int) -> None:
-    async def main() -> None:
-        _, log, entries = await filled(SimDisk())
-        for offset in range(log.end_offset):
-            limit = 85
-            wanted = first_batch_with(entries, offset)
-            found = frames_in(await log.read(offset, limit, bytes_max))
-            if wanted > limit:
-                assert found == []
-                continue
-            assert found[0] == wanted
-            assert found == list(range(wanted, wanted + len(found)))
-            assert found[-1] <= limit
-        assert await log.read(log.end_offset, 90, bytes_max) == []
-
-    run(main())
-
-
-def test_read_whole_log_in_steps() -> None:
-    async def main() -> None:
-        disk = SimDisk()
-        store, log, entries = await filled(disk)
-        reopened, _ = await reopen(store, disk)
-        for log_ in (log, reopened.logs[1]):
-            offset, seen = 0, []
-            while buffers := await log_.read(offset, 90, 900):
-                frames = iter_frames(b"".join(buffers))
-                seen += [header.index for header, _ in frames if header.kind == FrameKind.BATCH]
-                offset = len(seen) * 3
-            assert seen == [e.index for e in entries if e.kind == FrameKind.BATCH]
-
-    run(main())
-
-
-def test_try_read_says_when_it_would_block() -> None:
-    async def main() -> None:
-        disk = SimDisk()
-        _, log, _ = await filled(disk)
-        assert await log.read(0, 90, 100)
-        assert log.try_read(0, 90, 100)
-        disk.cached = False
-        assert log.try_read(0, 90, 100) is None
-        assert await log.read(0, 90, 100)
-        assert log.try_read(log.end_offset - 1, 90, 100), "the newest entries are in memory"
-
-    run(main())
-
-
-def test_entries_by_index() -> None:
-    async def main() -> None:
-        _, log, entries = await filled(SimDisk())
-        for lo in range(1, 91, 7):
-            found = await log.entries(lo, 91, 1)
-            assert [e.index for e in found] == [lo]
-            found = await log.entries(lo, min(lo + 9, 91), 1000)
-            assert [bytes(e.frame) for e in found] == [
-                bytes(e.frame) for e in entries[lo - 1 :][: len(found)]
-            ]
-            assert sum(e.size for e in found) <= 1000
-
-    run(main())
-
-
-def test_find_time() -> None:
-    async def main() -> None:
-        disk = SimDisk()
-        store = await BrokerStore.open(disk, SMALL, disk_id=DISK_ID)
-        log = await store.create(spec(1))
-        times = [(n * 37) % 1000 + n * 5 for n in range(80)]  # producers' clocks do not agree
-        for n, time in enumerate(times):
-            payload = batch(n, 1, 150, time)
-            await append(store, log, [Writer(log).entry(1, payload=payload)])
-        log.set_committed(70)
-        await settle(store)
-        for timestamp in range(0, 1500, 11):
-            for limit in (30, 60, 80):
-                expected = next((n for n, t in enumerate(times[:limit]) if t >= timestamp), None)
-                assert await log.find_time(timestamp, limit) == expected, (timestamp, limit)
-
-    run(main())
-
-
-def test_small_frames_are_handed_out_joined() -> None:
-    async def main() -> None:
-        store = await BrokerStore.open(SimDisk(), disk_id=DISK_ID)
-        log = await store.create(spec(1, segment_bytes=1 << 20))
-        sizes = [100, 100, 40_000, 100, 50_000, 50_000]
-        for size in sizes:
-            await append(store, log, [Writer(log).entry(1, size=size)])
-        found = log.try_read(0, 6, 1 << 20)
-        assert found is not None
-        assert len(found) == 5
-        assert frames_in(found) == [1, 2, 3, 4, 5, 6]
-
-    run(main())
-
-
 # -- segments and snapshots ----------------------------------------------------------------------------------
 
 
@@ -306,7 +172,7 @@ def test_segments_of_replicas_hold_equal_ranges() -> None:
                 await append(store, log, [entry])
                 if n % step == 0:
                     log.set_committed(entry.index)
-                    await settle(store)
+                    await store.flush()
             log.set_committed(50)
             await store.close()
             names = [p for p in disk.paths() if p.endswith(".seg")]
@@ -332,7 +198,7 @@ def test_snapshot_at_each_segment_end_is_written_once_synced() -> None:
             assert entry + 1 == made.index
         assert len(ends) >= 3
         assert [i for i in range(1, 101) if log.is_segment_end(i)] == ends
-        await settle(store)
+        await store.flush()
         assert log.snapshots == ends
         assert [i for i in range(1, 101) if log.is_segment_end(i)] == ends, "also once out of memory"
         store, disk = await reopen(store, disk, clean=False)
@@ -351,7 +217,7 @@ def test_a_damaged_snapshot_falls_back_to_an_older_one() -> None:
         for index in (5, 9):
             await grow(store, log, index - log.last_index)
             log.save_snapshot(snapshot_at(log, index))
-            await settle(store)
+            await store.flush()
         await store.close()
         disk.flip(next(p for p in disk.paths() if p.endswith("9.snap")), 40)
         store = await BrokerStore.open(disk, SMALL, disk_id=DISK_ID)
@@ -370,11 +236,11 @@ def test_truncate_prefix_drops_whole_segments_below_a_snapshot() -> None:
         store = await BrokerStore.open(disk, SMALL, disk_id=DISK_ID)
         log = await store.create(spec(1))
         entries = await grow(store, log, 100)
-        await settle(store)
+        await store.flush()
         await log.truncate_prefix(60)
         assert log.first_index == 1, "no snapshot covers it"
         log.save_snapshot(snapshot_at(log, 95))
-        await settle(store)
+        await store.flush()
         await log.truncate_prefix(60)
         first = log.first_index
         assert 30 < first <= 61
@@ -461,7 +327,7 @@ def test_journal_files_are_released_and_used_again() -> None:
         for _ in range(40):
             before = set(journal_files(disk))
             await grow(store, log, 20)
-            await settle(store)
+            await store.flush()
             after = set(journal_files(disk))
             renamed += bool(after - before) and len(after) <= len(before)
             assert len(after) <= 3
@@ -484,7 +350,7 @@ def test_a_quiet_uncommitted_group_does_not_hold_the_journal() -> None:
         expected = await contents(quiet)
         for _ in range(20):
             await grow(store, busy, 40)
-            await settle(store)
+            await store.flush()
         assert len(journal_files(disk)) <= SMALL.journal_files_max + 2
         for _ in range(2):
             store, disk = await reopen(store, disk, clean=False)
@@ -492,7 +358,7 @@ def test_a_quiet_uncommitted_group_does_not_hold_the_journal() -> None:
             assert store.logs[1].hard_state == HardState(7, 3, 0)
         quiet = store.logs[1]
         quiet.set_committed(4)
-        await settle(store)
+        await store.flush()
         await store.close()
         assert not (await verify(disk)).problems
 
