@@ -12,6 +12,7 @@ from raftlog.record.frame import FRAME_BYTES_MAX, FRAME_HEADER_BYTES, FrameKind
 from raftlog.storage.disk import Disk, DiskFile
 from raftlog.storage.segment import Segment, batch_base_offset, batch_fields
 from raftlog.storage.segment_index import SparseIndex, read_index
+from raftlog.storage.segment_recovery import rescan
 from raftlog.storage.spec import StorageConfig
 
 _LENGTH_KIND_INDEX: Final = struct.Struct(">I8xB9xQ8x")
@@ -95,17 +96,37 @@ class SegmentReader:
         """The segment's index, from its file if need be."""
         index = segment.index
         if index is None:
-            _, index = await read_index(self._disk, segment.index_path)
+            try:
+                _, index = await read_index(self._disk, segment.index_path)
+            except (FileNotFoundError, DamagedData):
+                index = await self._index_from_frames(segment)
             segment.index = index
         if segment.sealed:
             self._indexed_now(segment)
         return index
 
+    async def _index_from_frames(self, segment: Segment) -> SparseIndex:
+        """The index file is gone or damaged: the frames say the same."""
+        fresh = Segment(
+            segment.spec,
+            segment.base_index,
+            segment.base_offset,
+            segment.prev_term,
+            segment.prev_crc,
+            segment.interval,
+        )
+        await rescan(await self.open(segment), fresh, segment.last_index)
+        assert fresh.index is not None
+        return fresh.index
+
     async def open(self, segment: Segment) -> DiskFile:
         """The segment's file."""
         file = segment.file
         if file is None:
-            file = await self._disk.open(segment.path)
+            try:
+                file = await self._disk.open(segment.path)
+            except FileNotFoundError as error:
+                raise _damaged(segment, 0, "the file is missing") from error
             if segment.file is not None:  # another read was faster
                 file.close()
                 file = segment.file

@@ -157,7 +157,7 @@ async def _load(
         segment.header_written = True
         if summary is not None:
             await _restore(disk, segment, summary)
-        await _rescan(file, segment, checkpoint.index)
+        await rescan(file, segment, checkpoint.index)
         size = await disk.file_size(path)
     finally:
         file.close()
@@ -188,9 +188,13 @@ async def _restore(disk: Disk, segment: Segment, summary: SegmentSummary) -> Non
     segment.restore(summary, index)
 
 
-async def _rescan(file: DiskFile, segment: Segment, upto_index: int) -> None:
-    """Take note of the frames up to ``upto_index`` (or to the segment's end) that the index file does not
-    cover."""
+async def rescan(file: DiskFile, segment: Segment, upto_index: int) -> None:
+    """Take note of the frames up to ``upto_index`` (or to the segment's end) that ``segment`` does not cover
+    yet.
+
+    Raises:
+        DamagedData: a frame does not check.
+    """
     position = segment.end_position
     pending = b""
     while segment.last_index < upto_index and position < segment.spec.segment_bytes:

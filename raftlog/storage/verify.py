@@ -6,7 +6,7 @@ place in the chain, the index files against the frames, every snapshot.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from hashlib import sha256
 
 import msgspec
@@ -42,8 +42,8 @@ class ReplicaRow(msgspec.Struct, frozen=True):
     bytes: int
     """Of all its frames."""
     sha256: str
-    """Over all its frames in order. Replicas that hold the same entries, and have dropped the same prefix,
-    agree."""
+    """Over its frames in order, up to the index asked for. Replicas that hold the same entries, and have dropped
+    the same prefix, agree."""
 
     def __iter__(self) -> Iterator[str | int]:
         yield self.topic
@@ -79,24 +79,42 @@ class VerifyReport(msgspec.Struct, frozen=True):
     """What is in order, but worth knowing: a torn tail that the next start will cut."""
 
 
-async def verify(disk: Disk) -> VerifyReport:
+async def verify(disk: Disk, through: Mapping[tuple[str, int], int] | None = None) -> VerifyReport:
     """Check a data directory. Take care that no broker runs in it.
 
     Args:
         disk: rooted at the broker's directory; it is closed at the end.
+        through: (topic, partition) -> the last index that its sha256 covers, where replicas of different length
+            are to be compared; default: all that is there.
 
     Returns:
         What is there and what is wrong.
     """
     try:
-        return await _Verifier(disk).run()
+        return await _Verifier(disk, through or {}).run()
     finally:
         await disk.close()
 
 
+class _Digest:
+    """Over a replica's frames up to an index; None: over all."""
+
+    def __init__(self, through: int | None) -> None:
+        self._through = through
+        self._sha256 = sha256()
+
+    def add(self, index: int, frame: Buffer) -> None:
+        if self._through is None or index <= self._through:
+            self._sha256.update(frame)
+
+    def hex(self) -> str:
+        return self._sha256.hexdigest()
+
+
 class _Verifier:
-    def __init__(self, disk: Disk) -> None:
+    def __init__(self, disk: Disk, through: Mapping[tuple[str, int], int]) -> None:
         self._disk = disk
+        self._through = through
         self._rows: list[ReplicaRow] = []
         self._problems: list[Problem] = []
         self._notes: list[str] = []
@@ -171,18 +189,18 @@ class _Verifier:
             self._problem(error)
             await self._check_snapshots(spec)
             return
-        digest = sha256()
+        digest = _Digest(self._through.get((spec.topic, spec.partition)))
         size = 0
         for segment in replica.segments:
             if segment.header_written:
-                size += await self._check_segment(segment, digest.update)
+                size += await self._check_segment(segment, digest)
         for entry in replica.recovered.tail:
-            digest.update(entry.frame)
+            digest.add(entry.index, entry.frame)
             size += len(entry.frame)
         await self._check_snapshots(spec)
-        self._rows.append(_row(replica, size, digest.hexdigest()))
+        self._rows.append(_row(replica, size, digest.hex()))
 
-    async def _check_segment(self, segment: Segment, update: Callable[[Buffer], None]) -> int:
+    async def _check_segment(self, segment: Segment, digest: _Digest) -> int:
         """Read all frames of a segment; returns their bytes."""
         fresh = Segment(
             segment.spec,
@@ -199,18 +217,18 @@ class _Verifier:
                 data = await file.read(position, min(_READ_BYTES, segment.end_position - position))
                 if len(data) >= FRAME_HEADER_BYTES and frame_length(data) > len(data):
                     data = await file.read(position, min(frame_length(data), segment.end_position - position))
-                taken = self._take(fresh, data, position, segment.end_position)
+                taken = self._take(fresh, data, position, segment.end_position, digest)
                 if taken == 0:
                     return position - SEGMENT_HEADER_BYTES
-                update(memoryview(data)[:taken])
                 position += taken
         finally:
             file.close()
         await self._check_index(segment, fresh)
         return position - SEGMENT_HEADER_BYTES
 
-    def _take(self, fresh: Segment, data: bytes, position: int, end: int) -> int:
+    def _take(self, fresh: Segment, data: bytes, position: int, end: int, digest: _Digest) -> int:
         at = 0
+        view = memoryview(data)
         while at < len(data):
             left = len(data) - at
             cut = left < FRAME_HEADER_BYTES or left < frame_length(data, at)
@@ -226,6 +244,7 @@ class _Verifier:
                 self._add(fresh.path, position + at, what)
                 return 0
             fresh.advance(header, data, at)
+            digest.add(header.index, view[at : at + header.length])
             at += header.length
         return at
 

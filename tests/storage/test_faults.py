@@ -325,3 +325,20 @@ def test_a_missing_index_is_made_again() -> None:
         assert [p for p in disk.paths() if p.endswith(".idx")]
 
     run(main())
+
+
+def test_a_damaged_index_is_read_around() -> None:
+    """The arrays are looked at when a read first needs them: the frames say the same."""
+
+    async def main() -> None:
+        disk, expected = await _filled()
+        indexes = [p for p in disk.paths() if p.startswith("replicas/1/") and p.endswith(".idx")]
+        for path in indexes:
+            disk.flip(path, len(disk.content(path)) - 5)
+        store = await BrokerStore.open(disk, SMALL, disk_id=DISK_ID)
+        assert await contents(store.logs[1]) == expected[1]
+        assert b"".join(await store.logs[1].read(0, 1, 1)) == expected[1][0]
+        await store.close()
+        assert {p.path for p in (await verify(disk)).problems} >= set(indexes[:1])
+
+    run(main())
