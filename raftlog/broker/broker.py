@@ -28,6 +28,7 @@ from raftlog.net.handshake import Local
 from raftlog.net.network import Seams
 from raftlog.net.rpc import BrokerRow, MetadataCommandRequest, ReplicaRow
 from raftlog.net.server import RpcServer
+from raftlog.net.stream import Limits
 from raftlog.raft.config import RaftConfig
 from raftlog.raft.types import ConfState, Message, Role, SoftState
 from raftlog.state.metadata import RegisterBroker, Topic
@@ -103,7 +104,8 @@ class Broker:
             client_id=f"broker-{identity.broker_id}",
             incarnation=identity.incarnation,
         )
-        self.server = RpcServer(seams, local, identity.secret, Service(self))
+        limits = Limits(connection_bytes=config.connection_bytes_max, broker_bytes=config.broker_bytes_max)
+        self.server = RpcServer(seams, local, identity.secret, Service(self), limits)
         self.peers = Peers(
             seams,
             local,
@@ -188,6 +190,12 @@ class Broker:
             id=replica_id,
             election_timeout_ms=self.config.election_timeout_ms,
             heartbeat_ms=self.config.heartbeat_ms,
+            append_bytes_max=self.config.append_bytes_max,
+            inflight_messages_max=self.config.inflight_messages_max,
+            inflight_bytes_max=self.config.inflight_bytes_max,
+            uncommitted_bytes_max=self.config.uncommitted_bytes_max,
+            rank_delay_ms=self.config.rank_delay_ms,
+            cache_bytes_max=self.config.cache_bytes_max,
         )
 
     def now_ms(self) -> int:

@@ -117,9 +117,13 @@ class Replica(Generic[M]):
 
     def step(self, message: Message) -> None:
         """A message from a peer."""
-        if self.fault is None:
+        if self.fault is not None:
+            return
+        try:
             self.node.step(message, self.host.now_ms())
-            self.host.mark(self)
+        except AssertionError as error:
+            self._halt(f"cannot take {type(message).__name__} from replica {message.sender}", error)
+        self.host.mark(self)
 
     def tick(self, now_ms: int) -> None:
         """Time has passed. Cheap when nothing is due."""
@@ -230,9 +234,7 @@ class Replica(Generic[M]):
             try:
                 result = machine.apply(entry)
             except AssertionError as error:
-                # Replicas that disagree with their own log must not go on: the broker's other groups can.
-                logger.exception("%s halts at index %d", self.name, entry.index)
-                self.retire(StorageFailed(f"{self.name} cannot apply index {entry.index}: {error}"))
+                self._halt(f"cannot apply index {entry.index}", error)
                 return False
             if log.is_segment_end(entry.index):
                 self._save_snapshot(entry)
@@ -255,10 +257,21 @@ class Replica(Generic[M]):
     def stopped_serving(self) -> None:
         """This replica served as leader and does no longer (for subclasses)."""
 
+    def _halt(self, what: str, error: AssertionError) -> None:
+        """An invariant is broken: this replica must not go on. The broker's other groups can."""
+        logger.error("broker %d: %s %s", self.host.broker_id, self.name, what, exc_info=error)
+        self.retire(StorageFailed(f"{self.name} {what}: {error}"))
+
     def _save_snapshot(self, last: Entry) -> None:
         """The machine stands exactly at the end of a segment: keep its state there."""
         self.log.save_snapshot(
-            Snapshot(last.index, last.term, last.crc, self.node.conf, self.machine.snapshot())
+            Snapshot(
+                last.index,
+                last.term,
+                last.crc,
+                self.node.conf_at(last.index),
+                self.machine.snapshot(),
+            )
         )
 
     def _leadership(self, soft: SoftState) -> None:
@@ -342,10 +355,6 @@ async def recover(log: ReplicaLog, machine: StateMachine) -> RecoveredLog:
             machine.apply(entry)
             applied = entry.index
     log.set_committed(applied)
-    tail = found.tail
-    if not tail and found.last_index >= found.first_index:
-        # The next entry names its predecessor's checksum, so the last one must be at hand.
-        tail = tuple(await log.entries(found.last_index, found.last_index + 1, 0))
     return RecoveredLog(
         hard_state=found.hard_state,
         confs=found.confs,
@@ -354,6 +363,8 @@ async def recover(log: ReplicaLog, machine: StateMachine) -> RecoveredLog:
         prev_crc=found.prev_crc,
         terms=found.terms,
         last_index=found.last_index,
-        tail=tail,
+        tail=found.tail,
         applied=applied,
+        last_crc=found.last_crc,
+        last_leader_time_ms=found.last_leader_time_ms,
     )
