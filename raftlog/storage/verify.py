@@ -42,8 +42,8 @@ class ReplicaRow(msgspec.Struct, frozen=True):
     bytes: int
     """Of all its frames."""
     sha256: str
-    """Over its frames in order, up to the index asked for. Replicas that hold the same entries, and have dropped
-    the same prefix, agree."""
+    """Over its frames in order, up to the index asked for. Replicas that hold the same entries, and have
+    dropped the same prefix, agree."""
 
     def __iter__(self) -> Iterator[str | int]:
         yield self.topic
@@ -84,8 +84,8 @@ async def verify(disk: Disk, through: Mapping[tuple[str, int], int] | None = Non
 
     Args:
         disk: rooted at the broker's directory; it is closed at the end.
-        through: (topic, partition) -> the last index that its sha256 covers, where replicas of different length
-            are to be compared; default: all that is there.
+        through: (topic, partition) -> the last index that its sha256 covers, where replicas of different
+            length are to be compared; default: all that is there.
 
     Returns:
         What is there and what is wrong.
