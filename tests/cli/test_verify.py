@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -12,6 +14,9 @@ import pytest
 from typer.testing import CliRunner
 
 from raftlog.cli.main import app
+from raftlog.storage.real_disk import RealDisk
+from raftlog.storage.verify import ReplicaRow
+from raftlog.storage.verify import verify as verify_disk
 from raftlog.testing.local_cluster import LocalCluster
 
 RECORDS = 100
@@ -51,6 +56,32 @@ def test_what_was_written_checks_and_nothing_is_changed(data_dir: Path) -> None:
     one = verify("--json", data_dir / "broker-1")
     (report,) = json.loads(one.stdout).values()
     assert (report["broker_id"], report["problems"]) == (1, [])
+
+
+def test_replicas_of_different_length_are_compared_through_an_index(tmp_path: Path) -> None:
+    def row(through: int | None) -> ReplicaRow:
+        bound = {} if through is None else {("orders", 0): through}
+        report = asyncio.run(verify_disk(RealDisk(tmp_path / "broker-0"), bound))
+        return next(row for row in report.replicas if row.topic == "orders")
+
+    def write(cluster: LocalCluster) -> None:
+        with cluster.log.producer(linger_ms=0) as producer:
+            for number in range(20):
+                producer.send("orders", b"%d" % number).result(timeout=10)
+
+    with LocalCluster(data_dir=tmp_path) as cluster:
+        cluster.log.create_topic("orders")
+        write(cluster)
+    short = row(None)
+    with LocalCluster(data_dir=tmp_path) as cluster:
+        write(cluster)
+    long = row(None)
+    assert long.last_index > short.last_index
+    assert long.sha256 != short.sha256
+    assert row(short.last_index).sha256 == short.sha256
+    assert row(short.last_index - 1).sha256 != short.sha256
+    assert row(long.last_index).sha256 == long.sha256
+    assert row(0).sha256 == hashlib.sha256().hexdigest()
 
 
 def contents(data_dir: Path) -> dict[str, bytes]:

@@ -172,7 +172,10 @@ def reports(**digests: str) -> dict[str, Any]:
     return {
         name: SimpleNamespace(
             problems=[],
-            replicas=[SimpleNamespace(topic="flights", partition=p, sha256=f"{digest}{p}") for p in range(6)],
+            replicas=[
+                SimpleNamespace(topic="flights", partition=p, end_offset=9, sha256=f"{digest}{p}")
+                for p in range(6)
+            ],
         )
         for name, digest in digests.items()
     }
@@ -185,6 +188,9 @@ def test_replicas_are_compared() -> None:
     damaged = reports(a="x", b="x", c="x")
     damaged["b"].problems.append("journal/0: crc")
     assert flights.check_replicas(damaged) == ["b: journal/0: crc"]
+    short = reports(a="x", b="x", c="x")
+    short["c"].replicas[0].end_offset = 8
+    assert len(flights.check_replicas(short)) == 1
     missing = reports(a="x", b="x", c="x")
     del missing["c"].replicas[4]
     assert [line[:30] for line in flights.check_replicas(missing)] == ["the replicas of partition 4 di"]

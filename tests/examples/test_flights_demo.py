@@ -1,4 +1,4 @@
-"""The demo itself on a real Ray, with fewer flights: it ends well, and a second run tells what is not as it was."""
+"""The demo itself on a real Ray, with fewer flights: it ends well; a second run tells what has changed."""
 
 from __future__ import annotations
 
