@@ -11,13 +11,14 @@ import asyncio
 import contextlib
 import importlib
 import logging
+import os
 import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from typing import Any, Final
 
-from raftlog.errors import NotPicklable, NotRunning, RequestTimeout
+from raftlog.errors import NotPicklable, NotRunning, RequestTimeout, UseAfterFork
 from raftlog.record.types import BatchRange, RecordMetadata
 
 log = logging.getLogger("raftlog.client")
@@ -41,6 +42,7 @@ class Completion:
         "_callbacks",
         "_looked_at",
         "_loop",
+        "_pid",
         "base_offset",
         "count",
         "done",
@@ -52,6 +54,7 @@ class Completion:
 
     def __init__(self, topic: str, partition: int, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
+        self._pid = os.getpid()
         self.topic = topic
         self.partition = partition
         self.count = 0
@@ -92,6 +95,8 @@ class Completion:
     def prepare_to_block(self) -> None:
         """What has to happen before a thread waits for it: send it, and see that somebody else can complete
         it."""
+        if self._pid != os.getpid():
+            raise UseAfterFork(f"this was sent by process {self._pid}, before a fork: wait for it there")
         if _running_loop() is self._loop:
             raise RuntimeError("this would block the event loop that has to complete it: await it instead")
         if self.hurry is not None:

@@ -161,6 +161,20 @@ def test_a_seek_while_a_fetch_is_waiting_does_not_wait_for_it(world: SimWorld) -
     consume(world, work, fetch_wait_ms=10_000)
 
 
+def test_an_answer_from_before_a_seek_is_dropped(world: SimWorld) -> None:
+    (partition,) = world.cluster.create(TOPIC)
+    fill(partition, 0, 10)
+
+    async def work(consumer: aio.Consumer) -> None:
+        await poll_all(consumer, 10)
+        await asyncio.sleep(1)
+        fill(partition, 10, 20)  # the answer to the long poll at 10 is on its way
+        await consumer.seek((TOPIC, 0), 3)
+        assert values(await poll_all(consumer, 17)) == numbered(3, 20)
+
+    consume(world, work, fetch_wait_ms=10_000)
+
+
 @pytest.mark.parametrize(
     ("when", "offset"),
     [(0, 0), (1, 10), (1000, 10), (1001, 20), (2999, 30), (9000, 90), (9001, 100), (10**12, 100)],

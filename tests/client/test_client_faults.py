@@ -168,6 +168,33 @@ def test_a_leader_behind_a_partition_is_left_when_another_is_elected(world: SimW
     assert partition.values() == numbered(2)
 
 
+def test_a_late_answer_of_a_leader_that_was_left_is_stale(world: SimWorld) -> None:
+    (partition,) = world.cluster.create(TOPIC)
+    held: list[Any] = []
+
+    def hold(broker: Any, at: Any, payload: memoryview, reply: Any) -> None:
+        held.append((broker, at, payload, reply))
+
+    world.cluster.faults.extend([hold, hold])
+
+    async def work() -> None:
+        async with world.log() as log, log.producer(linger_ms=0) as producer:
+            delivery = await producer.send(TOPIC, b"0000")
+            await asyncio.sleep(0.1)
+            world.cluster.move(partition, 1)
+            await asyncio.sleep(2)
+            assert [broker.id for broker, *_ in held] == [0, 1], "sent again to the new leader"
+            held[0][3].fail(LeadershipLost("at last"))
+            await asyncio.sleep(0.1)
+            assert world.cluster.count(ProduceRequest) == 2, "that was about the first attempt"
+            broker, at, payload, reply = held[1]
+            broker.append_and_answer(at, payload, reply)
+            assert (await delivery).offset == 0
+
+    world.run(work())
+    assert partition.values() == numbered(1)
+
+
 def test_all_brokers_gone_and_back_costs_nothing_but_time(world: SimWorld) -> None:
     (partition,) = world.cluster.create(TOPIC)
 

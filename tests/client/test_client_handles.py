@@ -360,26 +360,36 @@ def test_a_log_pickles_and_handles_say_what_to_pass_instead(world: RealWorld) ->
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_after_a_fork_the_log_works_and_the_parents_handles_refuse(world: RealWorld) -> None:
     world.do(world.cluster.create, TOPIC)
-    producer, consumer = world.log.producer(linger_ms=0), world.log.consumer(TOPIC)
+    producer = world.log.producer(linger_ms=0, request_timeout_ms=2000)
+    consumer = world.log.consumer(TOPIC)
     producer.send(TOPIC, b"parent").result(timeout=10)
     reading, writing = os.pipe()
+    world.cluster.faults.append(ignore)
+    under_way = producer.send(TOPIC, b"under way")
     child = os.fork()
     if child == 0:
-        os.write(writing, b"|".join(in_child(world.log, producer, consumer)))
+        os.write(writing, b"|".join(in_child(world.log, producer, consumer, under_way)))
         os._exit(0)
     os.close(writing)
     told = os.read(reading, 10_000).split(b"|")
     os.close(reading)
     os.waitpid(child, 0)
-    assert told == [b"UseAfterFork", b"UseAfterFork", b"offset 1", b"parent child"]
-    assert producer.send(TOPIC, b"parent again").result(timeout=10).offset == 2
+    assert told == [b"UseAfterFork"] * 3 + [b"offset 1", b"parent child"]
+    assert under_way.result(timeout=10).offset == 2
+    assert producer.send(TOPIC, b"parent again").result(timeout=10).offset == 3
     producer.close()
     consumer.close()
 
 
-def in_child(log: raftlog.Log, producer: sync.Producer, consumer: sync.Consumer) -> list[bytes]:
+def in_child(
+    log: raftlog.Log, producer: sync.Producer, consumer: sync.Consumer, under_way: Delivery
+) -> list[bytes]:
     told: list[bytes] = []
-    uses: list[Callable[[], Any]] = [lambda: producer.send(TOPIC, b"v"), lambda: consumer.poll(0)]
+    uses: list[Callable[[], Any]] = [
+        lambda: producer.send(TOPIC, b"v"),
+        lambda: consumer.poll(0),
+        under_way.result,
+    ]
     for use in uses:
         try:
             use()
