@@ -25,8 +25,8 @@ class RaftlogError(Exception):
 
     Args:
         message: what happened, naming the thing.
-        details: plain values (str, int, float, bool, None and lists or dicts of them) that go with it; they are
-            readable as attributes.
+        details: plain values (str, int, float, bool, None and lists or dicts of them) that go with it; they
+            are readable as attributes.
     """
 
     retriable: ClassVar[bool] = False
@@ -81,7 +81,7 @@ def _all_subclasses() -> dict[str, type[RaftlogError]]:
     return found
 
 
-# -- what the caller passed -------------------------------------------------------------------------------------
+# -- what the caller passed ----------------------------------------------------------------------------------
 
 
 class ConfigError(RaftlogError, ValueError):
@@ -132,7 +132,7 @@ class DeserializationError(RaftlogError, ValueError):
     hint = "seek past it with consumer.seek(topic_partition, offset + 1)"
 
 
-# -- bytes that do not check ------------------------------------------------------------------------------------
+# -- bytes that do not check ---------------------------------------------------------------------------------
 
 
 class CorruptFrame(RaftlogError, ValueError):
@@ -143,7 +143,7 @@ class CorruptBatch(RaftlogError, ValueError):
     """A record batch that does not check; nothing was appended."""
 
 
-# -- cluster and connection -------------------------------------------------------------------------------------
+# -- cluster and connection ----------------------------------------------------------------------------------
 
 
 class NotRunning(RaftlogError):
@@ -199,7 +199,7 @@ class RequestTimeout(RaftlogError, TimeoutError):
 
 
 class NotLeader(RaftlogError):
-    """This replica does not lead the partition; nothing happened. Details: leader (broker id or None), term."""
+    """This replica does not lead the partition; nothing happened. Details: leader (broker id, None), term."""
 
     retriable = True
 
@@ -229,7 +229,7 @@ class StaleController(RaftlogError):
     fatal = True
 
 
-# -- storage ----------------------------------------------------------------------------------------------------
+# -- storage -------------------------------------------------------------------------------------------------
 
 
 class StorageFull(RaftlogError, OSError):
@@ -239,7 +239,7 @@ class StorageFull(RaftlogError, OSError):
 
 
 class StorageFailed(RaftlogError, OSError):
-    """A read, write or sync failed. After a failed sync nothing in that file is trusted without a full check."""
+    """A read, write or sync failed. After a failed sync the file is not trusted without a full check."""
 
 
 class DataDirError(RaftlogError):
@@ -260,11 +260,11 @@ class DamagedData(DataDirError):
     """Bytes below the sync floor do not check: this is damage, not a torn tail, and is never truncated."""
 
 
-# -- producing --------------------------------------------------------------------------------------------------
+# -- producing -----------------------------------------------------------------------------------------------
 
 
 class DeliveryTimeout(RaftlogError, TimeoutError):
-    """Not acknowledged within delivery_timeout_ms. ``indeterminate`` tells whether it may have been written."""
+    """Not acknowledged within delivery_timeout_ms. ``indeterminate``: it may have been written."""
 
 
 class DeliveryFailed(RaftlogError):
@@ -295,7 +295,7 @@ class UnknownProducer(RaftlogError):
     """The partition knows nothing of this producer id, yet the sequence is not 0 (its state expired)."""
 
 
-# -- consuming --------------------------------------------------------------------------------------------------
+# -- consuming -----------------------------------------------------------------------------------------------
 
 
 class OffsetOutOfRange(RaftlogError):
@@ -310,7 +310,7 @@ class ConcurrentUse(RaftlogError, RuntimeError):
     """A consumer was used from two threads at once."""
 
 
-# -- handles ----------------------------------------------------------------------------------------------------
+# -- handles -------------------------------------------------------------------------------------------------
 
 
 class Closed(RaftlogError, RuntimeError):

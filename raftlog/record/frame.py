@@ -33,7 +33,8 @@ _AFTER_CRC = struct.Struct(">IBBQQQ")
 FRAME_HEADER_BYTES: Final = _HEADER.size  # 38
 FRAME_VERSION: Final = 1
 FRAME_BYTES_MAX: Final = 64 * 1024 * 1024
-"""A frame above this is refused everywhere: no length field read from a disk or a peer asks for more memory."""
+"""A frame above this is refused everywhere: no length field read from a disk or a peer asks for more
+memory."""
 FIRST_PREV_CRC: Final = 0
 """``prev_crc`` of the frame at index 1."""
 
