@@ -24,6 +24,7 @@ logger = logging.getLogger("raftlog.actors")
 START_TIMEOUT_S: Final = 120.0
 _STEP_S: Final = 5.0
 _POLL_S: Final = 0.1
+_LOOPBACK: Final = "127.0.0.1"
 
 
 def start(
@@ -57,11 +58,12 @@ def start(
     if ephemeral:
         data_dir = Path(tempfile.gettempdir()) / f"raftlog-{uuid.uuid4().hex}"
     spec = ClusterSpec(
-        name,
-        brokers,
-        str(data_dir or Environment.read().data_dir or default_data_dir(name)),
-        ephemeral,
-        config or {},
+        name=name,
+        brokers=brokers,
+        data_dir=str(data_dir or Environment.read().data_dir or default_data_dir(name)),
+        ephemeral=ephemeral,
+        config=config or {},
+        host=_LOOPBACK if _is_ray_of_this_process() else None,
     )
     actor = MetadataActor.options(**metadata_options(name)).remote(spec)
     try:
@@ -187,3 +189,11 @@ def attach_ray() -> None:
         ray.init(address="auto", namespace=NAMESPACE, log_to_driver=False, logging_level=logging.WARNING)
     except ConnectionError as error:
         raise NoRay("no Ray cluster runs here") from error
+
+
+def _is_ray_of_this_process() -> bool:
+    """Whether this process started its own local Ray: no other machine takes part in it, so brokers need not
+    be reachable from any. (Ray has no public way to ask; without an answer brokers bind to their node's
+    address.)"""
+    node = getattr(ray._private.worker, "_global_node", None)
+    return node is not None and bool(node.is_head())

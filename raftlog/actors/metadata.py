@@ -61,6 +61,7 @@ class ClusterSpec(msgspec.Struct, frozen=True):
         data_dir: the data directory of this cluster, on every node.
         ephemeral: the data goes with the cluster.
         config: settings of the brokers.
+        host: address that brokers bind to; None: their node's own.
     """
 
     name: str
@@ -68,6 +69,7 @@ class ClusterSpec(msgspec.Struct, frozen=True):
     data_dir: str
     ephemeral: bool = False
     config: dict[str, object] = {}
+    host: str | None = None
 
 
 class Node(msgspec.Struct, frozen=True):
@@ -305,7 +307,7 @@ class MetadataHost:
                     cluster=self._spec.name,
                     broker_id=broker_id,
                     data_dir=self._spec.data_dir,
-                    host=node.host,
+                    host=self._spec.host or node.host,
                     plan=self._plan,
                     zone=node.zone,
                     config=self._spec.config,
