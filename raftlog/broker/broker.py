@@ -417,7 +417,7 @@ class Broker:
     async def abort(self) -> None:
         """Stop as a killed process would, as far as a living one can: nothing is flushed."""
         await self._stop()
-        await self._disk.close()
+        await self.store.abort()
 
     async def _stop(self) -> None:
         self._closed = True

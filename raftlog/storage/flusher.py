@@ -90,6 +90,13 @@ class Flusher:
         if self._task is not None:
             await self._task
 
+    async def abort(self) -> None:
+        """Stop at once; what is not flushed stays so."""
+        self._closing = True
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait((self._task,))
+
     # -- passes ----------------------------------------------------------------------------------------------
 
     async def _run(self) -> None:

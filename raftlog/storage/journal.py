@@ -244,6 +244,20 @@ class Journal:
             if file.file is not None:
                 file.file.close()
 
+    async def abort(self) -> None:
+        """Stop without writing what is queued; nobody who waits is told anything."""
+        self._closing = True
+        if self._mark_timer is not None:
+            self._mark_timer.cancel()
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait((self._task,))
+        for waiter in self._running_waiters + self._waiters:
+            waiter.cancel()
+        for file in self._files:
+            if file.file is not None:
+                file.file.close()
+
     # -- the task --------------------------------------------------------------------------------------------
 
     async def _run(self) -> None:

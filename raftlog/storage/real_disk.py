@@ -87,13 +87,7 @@ class RealFile:
         return bytes(memoryview(buffer)[:count]) if count < size else bytes(buffer)
 
     async def read(self, position: int, size: int) -> bytes:
-        self.acquire()
-        try:
-            return await asyncio.get_running_loop().run_in_executor(
-                self._pool, _read, self.fd, self._path, position, size
-            )
-        finally:
-            self.release()
+        return await _in_thread(self._pool, [self], _read, self.fd, self._path, position, size)
 
 
 class RealDisk:
@@ -145,19 +139,12 @@ class RealDisk:
         await asyncio.shield(done)
 
     async def write(self, writes: Sequence[Write], *, sync: bool = True) -> None:
-        files = _acquire(writes)
-        try:
-            await self._run(_write_all, writes, sync)
-        finally:
-            _release(files)
+        files = [_real(write.file) for write in writes]
+        await _in_thread(self._pool, files, _write_all, writes, sync)
 
     async def truncate(self, file: DiskFile, size: int) -> None:
         real = _real(file)
-        real.acquire()
-        try:
-            await self._run(_truncate, real.fd, real.path, size)
-        finally:
-            real.release()
+        await _in_thread(self._pool, [real], _truncate, real.fd, real.path, size)
 
     async def file_size(self, path: str) -> int:
         return (await self._run(os.stat, self.root / path)).st_size
@@ -235,6 +222,18 @@ def _serve_commits(queue: SimpleQueue[_Commit | None]) -> None:
             error = caught
         with contextlib.suppress(RuntimeError):  # the loop was closed while the write was under way
             commit.loop.call_soon_threadsafe(commit.finish, error)
+
+
+async def _in_thread(
+    pool: ThreadPoolExecutor, files: list[RealFile], function: Callable[..., T], *args: object
+) -> T:
+    """Run in a thread what uses these files. Shielded: a cancelled caller must not make the descriptors
+    available while the thread uses them."""
+    for file in files:
+        file.acquire()
+    future = asyncio.get_running_loop().run_in_executor(pool, function, *args)
+    future.add_done_callback(lambda _: _release(files))
+    return await asyncio.shield(future)
 
 
 def _acquire(writes: Sequence[Write]) -> list[RealFile]:

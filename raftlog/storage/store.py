@@ -197,10 +197,23 @@ class BrokerStore:
         except RaftlogError as error:
             self._set_fault("close", error)
         finally:
-            for log in self.logs.values():
-                for segment in log.segments:
-                    self._reader.forget(segment)
-            await self._disk.close()
+            await self._release()
+
+    async def abort(self) -> None:
+        """Stop as a killed process does, as far as a living one can: nothing more is written but what is
+        under way, nobody is told, and the directory is released without a note that the stop was clean."""
+        if self._closed:
+            return
+        self._closed = True
+        await self._flusher.abort()
+        await self._journal.abort()
+        await self._release()
+
+    async def _release(self) -> None:
+        for log in self.logs.values():
+            for segment in log.segments:
+                self._reader.forget(segment)
+        await self._disk.close()
 
     # -- recovery --------------------------------------------------------------------------------------------
 

@@ -45,6 +45,32 @@ def test_store_on_a_real_directory(tmp_path: Path) -> None:
     run(main())
 
 
+def test_abort_leaves_what_a_kill_leaves(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """What was acknowledged is there, nothing is logged or left running, and the directory is free."""
+
+    async def main() -> None:
+        store = await BrokerStore.open(RealDisk(tmp_path), SMALL, disk_id=DISK_ID)
+        log = await store.create(spec(1))
+        expected = [bytes(entry.frame) for entry in await grow(store, log, 80, size=900)]
+        late = submit(store, log, [Writer(log).entry(1)])
+        waiting = asyncio.ensure_future(store._journal.checkpoint([log]))  # someone who waits for the journal
+        await store.abort()
+        await store.abort()
+        assert not late.done()
+        assert waiting.cancelled() or waiting.cancelling() or not waiting.done()
+        assert {task.get_name() for task in asyncio.all_tasks()} & {
+            "raftlog-journal",
+            "raftlog-flusher",
+        } == set()
+        again = await BrokerStore.open(RealDisk(tmp_path), SMALL, disk_id=DISK_ID)
+        assert not again.was_clean
+        assert (await contents(again.logs[1]))[:80] == expected
+        await again.close()
+
+    run(main())
+    assert not caplog.records
+
+
 def _close(fd: int) -> int:
     os.close(fd)
     return -1
