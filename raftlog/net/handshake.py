@@ -21,9 +21,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import importlib.metadata
 import random
-from functools import cache
 from typing import Final
 
 import msgspec
@@ -38,6 +36,7 @@ from raftlog.errors import (
 )
 from raftlog.net.frames import Buffer
 from raftlog.net.rpc import RPC_VERSION_MAX, RPC_VERSION_MIN, Struct, WireError
+from raftlog.version import software_version
 
 HANDSHAKE_VERSION: Final = 1
 """Travels in the version byte of all frames of the handshake: the one thing that can never be negotiated."""
@@ -94,15 +93,6 @@ _encoder = msgspec.msgpack.Encoder()
 _hello_decoder = msgspec.msgpack.Decoder(Hello)
 _proof_decoder = msgspec.msgpack.Decoder(Proof)
 _error_decoder = msgspec.msgpack.Decoder(WireError)
-
-
-@cache
-def software_version() -> str:
-    """The installed release of raftlog."""
-    try:
-        return importlib.metadata.version("raftlog")
-    except importlib.metadata.PackageNotFoundError:
-        return "unknown"
 
 
 def encode_error(error: RaftlogError) -> WireError:
