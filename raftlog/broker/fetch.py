@@ -9,13 +9,19 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
-from typing import Any
+from typing import Any, Final
 
 from raftlog.broker.partition import PartitionReplica
 from raftlog.errors import RaftlogError, to_wire
 from raftlog.net.rpc import FetchedPartition, FetchPartition, FetchRequest, FetchResponse, WireError
 from raftlog.net.server import Reply
+from raftlog.record.batch import BATCH_BYTES_LIMIT
 from raftlog.record.frame import Buffer
+
+FETCH_BYTES_MAX: Final = BATCH_BYTES_LIMIT
+"""Of records in an answer, whatever was asked for. The last batch may pass it, by its own size at most, so an
+answer is never above what a frame may carry."""
+WAIT_MS_MAX: Final = 60_000
 
 
 def wire_error(error: RaftlogError) -> WireError:
@@ -53,13 +59,14 @@ class FetchSession:
     def serve(self) -> None:
         """Answer now if there is anything to say, else wait."""
         ready, waiting = self._look()
-        if ready or self._request.wait_ms <= 0 or not waiting:
+        wait_ms = min(self._request.wait_ms, WAIT_MS_MAX)
+        if ready or wait_ms <= 0 or not waiting:
             self._answer()
             return
         for replica in waiting:
             replica.wait_for_records(self)
         self._parked = waiting
-        self._timer = asyncio.get_running_loop().call_later(self._request.wait_ms / 1000, self.wake)
+        self._timer = asyncio.get_running_loop().call_later(wait_ms / 1000, self.wake)
 
     def wake(self) -> None:
         """Records came, the leadership went, or the time is up."""
@@ -90,26 +97,36 @@ class FetchSession:
         answer = _Answer(self._request.bytes_max)
         for wanted in self._request.partitions:
             source = self._readable(wanted, answer)
-            if source is not None:
-                found = source.log.try_read(
-                    wanted.offset, source.node.applied, min(answer.left, wanted.bytes_max)
-                )
-                if found is None:
-                    self._spawn(self._answer_from_disk())
-                    return
-                answer.add(source, found)
+            if source is None:
+                continue
+            try:
+                found = source.log.try_read(wanted.offset, source.node.applied, answer.room(wanted))
+            except RaftlogError as error:
+                answer.fail(error)
+                continue
+            if found is None:
+                self._spawn(self._answer_from_disk())
+                return
+            answer.add(source, found)
         self._reply.ok(FetchResponse(answer.rows), answer.buffers)
 
     async def _answer_from_disk(self) -> None:
         """The same where memory did not suffice; the partitions before are read again (they are cached)."""
+        try:
+            await self._read_from_disk()
+        except Exception as bug:
+            # whoever asked must not wait in vain; raised again, it is logged where the task ends
+            if not self._reply.is_done:
+                self._reply.fail(RaftlogError(f"internal error of the broker: {bug!r}"))
+            raise
+
+    async def _read_from_disk(self) -> None:
         answer = _Answer(self._request.bytes_max)
         for wanted in self._request.partitions:
             source = self._readable(wanted, answer)
             if source is not None:
                 try:
-                    found = await source.log.read(
-                        wanted.offset, source.node.applied, min(answer.left, wanted.bytes_max)
-                    )
+                    found = await source.log.read(wanted.offset, source.node.applied, answer.room(wanted))
                 except RaftlogError as error:
                     answer.fail(error)
                 else:
@@ -124,7 +141,7 @@ class FetchSession:
         except RaftlogError as error:
             answer.fail(error)
             return None
-        if answer.left <= 0 or wanted.offset >= replica.committed_offset:
+        if answer.is_full or wanted.offset >= replica.committed_offset:
             answer.add(replica, [])
             return None
         return replica
@@ -138,7 +155,16 @@ class _Answer:
     def __init__(self, bytes_max: int) -> None:
         self.rows: list[FetchedPartition] = []
         self.buffers: list[Buffer] = []
-        self.left = bytes_max
+        self.left = min(bytes_max, FETCH_BYTES_MAX)
+
+    @property
+    def is_full(self) -> bool:
+        """Nothing more goes in; one batch goes in whatever was asked for, or nobody would get on."""
+        return self.left <= 0 and bool(self.buffers)
+
+    def room(self, wanted: FetchPartition) -> int:
+        """Bytes that a partition may take."""
+        return max(1, min(self.left, wanted.bytes_max))
 
     def add(self, replica: PartitionReplica, found: list[Buffer]) -> None:
         length = sum(map(len, found))

@@ -1,0 +1,207 @@
+"""Produce at the broker: duplicates, fences, batches in flight, and what a lost leader says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from broker_kit import World, batch, outcome
+
+from raftlog.config import BrokerConfig
+from raftlog.errors import (
+    Busy,
+    DuplicateSequence,
+    LeadershipLost,
+    NotLeader,
+    OutOfOrderSequence,
+    ProducerFenced,
+    RaftlogError,
+    RecordTooLarge,
+    UnknownProducer,
+    UnknownReplica,
+)
+from raftlog.net.rpc import ProduceRequest, ProduceResponse
+from raftlog.testing.sim_cluster import broker_name
+
+
+@pytest.fixture
+def world() -> Iterator[World]:
+    """Three brokers, a topic of one partition on all of them."""
+    with World() as made:
+        yield made
+
+
+def numbered(sequence: int, *values: bytes, producer: int = 7, epoch: int = 1) -> bytes:
+    """A batch of an idempotent producer."""
+    return batch(*(values or (b"%d" % sequence,)), producer=producer, epoch=epoch, sequence=sequence)
+
+
+def test_a_batch_is_answered_with_its_offset_once_it_is_committed(world: World) -> None:
+    leader = world.leader()
+    connection = world.dial(leader)
+    assert world.written(connection, batch(b"a", b"b")) == 0
+    assert world.written(connection, batch(b"c")) == 2
+    assert world.replica(leader).committed_offset == 3
+    assert world.fetched(connection) == [b"a", b"b", b"c"]
+
+
+def test_a_follower_says_who_leads_and_writes_nothing(world: World) -> None:
+    leader = world.leader()
+    with pytest.raises(NotLeader) as caught:
+        world.written(world.dial((leader + 1) % 3), batch(b"a"))
+    assert caught.value.leader == leader
+    assert not caught.value.indeterminate
+    assert world.replica(leader).log.end_offset == 0
+    assert world.written(world.dial(leader), batch(b"a")) == 0
+
+
+@pytest.mark.parametrize(
+    ("bad", "error"),
+    [
+        (numbered(9), OutOfOrderSequence),
+        (numbered(6, b"x", b"y"), OutOfOrderSequence),
+        (numbered(0), DuplicateSequence),
+        (numbered(7, epoch=0), ProducerFenced),
+        (numbered(1, epoch=2), OutOfOrderSequence),
+        (numbered(1, producer=8), UnknownProducer),
+    ],
+    ids=["gap", "half written", "too old", "fenced", "new epoch not at 0", "unknown"],
+)
+def test_out_of_order_duplicate_or_fenced_producer(
+    world: World, bad: bytes, error: type[RaftlogError]
+) -> None:
+    """Its own typed error, the log unchanged, and the producer's next batch is taken."""
+    leader = world.leader()
+    connection = world.dial(leader)
+    for sequence in range(7):
+        assert world.written(connection, numbered(sequence)) == sequence
+    before = world.replica(leader).node.last_index
+    with pytest.raises(error) as caught:
+        world.written(connection, bad)
+    assert type(caught.value) is error
+    assert not caught.value.indeterminate
+    assert world.replica(leader).node.last_index == before
+    assert world.replica(leader).log.end_offset == 7
+    assert world.written(connection, numbered(7)) == 7
+
+
+def test_each_of_the_last_five_batches_sent_again_is_answered_with_its_first_offset(world: World) -> None:
+    """Also by the next leader, and by a broker that read its log back from the disk."""
+    leader = world.leader()
+    connection = world.dial(leader)
+    for sequence in range(7):
+        world.written(connection, numbered(sequence))
+    for sequence in range(2, 7):
+        assert world.written(connection, numbered(sequence)) == sequence
+    assert world.replica(leader).log.end_offset == 7
+    world.cluster.cut_power(leader)
+    following = world.leader(but=leader)
+    connection = world.dial(following)
+    for sequence in range(2, 7):
+        assert world.written(connection, numbered(sequence)) == sequence
+    assert world.written(connection, numbered(7)) == 7
+    assert world.fetched(connection) == [b"%d" % sequence for sequence in range(8)]
+
+
+def test_a_duplicate_of_a_batch_in_flight_waits_for_the_original(world: World) -> None:
+    leader = world.leader()
+    first, second = world.dial(leader), world.dial(leader)
+    world.isolate(leader)
+    original = world.produce(first, numbered(0, b"once"))
+    world.until(lambda: world.replica(leader).log.end_offset == 1)
+    again = world.produce(second, numbered(0, b"once"))
+    follows = world.produce(second, numbered(1, b"twice"))
+    world.until(lambda: world.replica(leader).log.end_offset == 2)
+    assert not original.done()
+    assert not again.done(), "nobody else has the original: it may yet be lost"
+    world.cluster.network.heal()
+    world.until(lambda: original.done() and again.done() and follows.done())
+    found = [outcome(task) for task in (original, again, follows)]
+    assert all(isinstance(each, ProduceResponse) for each in found), found
+    assert [each.base_offset for each in found if isinstance(each, ProduceResponse)] == [0, 0, 1]
+    assert world.fetched(world.dial(world.leader())) == [b"once", b"twice"]
+
+
+def test_a_leader_that_loses_office_calls_what_is_in_flight_indeterminate(world: World) -> None:
+    """The original and the duplicate that waits on it; a batch that comes afterwards was certainly not
+    written."""
+    leader = world.leader()
+    first, second = world.dial(leader), world.dial(leader)
+    world.isolate(leader)
+    original = world.produce(first, numbered(0, b"doubtful"))
+    world.until(lambda: world.replica(leader).log.end_offset == 1)
+    again = world.produce(second, numbered(0, b"doubtful"))
+    world.until(lambda: original.done() and again.done())
+    for task in (original, again):
+        found = outcome(task)
+        assert isinstance(found, LeadershipLost)
+        assert found.indeterminate
+        assert found.retriable
+    with pytest.raises(NotLeader) as caught:
+        world.written(first, numbered(1, b"refused"))
+    assert not caught.value.indeterminate
+    following = world.leader(but=leader)
+    assert world.written(world.dial(following), numbered(0, b"doubtful")) == 0
+    world.cluster.network.heal()
+    world.until(lambda: world.replica(leader).committed_offset == 1)
+    assert world.fetched(world.dial(following)) == [b"doubtful"]
+
+
+def test_a_partition_of_nobody_here_is_refused(world: World) -> None:
+    connection = world.dial(world.leader())
+    for topic_id, partition in ((b"?" * 16, 0), (world.topic_id, 1), (world.topic_id, -1)):
+        with pytest.raises(UnknownReplica):
+            world.call(connection, ProduceRequest(topic_id, partition), (batch(b"a"),))
+    assert world.written(connection, batch(b"a")) == 0
+
+
+def test_a_batch_above_the_topics_limit_is_refused() -> None:
+    with World(topic_config={"max_message_bytes": 2_000}) as world:
+        leader = world.leader()
+        connection = world.dial(leader)
+        with pytest.raises(RecordTooLarge) as caught:
+            world.written(connection, batch(b"x" * 2_000))
+        assert caught.value.limit == 2_000
+        assert world.replica(leader).log.end_offset == 0
+        assert world.written(connection, batch(b"x" * 1_900)) == 0
+
+
+def test_too_much_in_flight_is_busy_and_over_when_it_is_committed() -> None:
+    with World(config=BrokerConfig(uncommitted_bytes_max=1 << 20)) as world:
+        leader = world.leader()
+        connection = world.dial(leader)
+        world.isolate(leader)
+        size = 300_000
+        tasks = [world.produce(connection, batch(b"%d" % n * size)) for n in range(5)]
+        world.until(lambda: sum(task.done() for task in tasks) == 2)
+        assert [type(outcome(task)) for task in tasks if task.done()] == [Busy, Busy]
+        assert world.replica(leader).log.end_offset == 3
+        world.cluster.network.heal()
+        world.until(lambda: all(task.done() for task in tasks))
+        assert world.written(world.dial(world.leader()), batch(b"room again")) == 3
+
+
+def test_a_batch_without_acknowledgement_is_written_or_dropped_in_silence(world: World) -> None:
+    leader = world.leader()
+    connection = world.dial(leader)
+    request = ProduceRequest(world.topic_id, 0, 0)
+    world.tell(connection, request, (batch(b"kept"),))
+    world.tell(connection, request, (b"rubbish",))
+    world.tell(connection, ProduceRequest(b"?" * 16, 0, 0), (batch(b"lost"),))
+    world.until(lambda: world.replica(leader).committed_offset == 1)
+    assert world.written(connection, batch(b"after")) == 1
+    assert world.fetched(connection) == [b"kept", b"after"]
+
+
+def test_a_killed_leader_breaks_the_connection_and_the_outcome_is_open(world: World) -> None:
+    leader = world.leader()
+    connection = world.dial(leader)
+    world.isolate(leader)
+    task = world.produce(connection, numbered(0))
+    world.until(lambda: world.replica(leader).log.end_offset == 1)
+    world.cluster.kill_broker(leader)
+    world.until(task.done)
+    found = outcome(task)
+    assert isinstance(found, RaftlogError)
+    assert found.indeterminate
+    assert not world.loop.is_alive(broker_name(leader))
