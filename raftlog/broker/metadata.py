@@ -10,13 +10,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, Protocol
 
 from raftlog.broker.replica import Done, Host, Replica, recover
 from raftlog.config import TopicConfig, validate_topic_name
 from raftlog.controller.placement import BrokerInfo, place
-from raftlog.errors import NotLeader, RaftlogError, TopicExists, UnknownTopic
+from raftlog.errors import (
+    ConfigError,
+    InvalidTopic,
+    NotLeader,
+    RaftlogError,
+    TopicExists,
+    UnknownTopic,
+)
 from raftlog.net.rpc import (
     CreateTopicRequest,
     CreateTopicResponse,
@@ -49,6 +56,8 @@ METADATA_TOPIC: Final = "__metadata"
 METADATA_TOPIC_ID: Final = bytes(16)
 METADATA_VOTERS_MAX: Final = 5
 """Voters of the metadata group; every further broker is a learner of it."""
+TOPIC_PARTITIONS_MAX: Final = 10_000
+"""Placing more in one step would hold up the broker for more than half a second."""
 PRODUCER_ID_BLOCK: Final = 1000
 _FORWARD_TIMEOUT_S: Final = 5.0
 _RETRY_S: Final = 0.03
@@ -124,6 +133,22 @@ class MetadataReplica(Replica[MetadataState]):
         self._changed()
 
 
+def check_topic(name: str, partitions: int, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Check what a new topic is to be; every broker has to open what is created here.
+
+    Returns:
+        The settings by their own names.
+
+    Raises:
+        InvalidTopic, ConfigError.
+    """
+    if validate_topic_name(name) == METADATA_TOPIC:
+        raise InvalidTopic(f"topic name {name!r} is taken by the metadata group")
+    if not 1 <= partitions <= TOPIC_PARTITIONS_MAX:
+        raise ConfigError(f"a topic has 1 to {TOPIC_PARTITIONS_MAX} partitions, not {partitions}")
+    return TopicConfig.model_validate(config).model_dump(exclude_unset=True, mode="json")
+
+
 class MetadataHost(Host, Protocol):
     """What the metadata service needs of its broker, on top of what a replica does."""
 
@@ -170,8 +195,7 @@ class MetadataService:
             NotLeader, InvalidTopic, ConfigError, TopicExists, InvalidReplicationFactor.
         """
         staged = self.replica.check_serving()
-        validate_topic_name(request.name)
-        config = TopicConfig.model_validate(request.config).model_dump(exclude_unset=True, mode="json")
+        config = check_topic(request.name, request.partitions, request.config)
         existing = staged.topics.get(request.name)
         if existing is not None:
             if not request.exist_ok:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from raftlog.broker.fetch import FetchSession, wire_error
+from raftlog.broker.metadata import check_topic
 from raftlog.broker.wire import decode_messages
-from raftlog.errors import ProtocolError, RaftlogError
+from raftlog.errors import ConfigError, ProtocolError, RaftlogError
 from raftlog.net import rpc
 from raftlog.net.server import Reply, ServerConnection
-from raftlog.state.metadata import decode_command
+from raftlog.state.command import UnknownCommand
+from raftlog.state.metadata import CreateTopic, decode_command
 from raftlog.version import software_version
 
 if TYPE_CHECKING:
@@ -54,22 +56,35 @@ class Service:
     def on_request(
         self, connection: ServerConnection, request: rpc.Request[Any], payload: memoryview, reply: Reply
     ) -> None:
+        if type(request) is rpc.MetadataCommandRequest and connection.peer.role == "client":
+            raise ProtocolError("clients change metadata through requests of their own")
         self._handlers[type(request)](request, payload, reply)
 
     def on_one_way(self, connection: ServerConnection, message: rpc.Struct, payload: memoryview) -> None:
         broker = self._broker
-        if type(message) is rpc.RaftMessages:
-            if connection.peer.role != "broker":
-                raise ProtocolError(f"Raft messages from a {connection.peer.role}")
-            for raft_message in decode_messages(message, payload):
-                replica = broker.replica(raft_message.to)
-                if replica is not None:
-                    replica.step(raft_message)
-        elif type(message) is rpc.ProduceRequest:
+        if type(message) is rpc.ProduceRequest:
             try:
                 broker.partition(message.topic_id, message.partition).produce(payload, _nobody_waits)
             except RaftlogError as error:
                 logger.debug("broker %d drops an unacknowledged batch: %s", broker.broker_id, error)
+            return
+        try:
+            self._from_peer(connection, message, payload)
+        except ProtocolError as error:
+            # nothing that this peer sends can be trusted to follow from what it sent before
+            logger.warning("broker %d closed %r: %s", broker.broker_id, connection, error)
+            connection.close(error)
+
+    def _from_peer(self, connection: ServerConnection, message: rpc.Struct, payload: memoryview) -> None:
+        """Take what only brokers tell each other."""
+        broker = self._broker
+        if connection.peer.role != "broker":
+            raise ProtocolError(f"{type(message).__name__} from a {connection.peer.role}")
+        if type(message) is rpc.RaftMessages:
+            for raft_message in decode_messages(message, payload):
+                replica = broker.replica(raft_message.to)
+                if replica is not None:
+                    replica.step(raft_message)
         elif type(message) is rpc.Addresses:
             broker.learn(message.brokers)
 
@@ -88,16 +103,16 @@ class Service:
         FetchSession(request, reply, self._broker.partition, self._broker.spawn).serve()
 
     def _list_offsets(self, request: rpc.ListOffsetsRequest, payload: memoryview, reply: Reply) -> None:
-        self._broker.spawn(self._find_offsets(request, reply))
+        self._broker.spawn(_answer_with(reply, self._find_offsets(request)))
 
-    async def _find_offsets(self, request: rpc.ListOffsetsRequest, reply: Reply) -> None:
+    async def _find_offsets(self, request: rpc.ListOffsetsRequest) -> rpc.ListOffsetsResponse:
         answers = []
         for query in request.queries:
             try:
                 answers.append(await self._find_offset(query))
             except RaftlogError as error:
                 answers.append(rpc.OffsetAnswer(wire_error(error), -1, -1))
-        reply.ok(rpc.ListOffsetsResponse(answers))
+        return rpc.ListOffsetsResponse(answers)
 
     async def _find_offset(self, query: rpc.OffsetQuery) -> rpc.OffsetAnswer:
         replica = self._broker.partition(query.topic_id, query.partition)
@@ -154,13 +169,12 @@ class Service:
         self._broker.metadata.delete_topic(request, partial(_answer, reply))
 
     def _init_producer(self, request: rpc.InitProducerRequest, payload: memoryview, reply: Reply) -> None:
-        self._broker.spawn(self._give_producer_id(reply))
+        if request.transactional_id is not None:
+            raise ConfigError("transactional_id: this release has no transactions")
+        self._broker.spawn(_answer_with(reply, self._producer()))
 
-    async def _give_producer_id(self, reply: Reply) -> None:
-        try:
-            reply.ok(rpc.InitProducerResponse(await self._broker.metadata.producer_id(), 0))
-        except RaftlogError as error:
-            reply.fail(error)
+    async def _producer(self) -> rpc.InitProducerResponse:
+        return rpc.InitProducerResponse(await self._broker.metadata.producer_id(), 0)
 
     def _metadata_command(
         self, request: rpc.MetadataCommandRequest, payload: memoryview, reply: Reply
@@ -173,7 +187,13 @@ class Service:
             else:
                 reply.ok(rpc.MetadataCommandResponse(result, self._broker.metadata.image.applied_index))
 
-        self._broker.metadata.replica.command(decode_command(payload), done)
+        try:
+            command = decode_command(payload)
+        except UnknownCommand as error:
+            raise ProtocolError(str(error)) from error
+        if isinstance(command, CreateTopic):
+            check_topic(command.name, len(command.assignment), command.config)
+        self._broker.metadata.replica.command(command, done)
 
     # -- status ----------------------------------------------------------------------------------------------
 
@@ -200,6 +220,18 @@ def _answer(reply: Reply, result: Any, error: RaftlogError | None) -> None:
         reply.fail(error)
     else:
         reply.ok(result)
+
+
+async def _answer_with(reply: Reply, work: Coroutine[Any, Any, rpc.Struct]) -> None:
+    """Answer with what ``work`` returns, or with why it could not."""
+    try:
+        reply.ok(await work)
+    except RaftlogError as error:
+        reply.fail(error)
+    except Exception as bug:
+        # whoever asked must not wait in vain; raised again, it is logged where the task ends
+        reply.fail(RaftlogError(f"internal error of the broker: {bug!r}"))
+        raise
 
 
 def _nobody_waits(result: Any, error: RaftlogError | None) -> None:

@@ -3,6 +3,8 @@
 A message travels as a msgpack array that begins with its tag. The entries of an AppendRequest do not: their
 frames stand one after another in the payload, as the same bytes that the journal and the segments hold, and
 the receiver's entries are views of the buffer that came from the socket.
+
+What a peer sends is checked here, types included, so that the core only ever sees messages of the right form.
 """
 
 from __future__ import annotations
@@ -17,19 +19,32 @@ from raftlog.net.rpc import RaftMessages
 from raftlog.raft import types as t
 from raftlog.record.frame import Buffer, iter_frames
 
-_FLAT: Final[dict[int, type[Any]]] = {
+_APPEND: Final = 3
+_TYPES: Final[dict[int, type[Any]]] = {
     1: t.VoteRequest,
     2: t.VoteResponse,
     4: t.AppendResponse,
     5: t.Heartbeat,
     6: t.HeartbeatResponse,
+    7: t.InstallSnapshot,
     8: t.InstallSnapshotResponse,
     9: t.TimeoutNow,
     10: t.ReadIndexRequest,
     11: t.ReadIndexResponse,
 }
-_APPEND: Final = 3
-_SNAPSHOT: Final = 7
+"""By tag; all but AppendRequest, whose entries travel in the payload."""
+
+
+class _AppendRow(msgspec.Struct, frozen=True, array_like=True, tag_field="t", tag=_APPEND):
+    """An AppendRequest without its entries."""
+
+    to: int
+    sender: int
+    term: int
+    prev_index: int
+    prev_term: int
+    prev_crc: int
+    commit: int
 
 
 def encode_messages(messages: Sequence[t.Message]) -> tuple[RaftMessages, list[Buffer]]:
@@ -65,32 +80,50 @@ def decode_messages(frame: RaftMessages, payload: memoryview) -> list[t.Message]
     """The messages of one frame.
 
     Raises:
-        ProtocolError: an unknown tag, or lengths that do not add up to the payload.
-        CorruptFrame: an entry that does not check.
+        ProtocolError: an unknown tag, fields of wrong types, lengths that do not add up to the payload, or an
+            entry that does not check.
     """
-    if sum(frame.lengths) != len(payload):
-        raise ProtocolError(f"entries of {sum(frame.lengths)} bytes announced, {len(payload)} came")
+    lengths = frame.lengths
+    if sum(lengths) != len(payload) or (lengths and min(lengths) < 0):
+        raise ProtocolError(f"entries of {lengths} bytes announced, {len(payload)} came")
     messages: list[t.Message] = []
-    position = 0
-    lengths = iter(frame.lengths)
+    position = appends = 0
     try:
         for row in frame.messages:
             tag = row[0]
             if tag == _APPEND:
-                end = position + next(lengths)
-                _, to, sender, term, prev_index, prev_term, prev_crc, commit = row
-                entries = _entries(payload[position:end])
-                messages.append(
-                    t.AppendRequest(to, sender, term, prev_index, prev_term, prev_crc, commit, entries)
-                )
+                end = position + lengths[appends]
+                messages.append(_append_request(row, payload[position:end]))
                 position = end
-            elif tag == _SNAPSHOT:
-                messages.append(msgspec.convert(row, t.InstallSnapshot))
+                appends += 1
             else:
-                messages.append(_FLAT[tag](*row[1:]))
-    except (KeyError, IndexError, TypeError, ValueError, StopIteration, msgspec.ValidationError) as error:
+                messages.append(msgspec.convert(row, _TYPES[tag]))
+    except (LookupError, TypeError, msgspec.ValidationError) as error:
         raise ProtocolError(f"malformed Raft message: {error!r}") from error
+    if appends != len(lengths):
+        raise ProtocolError(f"entries of {len(lengths)} messages announced, {appends} came")
     return messages
+
+
+def _append_request(row: Any, frames: memoryview) -> t.AppendRequest:
+    head = msgspec.convert(row, _AppendRow)
+    entries = _entries(frames)
+    if entries and (
+        entries[0].index != head.prev_index + 1 or entries[-1].index != head.prev_index + len(entries)
+    ):
+        raise ProtocolError(
+            f"entries {entries[0].index} to {entries[-1].index} do not follow {head.prev_index}"
+        )
+    return t.AppendRequest(
+        head.to,
+        head.sender,
+        head.term,
+        head.prev_index,
+        head.prev_term,
+        head.prev_crc,
+        head.commit,
+        entries,
+    )
 
 
 def _entries(frames: memoryview) -> tuple[t.Entry, ...]:
