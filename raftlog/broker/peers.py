@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 from raftlog.broker.wire import encode_messages
@@ -22,8 +22,9 @@ from raftlog.errors import ConnectionLost, RaftlogError
 from raftlog.net.connection import RpcConnection
 from raftlog.net.handshake import Local
 from raftlog.net.network import Seams
-from raftlog.net.rpc import Addresses
+from raftlog.net.rpc import Addresses, OneWay
 from raftlog.raft.types import AppendRequest, AppendResponse, InstallSnapshot, Message
+from raftlog.record.frame import Buffer
 
 logger = logging.getLogger("raftlog.broker")
 
@@ -91,7 +92,8 @@ class Peers:
         news = {
             broker_id: address
             for broker_id, address in addresses.items()
-            if broker_id not in self.book or address[0] > self.book[broker_id][0]
+            if broker_id not in self.book
+            or (broker_id != self.local.broker_id and address[0] > self.book[broker_id][0])
         }
         if not news:
             return
@@ -100,8 +102,8 @@ class Peers:
             if broker_id != self.local.broker_id:
                 self._dial(broker_id)
         for link in self._links.values():
-            if link.control is not None and link.broker_id not in news:
-                link.control.send(Addresses(self.book))
+            if link.broker_id not in news:
+                _send(link.control, Addresses(self.book))
         self._on_learned()
 
     def hurry(self, broker_id: int) -> None:
@@ -144,12 +146,10 @@ class Peers:
             return
         for link in sorted(self._waiting, key=lambda link: link.broker_id):
             if link.control_out:
-                if link.control is not None:
-                    link.control.send(*encode_messages(link.control_out))
+                _send(link.control, *encode_messages(link.control_out))
                 link.control_out = []
             if link.bulk_out:
-                if link.bulk is not None:
-                    link.bulk.send(*encode_messages(link.bulk_out))
+                _send(link.bulk, *encode_messages(link.bulk_out))
                 link.bulk_out = []
         self._waiting.clear()
 
@@ -171,13 +171,9 @@ class Peers:
         while not self._closed:
             down = asyncio.Event()
             try:
-                control = await self._open(link.broker_id, "control", down)
-                try:
-                    bulk = await self._open(link.broker_id, "bulk", down)
-                except RaftlogError:
-                    control.close()
-                    raise
-            except RaftlogError as error:
+                control, bulk = await self._open_both(link.broker_id, down)
+            except (RaftlogError, ValueError, OverflowError) as error:
+                # the latter two: what was learned is no address that could exist
                 logger.debug(
                     "broker %d cannot reach broker %d: %s", self.local.broker_id, link.broker_id, error
                 )
@@ -191,7 +187,7 @@ class Peers:
                 continue
             backoff = _BACKOFF_MIN_S
             link.control, link.bulk = control, bulk
-            control.send(Addresses(self.book))
+            _send(control, Addresses(self.book))
             self._on_up(link.broker_id)
             try:
                 await down.wait()
@@ -202,6 +198,20 @@ class Peers:
                 bulk.close()
             if not self._closed:
                 self._on_down(link.broker_id)
+
+    async def _open_both(self, broker_id: int, down: asyncio.Event) -> tuple[RpcConnection, RpcConnection]:
+        control = await self._open(broker_id, "control", down)
+        try:
+            bulk = await self._open(broker_id, "bulk", down)
+            if down.is_set():
+                bulk.close()
+                raise ConnectionLost(
+                    f"the first connection to broker {broker_id} broke during the second's making"
+                )
+        except BaseException:
+            control.close()
+            raise
+        return control, bulk
 
     async def _open(self, broker_id: int, purpose: str, down: asyncio.Event) -> RpcConnection:
         _, host, port = self.book[broker_id]
@@ -230,3 +240,10 @@ class Peers:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         self._links.clear()
+
+
+def _send(connection: RpcConnection | None, message: OneWay, payload: Sequence[Buffer] = ()) -> None:
+    """Send, or drop what a connection that is down or closing cannot take: its link hears of that in a
+    moment."""
+    if connection is not None and not connection.closed:
+        connection.send(message, payload)
