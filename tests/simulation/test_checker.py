@@ -1,0 +1,150 @@
+"""The checker must flag a hand-made bad history for every anomaly, and nothing in a good one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from raftlog.testing.checker import History, Kind, Outcome, Send, check
+
+VALUES = [b"a", b"b", b"c", b"d"]
+
+
+def good() -> History:
+    """One producer, four values at offsets 0 to 3, a consumer, and two replicas that hold the same."""
+    history = History()
+    for offset, value in enumerate(VALUES):
+        history.sends[value] = Send("p", 0, value, Outcome.OK, offset, 1.0)
+    rows = list(enumerate(VALUES))
+    history.polls["c", 0] = list(rows)
+    history.finals["replica 1", 0] = list(rows)
+    history.finals["replica 2", 0] = list(rows)
+    return history
+
+
+def kinds(history: History) -> set[Kind]:
+    return {anomaly.kind for anomaly in check(history)}
+
+
+def one_offset_two_values(history: History) -> None:
+    history.sends[b"x"] = Send("q", 0, b"x", Outcome.UNKNOWN)
+    history.finals["replica 2", 0][3] = (3, b"x")
+
+
+def acknowledged_elsewhere(history: History) -> None:
+    history.sends[b"a"].offset = 7
+
+
+def stands_twice(history: History) -> None:
+    for row in history.finals.values():
+        row.append((4, b"b"))
+
+
+def lost_below_the_end(history: History) -> None:
+    history.finals["replica 1", 0] = [(0, b"a"), (1, b"b"), (3, b"d")]
+
+
+def lost_by_one_replica_after_a_poll(history: History) -> None:
+    history.sends[b"c"].outcome = Outcome.UNKNOWN
+    history.finals["replica 2", 0] = [(0, b"a"), (1, b"b"), (3, b"d")]
+
+
+def acknowledged_and_gone(history: History) -> None:
+    history.polls.clear()
+    for row in history.finals.values():
+        row.pop()
+
+
+def one_replica_is_short(history: History) -> None:
+    history.finals["replica 2", 0].pop()
+
+
+def one_replica_is_empty(history: History) -> None:
+    history.finals["replica 2", 0].clear()
+
+
+def failed_and_there(history: History) -> None:
+    history.sends[b"d"].outcome = Outcome.FAILED
+
+
+def nobody_sent_it(history: History) -> None:
+    del history.sends[b"d"]
+
+
+def in_the_wrong_partition(history: History) -> None:
+    history.sends[b"d"] = Send("p", 1, b"d", Outcome.UNKNOWN)
+
+
+def poll_with_a_gap(history: History) -> None:
+    del history.polls["c", 0][1]
+
+
+def poll_that_begins_late(history: History) -> None:
+    del history.polls["c", 0][0]
+
+
+def poll_that_steps_back(history: History) -> None:
+    history.polls["c", 0].append((2, b"c"))
+
+
+def poll_that_repeats(history: History) -> None:
+    history.polls["c", 0].append((3, b"d"))
+
+
+def sent_in_another_order(history: History) -> None:
+    sends = history.sends
+    history.sends = {value: sends[value] for value in (b"a", b"c", b"b", b"d")}
+
+
+BAD: list[tuple[Callable[[History], None], Kind]] = [
+    (one_offset_two_values, Kind.INCONSISTENT_OFFSETS),
+    (acknowledged_elsewhere, Kind.DUPLICATE),
+    (stands_twice, Kind.DUPLICATE),
+    (lost_below_the_end, Kind.LOST_WRITE),
+    (lost_by_one_replica_after_a_poll, Kind.LOST_WRITE),
+    (acknowledged_and_gone, Kind.UNSEEN),
+    (one_replica_is_short, Kind.UNSEEN),
+    (one_replica_is_empty, Kind.UNSEEN),
+    (failed_and_there, Kind.ABORTED_READ),
+    (nobody_sent_it, Kind.GARBAGE_READ),
+    (in_the_wrong_partition, Kind.GARBAGE_READ),
+    (poll_with_a_gap, Kind.POLL_SKIP),
+    (poll_that_begins_late, Kind.POLL_SKIP),
+    (poll_that_steps_back, Kind.NON_MONOTONIC_POLL),
+    (poll_that_repeats, Kind.NON_MONOTONIC_POLL),
+    (sent_in_another_order, Kind.NON_MONOTONIC_SEND),
+]
+
+
+@pytest.mark.parametrize(("spoil", "kind"), BAD, ids=[spoil.__name__ for spoil, _ in BAD])
+def test_every_anomaly_is_flagged(spoil: Callable[[History], None], kind: Kind) -> None:
+    history = good()
+    spoil(history)
+    assert kind in kinds(history)
+
+
+def test_every_kind_has_a_bad_history() -> None:
+    assert {kind for _, kind in BAD} == set(Kind)
+
+
+def test_a_good_history_has_no_anomaly() -> None:
+    assert check(good()) == []
+
+
+def test_what_is_allowed() -> None:
+    """Send skips between producers, an unknown send that is there, one that is not, an open one."""
+    history = good()
+    history.sends[b"b"].producer = "q"
+    history.sends[b"b"].outcome = Outcome.UNKNOWN
+    history.sends[b"e"] = Send("p", 0, b"e", Outcome.UNKNOWN)
+    history.sends[b"f"] = Send("p", 0, b"f", Outcome.FAILED)
+    history.sends[b"g"] = Send("p", 0, b"g")
+    history.polls["c", 0].pop()  # a consumer may be behind
+    assert check(history) == []
+
+
+def test_the_realtime_lag_is_reported() -> None:
+    history = good()
+    history.seen_at = {b"a": 1.5, b"b": 3.25}
+    assert history.lag_seconds == 2.25
