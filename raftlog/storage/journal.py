@@ -80,6 +80,7 @@ class _Group:
     position: int
     buffers: list[Buffer] = field(default_factory=list)
     direct: list[tuple[Segment, int, Buffer]] = field(default_factory=list)
+    resets: list[ReplicaLog] = field(default_factory=list)
     checkpoints: list[tuple[ReplicaLog, int]] = field(default_factory=list)
 
     def add(self, record: bytes) -> None:
@@ -131,6 +132,7 @@ class Journal:
         self._queue: list[_Item] = []
         self._running: list[_Item] = []
         self._due: dict[int, ReplicaLog] = {}
+        self._resets: dict[int, ReplicaLog] = {}
         self._copies: dict[int, tuple[ReplicaLog, int]] = {}
         self._waiters: list[asyncio.Future[None]] = []
         self._running_waiters: list[asyncio.Future[None]] = []
@@ -189,6 +191,16 @@ class Journal:
         self._wake_up()
         await waiter
 
+    async def reset(self, log: ReplicaLog) -> None:
+        """Write that ``log`` begins anew behind a snapshot; returns when that is durable. Nothing of it may
+        be queued, and nothing may be appended to it until then.
+
+        Raises:
+            StorageFailed: the journal has failed.
+        """
+        self._resets[log.spec.replica_id] = log
+        await self.checkpoint(())
+
     def fail(self, error: RaftlogError) -> None:
         """Take nothing more: the store has failed elsewhere."""
         self._fail(error)
@@ -199,6 +211,7 @@ class Journal:
         for file in self._files:
             file.needed.pop(replica_id, None)
         self._due.pop(replica_id, None)
+        self._resets.pop(replica_id, None)
         self._copies.pop(replica_id, None)
 
     def free_oldest(self) -> None:
@@ -311,6 +324,10 @@ class Journal:
     def _build(self, file: _File, items: list[_Item], *, first: bool) -> _Group:
         group = _Group(self._position)
         group.add(encode_mark(group.position, self._position))
+        # Before the checkpoints, which already describe the logs as they are after it.
+        group.resets, self._resets = list(self._resets.values()), {}
+        for log in group.resets:
+            self._add_checkpoint(group, log, RecordKind.RESET)
         if first:
             for log in self._logs.values():
                 self._add_checkpoint(group, log)
@@ -376,9 +393,11 @@ class Journal:
                 group.buffers.append(entry.frame)
                 group.position += len(entry.frame)
 
-    def _add_checkpoint(self, group: _Group, log: ReplicaLog) -> None:
+    def _add_checkpoint(
+        self, group: _Group, log: ReplicaLog, kind: RecordKind = RecordKind.CHECKPOINT
+    ) -> None:
         if not log.removed:
-            group.add(encode_checkpoint(group.position, log.spec.replica_id, log.checkpoint()))
+            group.add(encode_checkpoint(group.position, log.spec.replica_id, log.checkpoint(), kind))
             group.checkpoints.append((log, log.flushed_index))
 
     def _need(self, file: _File, replica_id: int, first: int, last: int) -> None:
@@ -389,6 +408,9 @@ class Journal:
         file.needed[replica_id] = last
 
     def _finish(self, group: _Group, items: list[_Item]) -> None:
+        for log in group.resets:
+            for file in self._files:
+                file.needed.pop(log.spec.replica_id, None)
         for log, index in group.checkpoints:
             replica_id = log.spec.replica_id
             self._checkpointed[replica_id] = max(index, self._checkpointed.get(replica_id, 0))
@@ -466,7 +488,8 @@ class Journal:
 
     def _is_full(self, file: _File) -> bool:
         used = self._position - file.base
-        coming = MARK_BYTES + len(self._due) * CHECKPOINT_BYTES + sum(item.written for item in self._queue)
+        coming = MARK_BYTES + (len(self._due) + len(self._resets)) * CHECKPOINT_BYTES
+        coming += sum(item.written for item in self._queue)
         return used > 0 and FILE_HEADER_BYTES + used + coming > self._config.journal_bytes
 
     async def _next_file(self) -> _File:

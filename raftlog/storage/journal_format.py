@@ -65,6 +65,9 @@ class RecordKind(IntEnum):
     """Term, vote, commit; then of the last entry that the replica's segments hold, synced: index (u64), term
     (u64), crc (u32), the record offset after it (u64) and its leader_time_ms (u64); and the base index (u64)
     of the first segment. The journal's entries up to that last entry are no longer needed."""
+    RESET = 6
+    """The body of a CHECKPOINT whose log is empty behind its last entry: a snapshot from the leader replaced
+    the log. Nothing that stands before this record in the journal belongs to the replica any more."""
 
 
 class Place(NamedTuple):
@@ -154,7 +157,10 @@ def encode_entry_ref(position: int, replica_id: int, entry: Entry, place: Place)
     return _record(position, RecordKind.ENTRY_REF, replica_id, body)
 
 
-def encode_checkpoint(position: int, replica_id: int, checkpoint: Checkpoint) -> bytes:
+def encode_checkpoint(
+    position: int, replica_id: int, checkpoint: Checkpoint, kind: RecordKind = RecordKind.CHECKPOINT
+) -> bytes:
+    """A CHECKPOINT record, or a RESET."""
     state = checkpoint.hard_state
     body = _CHECKPOINT.pack(
         state.term,
@@ -167,7 +173,7 @@ def encode_checkpoint(position: int, replica_id: int, checkpoint: Checkpoint) ->
         checkpoint.leader_time_ms,
         checkpoint.first_index,
     )
-    return _record(position, RecordKind.CHECKPOINT, replica_id, body)
+    return _record(position, kind, replica_id, body)
 
 
 def decode_mark(body: Buffer) -> int:

@@ -34,7 +34,7 @@ from raftlog.storage.journal_scan import JournalScan
 from raftlog.storage.replica_log import Recovered
 from raftlog.storage.segment import Segment, conf_entries, replica_folder, segment_path
 from raftlog.storage.segment_recovery import load_segments
-from raftlog.storage.snapshot_file import parse_snapshot_name, read_snapshot
+from raftlog.storage.snapshot_file import LogSnapshot, parse_snapshot_name, read_snapshot
 from raftlog.storage.spec import ReplicaSpec, StorageConfig
 
 _KNOWN_KINDS = frozenset(RecordKind)
@@ -70,7 +70,7 @@ class RecoveredReplica:
     recovered: Recovered
     flushed: Checkpoint
     segments: list[Segment]
-    snapshot: Snapshot | None
+    snapshot: LogSnapshot | None
     snapshots: list[int]
     places: dict[int, Place]
     needed: dict[int, int]
@@ -111,6 +111,10 @@ def _replay_record(replica: Replayed, sequence: int, record: Record) -> None:
         entries = replica.entries
         if entries and entries[0].header.index <= checkpoint.index:
             replica.entries = [entry for entry in entries if entry.header.index > checkpoint.index]
+    elif kind == RecordKind.RESET:
+        checkpoint = replica.checkpoint = decode_checkpoint(record.body)
+        replica.hard_state = checkpoint.hard_state
+        replica.entries = []
     else:
         if kind == RecordKind.ENTRY:
             header, frame, place = FrameHeader(record.body), record.body, None
@@ -235,7 +239,7 @@ async def recover_replica(
 
 async def _load_snapshots(
     disk: Disk, spec: ReplicaSpec, first_index: int, flushed_index: int
-) -> tuple[list[int], Snapshot | None]:
+) -> tuple[list[int], LogSnapshot | None]:
     """Indexes of the snapshots that can start this log, and the newest that checks."""
     names = await disk.list(replica_folder(spec.replica_id))
     indexes = sorted(index for index in map(parse_snapshot_name, names) if index is not None)

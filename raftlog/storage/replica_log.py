@@ -16,9 +16,10 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from hashlib import sha256
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import msgspec
 
@@ -27,6 +28,7 @@ from raftlog.record.frame import Buffer, FrameKind
 from raftlog.storage.journal_format import Checkpoint, Place
 from raftlog.storage.segment import Segment, batch_base_offset, decode_conf
 from raftlog.storage.segment_reader import SegmentReader
+from raftlog.storage.snapshot_file import LogSnapshot
 from raftlog.storage.spec import ReplicaSpec, StorageConfig
 from raftlog.storage.tail import Tail
 
@@ -49,12 +51,22 @@ class Recovered:
     """Of the last entry (of the last one dropped, when the log is empty behind a snapshot)."""
 
 
+Accept: TypeAlias = Callable[[LogSnapshot], bool]
+"""Whether a snapshot shall replace the log, asked when all that was appended before is durable."""
+
+
 class LogOwner(Protocol):
     """What a log asks of the store it belongs to."""
 
     def request_flush(self, log: ReplicaLog) -> None: ...
 
     async def truncate_prefix(self, log: ReplicaLog, index: int) -> None: ...
+
+    async def snapshot_chunk(
+        self, log: ReplicaLog, index: int, position: int, size: int
+    ) -> tuple[bytes, int]: ...
+
+    async def install(self, log: ReplicaLog, index: int, data: Buffer, accept: Accept) -> bool: ...
 
 
 class ReplicaLog:
@@ -96,11 +108,11 @@ class ReplicaLog:
         self.spec = spec
         self.config = config
         self.recovered = recovered
-        self.snapshot: Snapshot | None = None
+        self.snapshot: LogSnapshot | None = None
         """The newest usable one at recovery."""
         self.snapshots: list[int] = []
         """Indexes of the durable snapshots, ascending."""
-        self.pending_snapshots: dict[int, Snapshot] = {}
+        self.pending_snapshots: dict[int, LogSnapshot] = {}
         self.segments = segments
         self.flushed = flushed
         """What the segments hold, synced; its hard_state is not kept up to date."""
@@ -400,12 +412,88 @@ class ReplicaLog:
         """Keep a snapshot of the state machine; it is written once the log is synced up to its index."""
         self.set_committed(snapshot.index)  # a state machine holds only what is committed
         if snapshot.index not in self.snapshots:
-            self.pending_snapshots[snapshot.index] = snapshot
+            offset, time = self._place_behind(snapshot.index)
+            self.pending_snapshots[snapshot.index] = LogSnapshot(
+                snapshot.index, snapshot.term, snapshot.crc, snapshot.conf, snapshot.data, offset, time
+            )
             self._owner.request_flush(self)
 
+    def _place_behind(self, index: int) -> tuple[int, int]:
+        """(record offset after the entry at ``index``, its leader_time_ms)."""
+        memory = self.memory
+        if index >= memory.first_index:
+            return memory.ends[index - memory.first_index], memory.at(index).leader_time_ms
+        segment = self.segment_of(index)
+        assert segment.last_index == index, f"entry {index} is flushed and ends no segment"
+        return segment.end_offset, segment.last_leader_time_ms
+
+    async def snapshot_chunk(self, index: int, position: int, size: int) -> tuple[bytes, int]:
+        """Bytes of the durable snapshot at ``index``, for a follower that is too far behind.
+
+        Returns:
+            At most ``size`` bytes from ``position`` on, and how many there are in all.
+
+        Raises:
+            StorageFailed: there is no such snapshot (any more), or it cannot be read.
+        """
+        return await self._owner.snapshot_chunk(self, index, position, size)
+
+    async def install(self, index: int, data: Buffer, accept: Accept) -> bool:
+        """Replace the log by a snapshot that came from the leader.
+
+        The snapshot is made durable; then, if ``accept`` still wants it, the log is empty behind it in the
+        same step, and this returns once that is durable too. A crash leaves the old log or the new one.
+
+        Args:
+            index: of the snapshot, above all that is committed here.
+            data: the bytes of the leader's snapshot file.
+            accept: asked once nothing of this log is on its way to the disk. Nothing may be appended from
+            before
+                this is called until it has returned.
+
+        Raises:
+            DamagedData: the bytes do not check; nothing has changed.
+            StorageFull, StorageFailed: the device. If ``accept`` had said yes, the replica cannot go on.
+        """
+        return await self._owner.install(self, index, data, accept)
+
+    def begin_behind(self, snapshot: LogSnapshot) -> list[Segment]:
+        """Become an empty log behind ``snapshot`` (called by the store). Returns the segments it had."""
+        index = snapshot.index
+        assert index > self.committed, f"entry {index} is committed here ({self.committed})"
+        assert not self._pending, "an append is under way"
+        before = self.segments
+        segment = Segment(
+            self.spec,
+            index + 1,
+            snapshot.next_offset,
+            snapshot.term,
+            snapshot.crc,
+            self.config.index_interval_bytes,
+        )
+        segment.last_leader_time_ms = snapshot.leader_time_ms
+        self.segments = [segment]
+        self.memory = Tail(index + 1, snapshot.next_offset)
+        self.flushed = Checkpoint(
+            self.hard_state,
+            index,
+            snapshot.term,
+            snapshot.crc,
+            snapshot.next_offset,
+            snapshot.leader_time_ms,
+            index + 1,
+        )
+        self.confs = [(index, snapshot.conf)]
+        self.committed = self.durable_index = index
+        self.pending_snapshots.clear()
+        self._direct.clear()
+        self._direct_barrier = 0
+        return before
+
     async def truncate_prefix(self, index: int) -> None:
-        """Drop the whole segments that end at or below ``index``, as far as a durable snapshot covers them.
-        The newest segment stays, and so do the snapshots from which what is left can be replayed."""
+        """Drop whole segments that end at or below ``index``: up to the last of them at whose end there is a
+        durable snapshot that checks, for a follower that needs what was dropped gets that snapshot. The
+        newest segment stays."""
         await self._owner.truncate_prefix(self, index)
 
     def memory_starts_at(self, index: int) -> None:

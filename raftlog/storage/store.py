@@ -10,8 +10,9 @@ import asyncio
 from collections.abc import Callable, Iterable
 from typing import TypeAlias
 
-from raftlog.errors import Closed, DamagedData, ForeignDataDir, RaftlogError, StorageFull
+from raftlog.errors import Closed, DamagedData, ForeignDataDir, RaftlogError, StorageFailed, StorageFull
 from raftlog.raft.types import Append, HardState
+from raftlog.record.frame import Buffer
 from raftlog.storage.disk import Disk, Write
 from raftlog.storage.flusher import Flusher
 from raftlog.storage.journal import Done, Journal
@@ -19,10 +20,10 @@ from raftlog.storage.journal_format import Checkpoint
 from raftlog.storage.journal_scan import JournalScan, scan_journal
 from raftlog.storage.manifest import Manifest, load_manifest, store_manifest
 from raftlog.storage.recovery import FrameSource, RecoveredReplica, recover_replica, replay_whole
-from raftlog.storage.replica_log import Recovered, ReplicaLog
+from raftlog.storage.replica_log import Accept, Recovered, ReplicaLog
 from raftlog.storage.segment import Segment, replica_folder, segment_path
 from raftlog.storage.segment_reader import SegmentReader
-from raftlog.storage.snapshot_file import snapshot_path
+from raftlog.storage.snapshot_file import parse_snapshot, read_snapshot, snapshot_path
 from raftlog.storage.spec import ReplicaSpec, StorageConfig
 
 OnFault: TypeAlias = Callable[[RaftlogError | None], None]
@@ -341,11 +342,10 @@ class BrokerStore:
 
     async def truncate_prefix(self, log: ReplicaLog, index: int) -> None:
         """See :meth:`ReplicaLog.truncate_prefix`."""
+        border = await self._last_border(log, index)
         await self._flusher.settle()
         dropped: list[Segment] = []
-        newest = log.snapshots[-1] if log.snapshots else 0
-        limit = min(index, newest)
-        while len(log.segments) > 1 and log.segments[0].sealed and log.segments[0].last_index <= limit:
+        while len(log.segments) > 1 and log.segments[0].last_index <= border:
             dropped.append(log.segments.pop(0))
         if not dropped:
             return
@@ -354,12 +354,68 @@ class BrokerStore:
         old_snapshots = [i for i in log.snapshots if i < first - 1]
         log.snapshots = [i for i in log.snapshots if i >= first - 1]
         await self._journal.checkpoint([log])  # a crash from here on only leaves files that recovery removes
-        for segment in dropped:
+        await self._remove_files(log, dropped, old_snapshots)
+
+    async def _last_border(self, log: ReplicaLog, index: int) -> int:
+        """The last end of a sealed segment, not above ``index``, that a snapshot which checks stands at."""
+        ends = []
+        for segment in log.segments[:-1]:
+            if not segment.sealed or segment.last_index > index:
+                break
+            ends.append(segment.last_index)
+        for end in reversed(ends):
+            if end in log.snapshots:
+                try:
+                    await read_snapshot(self._disk, log.spec.replica_id, end)
+                except (DamagedData, FileNotFoundError):
+                    continue  # `verify` reports it; the log below it is what replaces it
+                return end
+        return 0
+
+    async def _remove_files(self, log: ReplicaLog, segments: list[Segment], snapshots: list[int]) -> None:
+        used = {segment.path for segment in log.segments}
+        for segment in segments:
             self._reader.forget(segment)
-            await self._disk.remove(segment.path)
-            await self._disk.remove(segment.index_path)
-        for old in old_snapshots:
-            await self._disk.remove(snapshot_path(log.spec.replica_id, old))
+            if segment.path not in used:
+                await self._disk.remove(segment.path)
+                await self._disk.remove(segment.index_path)
+        for index in snapshots:
+            await self._disk.remove(snapshot_path(log.spec.replica_id, index))
+
+    async def snapshot_chunk(
+        self, log: ReplicaLog, index: int, position: int, size: int
+    ) -> tuple[bytes, int]:
+        """See :meth:`ReplicaLog.snapshot_chunk`."""
+        path = snapshot_path(log.spec.replica_id, index)
+        try:
+            file = await self._disk.open(path)
+            try:
+                return await file.read(position, size), await self._disk.file_size(path)
+            finally:
+                file.close()
+        except FileNotFoundError as error:
+            raise StorageFailed(f"{path}: there is no such snapshot") from error
+
+    async def install(self, log: ReplicaLog, index: int, data: Buffer, accept: Accept) -> bool:
+        """See :meth:`ReplicaLog.install`.
+
+        The order makes a crash harmless at every step: a snapshot file above what the log holds means
+        nothing; one journal record then turns the log from the old to the new one; files of the old one are
+        leftovers.
+        """
+        path = snapshot_path(log.spec.replica_id, index)
+        snapshot = parse_snapshot(data, index, path)
+        await self._disk.replace_file(path, bytes(data))
+        await self._journal.checkpoint(())  # behind it, nothing of this log is in the journal's queue
+        await self._flusher.settle()
+        if log.removed or not accept(snapshot):
+            return False
+        self._flusher.forget(log)
+        segments = log.begin_behind(snapshot)
+        snapshots, log.snapshots = log.snapshots, [index]
+        await self._journal.reset(log)
+        await self._remove_files(log, segments, [old for old in snapshots if old != index])
+        return True
 
     # -- inside ----------------------------------------------------------------------------------------------
 

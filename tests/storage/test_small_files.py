@@ -7,11 +7,11 @@ import pytest
 from storage_kit import DISK_ID, run, spec
 
 from raftlog.errors import DamagedData, DataDirError, ForeignDataDir, IncompatibleVersion
-from raftlog.raft.types import ConfState, Snapshot
+from raftlog.raft.types import ConfState
 from raftlog.storage.checked_file import CHECKED_HEADER_BYTES, seal, unseal
 from raftlog.storage.identity import Identity, find_identity, load_identity, store_identity
 from raftlog.storage.manifest import Manifest, load_manifest, store_manifest
-from raftlog.storage.snapshot_file import read_snapshot, write_snapshot
+from raftlog.storage.snapshot_file import LogSnapshot, read_snapshot, write_snapshot
 from raftlog.testing.disk import SimDisk
 
 IDENTITY = Identity(
@@ -99,9 +99,11 @@ def test_manifest() -> None:
 def test_snapshot_under_a_wrong_name_is_damage() -> None:
     async def main() -> None:
         disk = SimDisk()
-        snapshot = Snapshot(10, 2, 0xABCD, ConfState((1, 2, 3)), b"state")
+        snapshot = LogSnapshot(10, 2, 0xABCD, ConfState((1, 2, 3)), b"state", 77, 1234)
         await write_snapshot(disk, 1, snapshot)
         assert await read_snapshot(disk, 1, 10) == snapshot
+        kept = await read_snapshot(disk, 1, 10)
+        assert (kept.next_offset, kept.leader_time_ms) == (77, 1234)
         await disk.rename("replicas/1/000000000000000a.snap", "replicas/1/000000000000000b.snap")
         with pytest.raises(DamagedData, match="index 10"):
             await read_snapshot(disk, 1, 11)
