@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import time
@@ -30,8 +31,7 @@ if not console.is_terminal:
 def percentile(values: Sequence[float], percent: float) -> float:
     """The value that ``percent`` of the values do not exceed (nearest rank)."""
     ordered = sorted(values)
-    rank = max(0, min(len(ordered) - 1, round(percent / 100 * len(ordered) + 0.5) - 1))
-    return ordered[rank]
+    return ordered[max(1, math.ceil(percent / 100 * len(ordered))) - 1]
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
