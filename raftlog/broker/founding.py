@@ -71,15 +71,19 @@ def decide(name: str, found: Mapping[int, Identity | None], random: Random | Non
         if identity.cluster_id != first.cluster_id:
             raise ForeignDataDir(
                 f"brokers {first.broker_id} and {broker_id} have data of different clusters "
-                f"({first.cluster_id} and "
-                f"{identity.cluster_id}): move away the directory that does not belong here"
+                f"({first.cluster_id} and {identity.cluster_id}): "
+                "move away the directory that does not belong here"
             )
         if identity.broker_id != broker_id:
             raise ForeignDataDir(
-                f"the directory of broker {broker_id} holds data of broker {identity.broker_id}"
+                f"the directory of broker {broker_id} holds data of broker {identity.broker_id}: "
+                "move it back to where it was"
             )
     if first.cluster_name != name:
-        raise ForeignDataDir(f"the data belongs to cluster {first.cluster_name!r}, not {name!r}")
+        raise ForeignDataDir(
+            f"the data belongs to cluster {first.cluster_name!r}, not {name!r}: start it under its own name, "
+            "or choose another data directory"
+        )
     members = tuple(broker_id for broker_id, _ in first.metadata_voters)
     return FoundingPlan(first.cluster_id, name, first.secret, members)
 
@@ -105,7 +109,7 @@ async def found(disk: Disk, plan: FoundingPlan, broker_id: int, random: Random |
             raise ForeignDataDir(
                 f"the directory belongs to broker {known.broker_id} of cluster {known.cluster_name!r} "
                 f"({known.cluster_id}), not to broker {broker_id} of {plan.cluster_name!r} "
-                f"({plan.cluster_id})"
+                f"({plan.cluster_id}): give each broker a directory of its own"
             )
         return known
     identity = Identity(
