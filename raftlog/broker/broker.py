@@ -87,6 +87,7 @@ class Broker:
         self.started_ms: Final = seams.wall_ms()
         self.failed: asyncio.Future[RaftlogError] = asyncio.get_running_loop().create_future()
         """Done when the broker cannot go on (its storage failed): whoever hosts it should end the process."""
+        self._metadata_replica_id: Final = dict(identity.metadata_voters)[identity.broker_id]
         self._disk = disk
         self._loop = asyncio.get_running_loop()
         self._by_id: dict[int, Replica[Any]] = {}
@@ -152,7 +153,7 @@ class Broker:
         address = await self._listen()
         self.peers.local = self.server.local
         members = self.identity.metadata_voters
-        own = dict(members)[self.broker_id]
+        own = self._metadata_replica_id
         replica = await MetadataReplica.open(self, self.store.logs[own], members, self._metadata_changed)
         self._by_id[own] = replica
         registration = RegisterBroker(
@@ -196,6 +197,8 @@ class Broker:
             uncommitted_bytes_max=self.config.uncommitted_bytes_max,
             rank_delay_ms=self.config.rank_delay_ms,
             cache_bytes_max=self.config.cache_bytes_max,
+            # Brokers act on metadata as soon as it is committed; of a partition only the leader serves.
+            announce_commits=replica_id == self._metadata_replica_id,
         )
 
     def now_ms(self) -> int:

@@ -32,8 +32,15 @@ class RaftConfig:
     rank_delay_ms: int = 50
     """After the leader's connection is lost, the survivor of rank r waits r times this, plus up to this at
     random."""
+    quiet_after_ms: int = 0
+    """A group idle for this long goes quiet; 0: never. Only for a host that watches over its peers' brokers
+    and calls ``RawNode.wake``."""
     cache_bytes_max: int = 4 << 20
     """Entries kept in memory for followers once they are durable and applied here."""
+
+    announce_commits: bool = True
+    """Tell followers of a commit at once. False: with the next entries or heartbeat. That is two messages less
+    per entry, and followers apply up to a heartbeat later; nothing that is promised depends on it."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -47,7 +54,7 @@ class RaftConfig:
         ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("rank_delay_ms", "cache_bytes_max"):
+        for name in ("rank_delay_ms", "quiet_after_ms", "cache_bytes_max"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must not be negative, not {getattr(self, name)}")
         if self.heartbeat_ms >= self.election_timeout_ms:

@@ -53,7 +53,7 @@ def advance_commit(node: Node) -> None:
     if index > log.commit and index >= node.term_start:
         node.uncommitted_bytes -= log.size_of(log.commit + 1, index + 1)
         log.commit = index
-        node.pump_wanted = True
+        node.pump_wanted = node.pump_wanted or node.config.announce_commits
         _configuration_committed(node)
 
 
@@ -68,28 +68,34 @@ def _configuration_committed(node: Node) -> None:
     elif not is_voter(conf, node.id):
         # Thesis section 4.2.2: it managed the group without counting itself until now. The others learn of
         # the commit from messages that are made before it goes.
-        pump(node)
+        pump(node, announce=True)
         step_down(node)
 
 
 # -- sending -------------------------------------------------------------------------------------------------
 
 
-def pump(node: Node) -> None:
-    """Send every follower what it can take now."""
+def pump(node: Node, *, announce: bool = False) -> None:
+    """Send every follower what it can take now.
+
+    Args:
+        node: a leader.
+        announce: tell followers of a commit even when nothing else goes to them.
+    """
     node.pump_wanted = False
+    announce = announce or node.config.announce_commits
     heartbeats.start_round(node)
     for progress in node.progress.values():
         if progress.connected:
             if progress.state is ProgressState.REPLICATE:
-                _stream(node, progress)
+                _stream(node, progress, announce)
             elif progress.state is ProgressState.PROBE and not progress.paused:
                 _probe(node, progress)
 
 
-def _stream(node: Node, progress: Progress) -> None:
-    """Fill the follower's window; if there is nothing to send it, tell it the commit index if that is
-    news."""
+def _stream(node: Node, progress: Progress, announce: bool) -> None:
+    """Fill the follower's window; if there is nothing to send it, tell it the commit index if that is news
+    and to be told at once (else the next entries or heartbeat do)."""
     log, config = node.log, node.config
     sent = False
     while progress.next <= log.last_index:
@@ -109,7 +115,7 @@ def _stream(node: Node, progress: Progress) -> None:
             break
         _send_entries(node, progress, entries, size)
         sent = True
-    if not sent and progress.commit_sent < min(log.commit, progress.next - 1):
+    if announce and not sent and progress.commit_sent < min(log.commit, progress.next - 1):
         _send(node, progress, log.crc(progress.next - 1), ())
 
 
@@ -212,7 +218,8 @@ def handle_append_response(node: Node, message: AppendResponse) -> None:
         streams = progress.state is ProgressState.SNAPSHOT and message.index >= node.log.first_index - 1
     if streams:
         progress.become_replicate()
-    node.pump_wanted = True
+    if streams or progress.next <= node.log.last_index:
+        node.pump_wanted = True
     if news:
         transfer.go_on(node, progress)
         if message.index > node.log.commit:

@@ -162,7 +162,7 @@ class Node:
         """Wait a full random timeout before campaigning (Raft section 5.2: randomised, against split
         votes)."""
         timeout = self.config.election_timeout_ms
-        self.deadline_ms = self.now_ms + timeout + self.random.randrange(timeout)
+        self.deadline_ms = self.now_ms + timeout + int(timeout * self.random.random())
         self.excused = False
 
     @property

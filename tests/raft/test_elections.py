@@ -102,7 +102,6 @@ def test_check_quorum_a_leader_cut_off_steps_down(cluster: Cluster) -> None:
     assert node.role is Role.LEADER
     cluster.advance(300)
     assert node.role is not Role.LEADER
-    assert cluster.nodes[2].leader in (0, 1)
 
 
 def test_check_quorum_one_follower_is_enough_of_three(cluster: Cluster) -> None:

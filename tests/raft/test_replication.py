@@ -571,3 +571,24 @@ def test_loads_that_come_too_late_are_dropped() -> None:
     leader.on_loaded(3, log[1:])
     cluster.settle()
     assert cluster.nodes[3].applied == 31
+
+
+def test_a_commit_may_wait_for_the_next_entries_or_heartbeat() -> None:
+    """Without announce_commits no message is sent for a commit alone."""
+    cluster = Cluster(3, announce_commits=False)
+    node = cluster.elect(1)
+    cluster.advance(200)
+    base = node.commit
+    followers = [cluster.nodes[2], cluster.nodes[3]]
+    assert [follower.commit for follower in followers] == [base, base], "a heartbeat told them"
+    cluster.sent.clear()
+    cluster.propose(1, b"a")
+    cluster.settle()
+    assert node.commit == base + 1
+    assert len(cluster.of(AppendRequest)) == 2, "the entry to each follower, and nothing more"
+    assert [follower.commit for follower in followers] == [base, base]
+    cluster.propose(1, b"b")
+    cluster.settle()
+    assert [follower.commit for follower in followers] == [base + 1, base + 1], "the next entry told them"
+    cluster.advance(200)
+    assert [follower.commit for follower in followers] == [base + 2, base + 2]
