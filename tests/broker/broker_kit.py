@@ -110,8 +110,14 @@ class World:
 
     @property
     def topic_id(self) -> bytes:
-        """Of the topic."""
-        return next(iter(self.cluster.brokers.values())).metadata.image.topics[TOPIC].topic_id
+        """Of the topic, as the broker that knows most has it."""
+        images = [broker.metadata.image for broker in self.cluster.brokers.values()]
+        return max(images, key=lambda image: image.applied_index).topics[TOPIC].topic_id
+
+    def committed(self, broker_id: int) -> int:
+        """Where a broker's replica of the topic's partition 0 ends; -1 while it has not opened it."""
+        found = self.broker(broker_id)._partitions.get((self.topic_id, 0))
+        return -1 if found is None else found.committed_offset
 
     def replica(self, broker_id: int, partition: int = 0) -> PartitionReplica:
         """A broker's replica of the topic's partition."""
