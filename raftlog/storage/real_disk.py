@@ -132,11 +132,8 @@ class RealDisk:
             self._writer.start()
         loop = asyncio.get_running_loop()
         done: asyncio.Future[None] = loop.create_future()
-        files = _acquire(writes)
-        self._queue.put(_Commit(writes, loop, done))
-        # Shielded: a cancelled caller must not make the descriptors available while the thread writes.
-        done.add_done_callback(lambda _: _release(files))
-        await asyncio.shield(done)
+        self._queue.put(_Commit(writes, _acquire(writes), loop, done))
+        await done
 
     async def write(self, writes: Sequence[Write], *, sync: bool = True) -> None:
         files = [_real(write.file) for write in writes]
@@ -195,16 +192,24 @@ class RealDisk:
 
 
 class _Commit:
-    __slots__ = ("done", "loop", "writes")
+    __slots__ = ("done", "files", "loop", "writes")
 
     def __init__(
-        self, writes: Sequence[Write], loop: asyncio.AbstractEventLoop, done: asyncio.Future[None]
+        self,
+        writes: Sequence[Write],
+        files: list[RealFile],
+        loop: asyncio.AbstractEventLoop,
+        done: asyncio.Future[None],
     ) -> None:
         self.writes = writes
+        self.files = files
         self.loop = loop
         self.done = done
 
     def finish(self, error: BaseException | None) -> None:
+        """On the loop, when the thread is done with the files (also if the caller was cancelled
+        meanwhile)."""
+        _release(self.files)
         if self.done.done():
             return
         if error is None:
