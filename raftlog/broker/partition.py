@@ -111,8 +111,7 @@ class PartitionReplica(Replica[PartitionState]):
             NotLeader: ask the leader.
             OffsetOutOfRange: below the log's start or above its committed end.
         """
-        if self.fault is not None:
-            raise self.fault
+        self.check_in_service()
         if not self.node.serving:
             self.check_serving()
         start, end = self.machine.log_start, self.machine.next_offset
@@ -137,6 +136,9 @@ class PartitionReplica(Replica[PartitionState]):
             waiters, self._waiters_for_records = self._waiters_for_records, set()
             for waiter in waiters:
                 waiter.wake()
+
+    def replaced(self) -> None:
+        self._wake()
 
     def stopped_serving(self) -> None:
         self._in_flight.clear()

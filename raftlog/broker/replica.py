@@ -18,10 +18,21 @@ from collections.abc import Callable, Coroutine, Mapping
 from functools import partial
 from typing import Any, Final, Generic, Protocol, Self, TypeVar
 
+from raftlog.broker.snapshots import SnapshotExchange
+from raftlog.config import BrokerConfig
 from raftlog.errors import LeadershipLost, NotLeader, RaftlogError, StorageFailed
 from raftlog.raft.config import RaftConfig, RecoveredLog
 from raftlog.raft.raw_node import RawNode
-from raftlog.raft.types import Entry, LoadRequest, Message, Role, Snapshot, SoftState
+from raftlog.raft.types import (
+    Entry,
+    InstallSnapshot,
+    InstallSnapshotResponse,
+    LoadRequest,
+    Message,
+    Role,
+    Snapshot,
+    SoftState,
+)
 from raftlog.record.frame import Buffer
 from raftlog.storage.replica_log import ReplicaLog
 from raftlog.storage.store import BrokerStore
@@ -44,6 +55,9 @@ class StateMachine(Protocol):
 
     def snapshot(self) -> bytes: ...
 
+    @classmethod
+    def restore(cls, data: Buffer) -> Self: ...
+
 
 M = TypeVar("M", bound=StateMachine)
 
@@ -56,6 +70,9 @@ class Host(Protocol):
 
     @property
     def store(self) -> BrokerStore: ...
+
+    @property
+    def config(self) -> BrokerConfig: ...
 
     def raft_config(self, replica_id: int) -> RaftConfig: ...
 
@@ -105,10 +122,13 @@ class Replica(Generic[M]):
         self.staged: M | None = None
         self.fault: RaftlogError | None = None
         self.dirty = False
+        self.snapshots_sent = 0
+        self.snapshots_installed = 0
         self.replica_id: Final = log.spec.replica_id
         self._waiters: dict[int, list[Done]] = {}
         self._soft: SoftState | None = None
         self._campaign_at = 0
+        self._exchange = SnapshotExchange(self)
         self.node = RawNode(
             host.raft_config(self.replica_id), recovered, host.random_for(self.replica_id), host.now_ms()
         )
@@ -122,8 +142,21 @@ class Replica(Generic[M]):
         try:
             self.node.step(message, self.host.now_ms())
         except AssertionError as error:
-            self._halt(f"cannot take {type(message).__name__} from replica {message.sender}", error)
+            self.halt(f"cannot take {type(message).__name__} from replica {message.sender}", error)
+        else:
+            kind = type(message)
+            if kind is InstallSnapshot or kind is InstallSnapshotResponse:
+                self._step_snapshot(message)
         self.host.mark(self)
+
+    def _step_snapshot(self, message: Message) -> None:
+        """The core has settled terms; the bytes are ours."""
+        if message.term != self.node.term:
+            return
+        if isinstance(message, InstallSnapshotResponse):
+            self._exchange.answered(message)
+        elif isinstance(message, InstallSnapshot) and self.node.leader == message.sender:
+            self._exchange.chunk(message)
 
     def tick(self, now_ms: int) -> None:
         """Time has passed. Cheap when nothing is due."""
@@ -133,6 +166,8 @@ class Replica(Generic[M]):
         if node.deadline_ms <= now_ms:
             node.tick(now_ms)
             self.host.mark(self)
+        if self._exchange.active:
+            self._exchange.tick(now_ms)
         if self.preferred and node.term == 0 and now_ms >= self._campaign_at:
             # A brand-new group: nobody has voted yet, so its first replica need not wait for a timeout. It
             # asks again until a majority of the others have come into being.
@@ -152,6 +187,7 @@ class Replica(Generic[M]):
         timeout."""
         for replica_id, host_id in self.hosts.items():
             if host_id == broker_id and self.fault is None:
+                self._exchange.peer_lost(replica_id)
                 self.node.peer_lost(replica_id, self.host.now_ms())
                 self.host.mark(self)
 
@@ -164,8 +200,7 @@ class Replica(Generic[M]):
             NotLeader: this replica does not lead, or has not applied its no-op yet. Nothing happened.
             StorageFull, StorageFailed: the broker's device takes no writes.
         """
-        if self.fault is not None:
-            raise self.fault
+        self.check_in_service()
         if self.staged is None:
             raise NotLeader(
                 f"{self.name} is not led by broker {self.host.broker_id}",
@@ -175,6 +210,20 @@ class Replica(Generic[M]):
         if self.host.store.fault is not None:
             raise self.host.store.fault
         return self.staged
+
+    def check_in_service(self) -> None:
+        """Raise if this replica was retired. For a client that is no end: where the storage of one broker
+        failed, another one leads soon.
+
+        Raises:
+            NotLeader: its storage failed.
+            UnknownReplica: it was deleted.
+        """
+        fault = self.fault
+        if isinstance(fault, StorageFailed):
+            raise NotLeader(f"{self.name} is out of service: {fault}", leader=None, term=self.node.term)
+        if fault is not None:
+            raise fault
 
     def propose(self, staged: M, kind: int, payload: Buffer, done: Done) -> Entry:
         """Append an entry that was decided against ``staged``; ``done`` hears the result of its application.
@@ -198,7 +247,7 @@ class Replica(Generic[M]):
     def pump(self) -> None:
         """Carry out what the core asks for, until it asks for nothing more."""
         self.dirty = False
-        if self.fault is not None:
+        if self.fault is not None or self._exchange.installing:
             return
         node, host = self.node, self.host
         while node.has_ready():
@@ -216,6 +265,8 @@ class Replica(Generic[M]):
                 self._leadership(ready.soft_state)
             for load in ready.loads:
                 host.spawn(self._load(load))
+            for follower in ready.snapshots:
+                self._exchange.begin(follower)
         if self.staged is None and node.serving:
             self._begin_serving()
 
@@ -234,7 +285,7 @@ class Replica(Generic[M]):
             try:
                 result = machine.apply(entry)
             except AssertionError as error:
-                self._halt(f"cannot apply index {entry.index}", error)
+                self.halt(f"cannot apply index {entry.index}", error)
                 return False
             if log.is_segment_end(entry.index):
                 self._save_snapshot(entry)
@@ -254,10 +305,22 @@ class Replica(Generic[M]):
     def applied_all(self) -> None:
         """A run of entries was applied (for subclasses)."""
 
+    def replaced(self) -> None:
+        """A snapshot from the leader has replaced log and state machine (for subclasses)."""
+        self.applied_all()
+
     def stopped_serving(self) -> None:
         """This replica served as leader and does no longer (for subclasses)."""
 
-    def _halt(self, what: str, error: AssertionError) -> None:
+    async def compact(self, index: int) -> None:
+        """Drop whole segments of the log that end at or below ``index``; see
+        :meth:`~raftlog.storage.replica_log.ReplicaLog.truncate_prefix`."""
+        log, node = self.log, self.node
+        await log.truncate_prefix(index)
+        if self.fault is None and log.first_index > node.first_index:
+            node.on_compacted(log.first_index, log.prev_crc)
+
+    def halt(self, what: str, error: AssertionError) -> None:
         """An invariant is broken: this replica must not go on. The broker's other groups can."""
         logger.error("broker %d: %s %s", self.host.broker_id, self.name, what, exc_info=error)
         self.retire(StorageFailed(f"{self.name} {what}: {error}"))
@@ -307,8 +370,12 @@ class Replica(Generic[M]):
                     tell(None, error)
 
     async def _load(self, load: LoadRequest) -> None:
+        log = self.log
+        if not log.first_index <= load.index <= log.last_index:
+            self.node.on_load_failed(load.to)  # dropped or cut meanwhile
+            return
         try:
-            entries = await self.log.entries(load.index, self.node.last_index + 1, load.bytes_max)
+            entries = await log.entries(load.index, log.last_index + 1, load.bytes_max)
         except RaftlogError as error:
             logger.warning("%s: cannot read entries from index %d: %s", self.name, load.index, error)
             self.node.on_load_failed(load.to)

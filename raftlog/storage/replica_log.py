@@ -51,8 +51,8 @@ class Recovered:
     """Of the last entry (of the last one dropped, when the log is empty behind a snapshot)."""
 
 
-Accept: TypeAlias = Callable[[LogSnapshot], bool]
-"""Whether a snapshot shall replace the log, asked when all that was appended before is durable."""
+Accept: TypeAlias = Callable[[], bool]
+"""Whether a snapshot shall still replace the log, asked when all that was appended before is durable."""
 
 
 class LogOwner(Protocol):
@@ -66,7 +66,9 @@ class LogOwner(Protocol):
         self, log: ReplicaLog, index: int, position: int, size: int
     ) -> tuple[bytes, int]: ...
 
-    async def install(self, log: ReplicaLog, index: int, data: Buffer, accept: Accept) -> bool: ...
+    async def keep_snapshot(self, log: ReplicaLog, index: int, data: Buffer) -> LogSnapshot: ...
+
+    async def begin_behind(self, log: ReplicaLog, snapshot: LogSnapshot, accept: Accept) -> bool: ...
 
 
 class ReplicaLog:
@@ -438,26 +440,39 @@ class ReplicaLog:
         """
         return await self._owner.snapshot_chunk(self, index, position, size)
 
-    async def install(self, index: int, data: Buffer, accept: Accept) -> bool:
-        """Replace the log by a snapshot that came from the leader.
-
-        The snapshot is made durable; then, if ``accept`` still wants it, the log is empty behind it in the
-        same step, and this returns once that is durable too. A crash leaves the old log or the new one.
+    async def keep_snapshot(self, index: int, data: Buffer) -> LogSnapshot:
+        """Make a snapshot durable that came from the leader, for :meth:`begin_behind`. The log stays as it
+        is.
 
         Args:
             index: of the snapshot, above all that is committed here.
             data: the bytes of the leader's snapshot file.
-            accept: asked once nothing of this log is on its way to the disk. Nothing may be appended from
-            before
-                this is called until it has returned.
 
         Raises:
             DamagedData: the bytes do not check; nothing has changed.
-            StorageFull, StorageFailed: the device. If ``accept`` had said yes, the replica cannot go on.
+            StorageFull, StorageFailed: the device.
         """
-        return await self._owner.install(self, index, data, accept)
+        return await self._owner.keep_snapshot(self, index, data)
 
-    def begin_behind(self, snapshot: LogSnapshot) -> list[Segment]:
+    async def begin_behind(self, snapshot: LogSnapshot, accept: Accept) -> bool:
+        """Replace the log by a snapshot from :meth:`keep_snapshot`: if ``accept`` still wants it, the log is
+        empty behind it in the same step, and this returns once that is durable. A crash leaves the old log or
+        the new one.
+
+        Args:
+            accept: asked once nothing of this log is on its way to the disk. Nothing may be appended to it
+            from
+                this call until its return.
+
+        Returns:
+            What ``accept`` said.
+
+        Raises:
+            StorageFailed: the device. If ``accept`` had said yes, the replica cannot go on.
+        """
+        return await self._owner.begin_behind(self, snapshot, accept)
+
+    def restart_behind(self, snapshot: LogSnapshot) -> list[Segment]:
         """Become an empty log behind ``snapshot`` (called by the store). Returns the segments it had."""
         index = snapshot.index
         assert index > self.committed, f"entry {index} is committed here ({self.committed})"

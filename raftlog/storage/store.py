@@ -23,7 +23,7 @@ from raftlog.storage.recovery import FrameSource, RecoveredReplica, recover_repl
 from raftlog.storage.replica_log import Accept, Recovered, ReplicaLog
 from raftlog.storage.segment import Segment, replica_folder, segment_path
 from raftlog.storage.segment_reader import SegmentReader
-from raftlog.storage.snapshot_file import parse_snapshot, read_snapshot, snapshot_path
+from raftlog.storage.snapshot_file import LogSnapshot, parse_snapshot, read_snapshot, snapshot_path
 from raftlog.storage.spec import ReplicaSpec, StorageConfig
 
 OnFault: TypeAlias = Callable[[RaftlogError | None], None]
@@ -396,25 +396,29 @@ class BrokerStore:
         except FileNotFoundError as error:
             raise StorageFailed(f"{path}: there is no such snapshot") from error
 
-    async def install(self, log: ReplicaLog, index: int, data: Buffer, accept: Accept) -> bool:
-        """See :meth:`ReplicaLog.install`.
+    async def keep_snapshot(self, log: ReplicaLog, index: int, data: Buffer) -> LogSnapshot:
+        """See :meth:`ReplicaLog.keep_snapshot`."""
+        path = snapshot_path(log.spec.replica_id, index)
+        snapshot = parse_snapshot(data, index, path)
+        await self._disk.replace_file(path, bytes(data))
+        return snapshot
+
+    async def begin_behind(self, log: ReplicaLog, snapshot: LogSnapshot, accept: Accept) -> bool:
+        """See :meth:`ReplicaLog.begin_behind`.
 
         The order makes a crash harmless at every step: a snapshot file above what the log holds means
         nothing; one journal record then turns the log from the old to the new one; files of the old one are
         leftovers.
         """
-        path = snapshot_path(log.spec.replica_id, index)
-        snapshot = parse_snapshot(data, index, path)
-        await self._disk.replace_file(path, bytes(data))
         await self._journal.checkpoint(())  # behind it, nothing of this log is in the journal's queue
         await self._flusher.settle()
-        if log.removed or not accept(snapshot):
+        if log.removed or not accept():
             return False
         self._flusher.forget(log)
-        segments = log.begin_behind(snapshot)
-        snapshots, log.snapshots = log.snapshots, [index]
+        segments = log.restart_behind(snapshot)
+        snapshots, log.snapshots = log.snapshots, [snapshot.index]
         await self._journal.reset(log)
-        await self._remove_files(log, segments, [old for old in snapshots if old != index])
+        await self._remove_files(log, segments, [old for old in snapshots if old != snapshot.index])
         return True
 
     # -- inside ----------------------------------------------------------------------------------------------

@@ -58,8 +58,10 @@ async def follower(disk: SimDisk) -> tuple[BrokerStore, ReplicaLog]:
     return store, log
 
 
-async def take_over(log: ReplicaLog, source: ReplicaLog) -> None:
-    assert await log.install(source.first_index - 1, await image(source), lambda _: True)
+async def take_over(log: ReplicaLog, source: ReplicaLog) -> LogSnapshot:
+    snapshot = await log.keep_snapshot(source.first_index - 1, await image(source))
+    assert await log.begin_behind(snapshot, lambda: True)
+    return snapshot
 
 
 async def copy_rest(store: BrokerStore, log: ReplicaLog, source: ReplicaLog) -> None:
@@ -76,14 +78,8 @@ def test_the_log_goes_on_behind_the_snapshot() -> None:
         disk = SimDisk()
         store, log = await follower(disk)
         first = source.first_index
-        asked: list[LogSnapshot] = []
-
-        def accept(snapshot: LogSnapshot) -> bool:
-            asked.append(snapshot)
-            return True
-
-        assert await log.install(first - 1, await image(source), accept)
-        assert (asked[0].index, asked[0].data) == (first - 1, b"state at %d" % (first - 1))
+        snapshot = await take_over(log, source)
+        assert (snapshot.index, snapshot.data) == (first - 1, b"state at %d" % (first - 1))
         assert (log.first_index, log.last_index, log.flushed_index, log.durable_index) == (
             first,
             first - 1,
@@ -105,7 +101,7 @@ def test_the_log_goes_on_behind_the_snapshot() -> None:
             store, disk = await reopen(store, disk, clean=clean)
             log = store.logs[1]
             assert log.snapshot is not None
-            assert log.recovered.confs == ((first - 1, asked[0].conf),)
+            assert log.recovered.confs == ((first - 1, snapshot.conf),)
             assert await contents(log) == expected
             assert len(await contents(store.logs[7])) == 3
         await store.close()
@@ -147,10 +143,11 @@ def test_what_does_not_check_or_is_not_wanted_changes_nothing() -> None:
         data = await image(source)
         for damaged in (data[:-1], data[:50] + b"?" + data[51:], b""):
             with pytest.raises(DamagedData):
-                await log.install(source.first_index - 1, damaged, lambda _: True)
+                await log.keep_snapshot(source.first_index - 1, damaged)
         with pytest.raises(DamagedData, match="index"):
-            await log.install(source.first_index, data, lambda _: True)
-        assert not await log.install(source.first_index - 1, data, lambda _: False)
+            await log.keep_snapshot(source.first_index, data)
+        snapshot = await log.keep_snapshot(source.first_index - 1, data)
+        assert not await log.begin_behind(snapshot, lambda: False)
         with pytest.raises(StorageFailed, match="no such snapshot"):
             await log.snapshot_chunk(3, 0, 100)
         assert await contents(log) == before
@@ -166,15 +163,16 @@ def test_appends_before_it_are_durable_first() -> None:
     async def main() -> None:
         _, source = await leader()
         store, log = await follower(SimDisk(latency=0.001))
+        data = await image(source)
         last = submit(store, log, [Writer(log).entry(1)])
 
-        def accept(_: LogSnapshot) -> bool:
+        def accept() -> bool:
             assert last.done()
             return True
 
-        data = await image(source)
+        snapshot = await log.keep_snapshot(source.first_index - 1, data)
         assert not last.done()
-        assert await log.install(source.first_index - 1, data, accept)
+        assert await log.begin_behind(snapshot, accept)
 
     run(main())
 

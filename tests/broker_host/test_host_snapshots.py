@@ -1,0 +1,196 @@
+"""Followers that need what the leader has dropped: the snapshot comes in chunks, then frames."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from host_kit import Host
+
+from raftlog.broker import snapshots
+from raftlog.errors import LeadershipLost
+from raftlog.raft.types import InstallSnapshot, InstallSnapshotResponse, Message
+from raftlog.record.frame import FrameKind
+from raftlog.testing.disk import CrashMode
+
+
+@pytest.fixture
+def host(request: pytest.FixtureRequest) -> Iterator[Host]:
+    made = Host(getattr(request, "param", 1))
+    yield made
+    made.close()
+
+
+def fall_behind(host: Host) -> int:
+    """Stop a follower, write, and drop on the others what it would need; returns its broker id."""
+    host.produce(30)
+    victim = host.followers()[0]
+    host.cluster.kill_broker(victim)
+    host.produce(60)
+    for broker_id in list(host.cluster.brokers):
+        host.compact(broker_id)
+    assert host.leader.log.first_index > 40
+    return victim
+
+
+def chunks(host: Host) -> list[Message]:
+    """All snapshot messages that brokers queue from now on."""
+    seen: list[Message] = []
+    for broker in host.cluster.brokers.values():
+        peers = broker.peers
+        before = peers.send
+
+        def send(to: int, message: Message, before=before) -> None:  # type: ignore[no-untyped-def]
+            if isinstance(message, InstallSnapshot | InstallSnapshotResponse):
+                seen.append(message)
+            before(to, message)
+
+        peers.send = send  # type: ignore[method-assign]
+    return seen
+
+
+def test_a_follower_too_far_behind_gets_a_snapshot_and_then_frames(host: Host) -> None:
+    victim = fall_behind(host)
+    host.cluster.start_broker(victim)
+    host.wait(host.is_equal)
+    replica = host.replica(victim)
+    assert replica.snapshots_installed == 1
+    assert host.leader.snapshots_sent == 1
+    assert replica.log.first_index == host.leader.log.first_index
+    assert replica.log.start_offset == host.leader.log.start_offset > 0
+    host.produce(30)
+    host.wait(host.is_equal)
+    # What it took over it can hand on, after a power cut too, and lead with.
+    host.cluster.cut_power(victim, CrashMode.NONE)
+    host.cluster.start_broker(victim)
+    host.wait(host.is_equal)
+    assert host.replica(victim).snapshots_installed == 0
+    other = next(b for b in host.cluster.brokers if b not in (victim, host.leader_id))
+    host.cluster.kill_broker(other)
+    host.wait(lambda: host.leader_id is not None)
+    if host.leader_id != victim:
+        leader, replica = host.leader, host.replica(victim)
+        leader.node.transfer_leadership(replica.replica_id, host.leader.host.now_ms())
+        leader.host.mark(leader)
+    host.wait(lambda: host.leader_id == victim)
+    host.produce(10)
+
+
+def test_chunks_resume_where_a_connection_broke(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(snapshots, "CHUNK_BYTES", 20)
+    victim = fall_behind(host)
+    host.cluster.start_broker(victim)
+    seen = chunks(host)
+
+    def sent() -> list[InstallSnapshot]:
+        return [message for message in seen if isinstance(message, InstallSnapshot)]
+
+    host.wait(lambda: len(sent()) >= 4)
+    assert host.replica(victim).snapshots_installed == 0
+    reached = max(message.position for message in sent())
+    host.cluster.network.break_connections(f"broker-{host.leader_id}", f"broker-{victim}")
+    before = len(sent())
+    host.wait(host.is_equal)
+    after = sent()[before:]
+    assert host.replica(victim).snapshots_installed == 1
+    total = after[0].total
+    assert total > 8 * 20
+    again = [message.position for message in after if message.position <= reached - 20]
+    assert len(again) <= 1, f"begun anew: {again}"
+    data = sum(len(message.snapshot.data) for message in sent())
+    assert data < total + 5 * 20
+
+
+def test_a_snapshot_survives_a_change_of_leader(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(snapshots, "CHUNK_BYTES", 10)
+    victim = fall_behind(host)
+    host.cluster.start_broker(victim)
+    seen = chunks(host)
+    host.wait(lambda: len(seen) >= 10)
+    old = host.leader_id
+    assert old is not None
+    host.cluster.kill_broker(old)
+    # The victim's vote is needed, and its log is too short to win: the third one must lead, and go on.
+    host.wait(lambda: host.leader_id is not None)
+    assert host.leader_id not in (old, victim)
+    host.wait(lambda: host.replica(victim).node.applied == host.leader.node.last_index)
+    assert host.replica(victim).snapshots_installed == 1
+    host.produce(5)
+    host.cluster.start_broker(old)
+    host.wait(host.is_equal)
+
+
+@pytest.mark.parametrize("power", [False, True])
+def test_a_follower_that_dies_at_any_moment_of_it_comes_back_whole(
+    power: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(snapshots, "CHUNK_BYTES", 60)
+    host = Host(7)
+    victim = fall_behind(host)
+    host.produce(20)
+    died = set()
+    for moment in range(40):
+        host.cluster.start_broker(victim)
+        # Connecting takes a while; from then on, a step later each time.
+        host.wait(lambda: host.find(victim) is not None and host.replica(victim).node.leader != 0)
+        host.loop.run_for(0.001 * moment)
+        exchange = host.replica(victim)._exchange
+        died.add("collecting" if exchange._incoming else "installing" if exchange.installing else "other")
+        if power:
+            host.cluster.cut_power(victim)
+        else:
+            host.cluster.kill_broker(victim)
+    assert died == {"collecting", "installing", "other"}
+    host.cluster.start_broker(victim)
+    host.wait(host.is_equal)
+    assert host.replica(victim).log.first_index == host.leader.log.first_index
+    host.produce(5)
+    host.wait(host.is_equal)
+    host.close()
+
+
+def test_a_leader_without_a_usable_snapshot_goes_on_trying(host: Host) -> None:
+    victim = fall_behind(host)
+    leader = host.leader
+    assert host.leader_id is not None
+    disk = host.cluster.disks[host.leader_id]
+    path = f"replicas/{leader.replica_id}/{leader.log.first_index - 1:016x}.snap"
+    kept = disk.content(path)
+    disk.put(path, b"?" + kept[1:])
+    host.cluster.start_broker(victim)
+    host.loop.run_for(3.0)
+    assert host.replica(victim).snapshots_installed == 0
+    assert host.replica(victim).fault is None
+    disk.put(path, kept)
+    host.wait(host.is_equal)
+    assert host.replica(victim).snapshots_installed == 1
+
+
+def test_a_deposed_leader_gives_up_its_own_end_of_the_log(host: Host) -> None:
+    """It wrote on while it was cut off, past the index of the snapshot that then replaces it all."""
+    host.produce(20)
+    old = host.leader_id
+    assert old is not None
+    deposed = host.leader
+    for other in host.followers():
+        host.cluster.network.cut(f"broker-{old}", f"broker-{other}", both=True)
+    failed: list[object] = []
+    staged = deposed.check_serving()
+    for _ in range(90):
+        deposed.propose(staged, FrameKind.NOOP, b"", lambda result, error: failed.append(error))
+    host.wait(lambda: host.leader_id not in (None, old))
+    host.produce(60)
+    for broker_id in host.cluster.brokers:
+        if broker_id != old:
+            host.compact(broker_id)
+    snapshot_index = host.leader.log.first_index - 1
+    assert deposed.log.last_index > snapshot_index > deposed.node.commit
+    host.cluster.network.heal()
+    host.wait(host.is_equal)
+    assert deposed.snapshots_installed == 1
+    assert deposed.log.first_index == snapshot_index + 1
+    assert len(failed) == 90
+    assert all(isinstance(error, LeadershipLost) for error in failed)
+    host.cluster.cut_power(old, CrashMode.NONE)
+    host.cluster.start_broker(old)
+    host.wait(host.is_equal)
