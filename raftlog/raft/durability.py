@@ -42,6 +42,11 @@ class Durability:
         self._unassigned.append(message)
 
     @property
+    def is_idle(self) -> bool:
+        """Whether nothing is on its way to the disk."""
+        return self.confirmed == self.handed and not self._unassigned
+
+    @property
     def has_unassigned(self) -> bool:
         return bool(self._unassigned)
 

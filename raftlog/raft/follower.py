@@ -8,6 +8,7 @@ answer to an append therefore often waits for the disk, and answers to several a
 
 from __future__ import annotations
 
+from raftlog.raft import quiescence
 from raftlog.raft.log import UNKNOWN_CRC, LogDiverged
 from raftlog.raft.node import Node
 from raftlog.raft.types import (
@@ -149,6 +150,7 @@ def handle_heartbeat(node: Node, message: Heartbeat) -> None:
     # agree.
     if log.commit < message.commit <= log.last_index:
         log.commit = message.commit
-    node.messages.append(
-        HeartbeatResponse(message.sender, node.id, node.term, message.context, log.last_index)
-    )
+    if not quiescence.rest_with_leader(node, message):
+        node.messages.append(
+            HeartbeatResponse(message.sender, node.id, node.term, message.context, log.last_index)
+        )

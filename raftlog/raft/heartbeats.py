@@ -38,6 +38,7 @@ def broadcast(node: Node) -> None:
 
 def read(node: Node, replica: int, context: int) -> None:
     """A read came to this leader, from ``replica`` (itself or a follower)."""
+    node.wake()
     node.reads.arrived.append((replica, context))
     node.pump_wanted = True
 

@@ -21,12 +21,16 @@ def check_invariants(node: Node) -> None:
     assert node.durability.term <= node.term
     assert node.handed_state.term <= node.term
     assert node.confs.current_index <= log.last_index
+    if node.quiet:
+        assert node.leader, "only a leader and those who follow one rest"
+        assert node.deadline_ms == NEVER
+        assert node.log.commit == node.log.last_index
     if node.role is Role.LEADER:
         _check_leader(node)
     else:
         assert not node.progress
         assert node.leader != node.id
-        assert node.deadline_ms < NEVER or not node.is_promotable
+        assert node.deadline_ms < NEVER or node.quiet or not node.is_promotable
         assert node.matched_index <= log.last_index, (node.matched_index, log)
         assert node.acked_index <= node.matched_index
         assert node.acked_index <= node.durability.index, (node.acked_index, node.durability.index)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from raftlog.raft import heartbeats, transfer
+from raftlog.raft import heartbeats, quiescence, transfer
 from raftlog.raft.confchange import leave
 from raftlog.raft.confstack import encode_conf
 from raftlog.raft.node import Node
@@ -286,8 +286,9 @@ def tick(node: Node, late_ms: int) -> None:
         node.become_follower(node.term, 0)
         return
     transfer.give_up_late(node)
-    heartbeats.broadcast(node)
-    node.deadline_ms = node.now_ms + node.config.heartbeat_ms
+    if not quiescence.rest_if_idle(node):
+        heartbeats.broadcast(node)
+        node.deadline_ms = node.now_ms + node.config.heartbeat_ms
 
 
 def step_down(node: Node) -> None:

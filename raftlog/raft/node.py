@@ -8,6 +8,7 @@ only those below it::
     leader        replication, commit, taking and leaving office     follower    appends, acknowledgements
     proposals     entries into a leader's log, configuration changes
     heartbeats    CheckQuorum, ReadIndex                             transfer    leadership transfer
+    quiescence    idle groups rest
     node          this module
 
 Nothing here reads a clock: ``now_ms`` is the time of the last input that carried one.
@@ -62,6 +63,8 @@ class Node:
         "excused",
         "handed_state",
         "id",
+        "idle_seen",
+        "idle_since_ms",
         "leader",
         "leader_heard_ms",
         "loads",
@@ -71,6 +74,7 @@ class Node:
         "now_ms",
         "progress",
         "pump_wanted",
+        "quiet",
         "random",
         "reads",
         "reads_done",
@@ -105,6 +109,8 @@ class Node:
         # timers
         self.deadline_ms = NEVER
         self.leader_heard_ms = now_ms
+        self.quiet = False
+        """Resting: no deadline, nothing to say (see quiescence)."""
         self.excused = False
         """The timer ran out while the host was held up, and was put off once."""
         self.early_until_ms = 0
@@ -122,6 +128,9 @@ class Node:
         self.term_start = 0
         """Index of this term's no-op."""
         self.uncommitted_bytes = 0
+        self.idle_seen = (0, 0)
+        """(last index, round of reads) when something last happened, and when that was noticed."""
+        self.idle_since_ms = 0
         self.transfer_to = 0
         """Follower that leadership is being handed to; 0: none."""
         self.transfer_until_ms = 0
@@ -164,6 +173,25 @@ class Node:
         timeout = self.config.election_timeout_ms
         self.deadline_ms = self.now_ms + timeout + int(timeout * self.random.random())
         self.excused = False
+        self.quiet = False
+
+    def rest(self) -> None:
+        """Go quiet, as a leader or as a follower of one."""
+        self.quiet = True
+        self.deadline_ms = NEVER
+
+    def wake(self) -> None:
+        """Take up the ordinary timers again. No time counts against anybody that passed in quiet."""
+        if not self.quiet:
+            return
+        if self.role is Role.LEADER:
+            self.quiet = False
+            self.idle_since_ms = self.now_ms
+            for progress in self.progress.values():
+                progress.heard_ms = self.now_ms
+            self.deadline_ms = self.now_ms + self.config.heartbeat_ms
+        else:
+            self.arm_election()
 
     @property
     def in_lease(self) -> bool:

@@ -56,6 +56,8 @@ def propose_conf(node: Node, voters: Iterable[int], learners: Iterable[int], lea
 
 def append_entry(node: Node, kind: int, payload: Buffer, leader_time_ms: int) -> Entry:
     """Encode and append; the leader's time never runs back along the log."""
+    if node.quiet:
+        node.wake()
     log = node.log
     entry = Entry.create(
         log.last_crc,

@@ -19,7 +19,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Mapping, Sequence
 
-from raftlog.raft import election, follower, heartbeats, invariants, leader, proposals, transfer
+from raftlog.raft import election, follower, heartbeats, invariants, leader, proposals, quiescence, transfer
 from raftlog.raft.config import RaftConfig, RecoveredLog
 from raftlog.raft.node import Node
 from raftlog.raft.progress import Progress
@@ -78,6 +78,8 @@ class RawNode:
         node = self._node
         assert message.to == node.id, f"{message} came to replica {node.id}"
         node.advance(now_ms)
+        if node.quiet and not (isinstance(message, Heartbeat) and message.quiet):
+            node.wake()
         if message.term != node.term and not self._admit(message):
             return
         self._dispatch(message)
@@ -130,6 +132,8 @@ class RawNode:
         if message.term > TERM_MAX:
             return False
         if isinstance(message, VoteRequest):
+            if message.sender == node.leader:
+                node.leader = 0  # it asks for a later term, so it leads no more in this one: no lease
             if node.in_lease and not message.transfer:
                 election.refuse_in_lease(node, message)
                 return False
@@ -222,6 +226,7 @@ class RawNode:
         node = self._node
         node.advance(now_ms)
         if node.role is not Role.LEADER and node.is_promotable:
+            node.wake()
             election.start_pre_vote(node)
 
     def peer_lost(self, replica: int, now_ms: int) -> None:
@@ -233,8 +238,10 @@ class RawNode:
         node = self._node
         node.advance(now_ms)
         if node.role is Role.LEADER:
+            node.wake()
             leader.peer_lost(node, replica)
         elif replica == node.leader:
+            node.wake()
             election.leader_lost(node, replica)
 
     def peer_restored(self, replica: int, now_ms: int, *, forgot: bool = False) -> None:
@@ -249,7 +256,32 @@ class RawNode:
         node = self._node
         node.advance(now_ms)
         if node.role is Role.LEADER:
+            node.wake()
             leader.peer_restored(node, replica, forgot)
+
+    def wake(self, now_ms: int, heard_ms: Mapping[int, int]) -> None:
+        """Let a quiet node take up its ordinary timers again; nothing happens to one that is awake.
+
+        The host must call this when it has not heard the broker of the node's leader (on a leader: of any
+        member) for an election timeout, or when that broker was started anew. Proposals and messages wake a
+        node by themselves.
+
+        Args:
+            now_ms: time.
+            heard_ms: replica id -> when the host last heard its broker, for the members it knows of. A
+                follower's election timeout counts from there; a leader steps down in a heartbeat's time if it
+                was more than an election timeout ago for too many.
+        """
+        node = self._node
+        node.advance(now_ms)
+        quiescence.wake(node, heard_ms)
+
+    def leader_heard(self, heard_ms: int) -> None:
+        """The host last heard the leader's broker at ``heard_ms``: as good as a heartbeat for the lease of a
+        quiet follower. To be called before a VoteRequest is stepped into one: while its leader had nothing to
+        say, nobody kept its lease fresh."""
+        if self._node.quiet:
+            quiescence.leader_heard(self._node, heard_ms)
 
     def on_durable(self, sequence: int) -> None:
         """``Append.sequence`` and all before it are synced."""
@@ -295,6 +327,7 @@ class RawNode:
         node = self._node
         node.advance(now_ms)
         if node.role is Role.LEADER:
+            node.wake()
             leader.step_down(node)
 
     def restore(self, snapshot: Snapshot, now_ms: int, *, leader_time_ms: int = 0) -> bool:
@@ -312,6 +345,7 @@ class RawNode:
         """
         node = self._node
         node.advance(now_ms)
+        node.wake()
         return follower.restore(node, snapshot, leader_time_ms)
 
     def on_snapshot_sent(self, to: int, index: int) -> None:
@@ -419,6 +453,11 @@ class RawNode:
         committed (Raft section 8)."""
         node = self._node
         return node.role is Role.LEADER and node.log.applied >= node.term_start
+
+    @property
+    def quiet(self) -> bool:
+        """Whether this node rests: it has no deadline until something wakes it (see ``quiescence``)."""
+        return self._node.quiet
 
     @property
     def commit(self) -> int:

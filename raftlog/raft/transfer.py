@@ -19,6 +19,7 @@ def begin(node: Node, to: int) -> None:
         return
     if to not in node.progress or not is_voter(node.confs.current, to):
         raise ConfigError(f"replica {to} is not a voter of this group, or not known")
+    node.wake()
     node.transfer_to = to
     node.transfer_until_ms = node.now_ms + node.config.election_timeout_ms
     node.pump_wanted = True

@@ -171,10 +171,12 @@ class AppendResponse(_Message, frozen=True, tag=4):
 
 
 class Heartbeat(_Message, frozen=True, tag=5):
-    """``context`` is echoed by the response (ReadIndex round)."""
+    """``context`` is echoed by the response (ReadIndex round). ``quiet``: the leader's last word before it
+    rests; a follower that holds exactly the log up to ``commit`` rests too and does not answer."""
 
     commit: int
     context: int = 0
+    quiet: bool = False
 
 
 class HeartbeatResponse(_Message, frozen=True, tag=6):
