@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from raftlog.broker.fetch import FetchSession, wire_error
 from raftlog.broker.metadata import check_topic
 from raftlog.broker.wire import decode_messages
-from raftlog.errors import ConfigError, ProtocolError, RaftlogError
+from raftlog.errors import Busy, ConfigError, ProtocolError, RaftlogError
 from raftlog.net import rpc
 from raftlog.net.server import Reply, ServerConnection
 from raftlog.state.command import UnknownCommand
@@ -47,6 +47,9 @@ class Service:
     # -- Handler ---------------------------------------------------------------------------------------------
 
     def on_open(self, connection: ServerConnection) -> None:
+        if not hasattr(self._broker, "metadata"):
+            # it listens already, for others have to be told its address, and still reads its metadata
+            raise Busy(f"broker {self._broker.broker_id} is starting")
         peer = connection.peer
         if peer.role == "broker" and peer.address is not None:
             host, port = peer.address
