@@ -17,9 +17,7 @@ def test_the_fixture_gives_a_log(raftlog_log: raftlog.Log) -> None:
         assert producer.send("from-the-fixture", b"x").result(10).offset == 0
 
 
-def test_the_fixture_is_shared_by_the_module(
-    raftlog_cluster: LocalCluster, raftlog_log: raftlog.Log
-) -> None:
+def test_the_fixture_is_shared_by_the_module(raftlog_cluster: LocalCluster, raftlog_log: raftlog.Log) -> None:
     assert raftlog_cluster.log is raftlog_log
     assert "from-the-fixture" in raftlog_log.topics()
 
