@@ -184,8 +184,10 @@ def test_hostile_input_is_a_protocol_error(case: str) -> None:
 
 def test_fields_of_a_later_release_are_passed_over() -> None:
     """New fields are added at the end: a rolling upgrade sends them to this release."""
-    (found,) = decode_messages(RaftMessages([[5, 1, 2, 3, 4, 0, "new"]], []), memoryview(b""))
-    assert found == t.Heartbeat(1, 2, 3, 4, 0)
+    sent = t.Heartbeat(1, 2, 3, 4, 5)
+    row = [*msgspec.to_builtins(sent), "new", 7]
+    (found,) = decode_messages(RaftMessages([row], []), memoryview(b""))
+    assert found == sent
 
 
 # -- at a broker ---------------------------------------------------------------------------------------------
