@@ -39,8 +39,8 @@ class RaftConfig:
     """Entries kept in memory for followers once they are durable and applied here."""
 
     announce_commits: bool = True
-    """Tell followers of a commit at once. False: with the next entries or heartbeat. That is two messages less
-    per entry, and followers apply up to a heartbeat later; nothing that is promised depends on it."""
+    """Tell followers of a commit at once. False: with the next entries or heartbeat. That is two messages
+    less per entry, and followers apply up to a heartbeat later; nothing that is promised depends on it."""
 
     def __post_init__(self) -> None:
         for name in (
