@@ -123,8 +123,11 @@ class SimDisk:
         self.cached = True
         """False: ``try_read`` finds nothing in memory."""
         self.syncs = 0
-        """Syncs of a file so far, and commits of the journal's lane."""
+        """Syncs of a file so far."""
         self.commits = 0
+        """Commits of the journal's lane that have begun, failed ones too."""
+        self.commits_done = 0
+        """The last of them that was synced."""
         self.trace: list[Step] | None = [] if record else None
         self._nodes: dict[str, _Node] = {}
         self._failing_syncs = 0
@@ -249,7 +252,9 @@ class SimDisk:
     async def commit(self, writes: Sequence[Write]) -> None:
         async with self._lane:
             self.commits += 1
+            ordinal = self.commits
             await self._write(writes, sync=True)
+            self.commits_done = ordinal
 
     async def write(self, writes: Sequence[Write], *, sync: bool = True) -> None:
         await self._write(writes, sync=sync)

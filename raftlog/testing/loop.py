@@ -59,6 +59,18 @@ class UnhandledError(SimulationError):
     """An error that nobody handled: in a callback, or in a task that nobody awaited. The cause is chained."""
 
 
+class SimTask(Task[T]):
+    """A task whose hash is its number. Sets of tasks are common (``gather(*tasks)``), and with the usual
+    hash, an address, their order would be another in each run."""
+
+    def __init__(self, number: int, coro: Generator[Any, None, T] | Coroutine[Any, Any, T], **options: Any):
+        self._number = number  # the constructor hashes it already
+        super().__init__(coro, **options)
+
+    def __hash__(self) -> int:
+        return self._number
+
+
 class SimNode:
     """One run of a simulated process, from its start until it is killed. A restart makes a new one."""
 
@@ -111,6 +123,7 @@ class SimLoop(asyncio.BaseEventLoop):
     Attributes:
         steps: callbacks run so far.
         on_kill: called with a SimNode right after it was killed (the network and disks listen here).
+        on_step: called with the SimNode whose callback has just run (invariants are checked here).
     """
 
     def __init__(self, seed: int, *, steps_max: int = 20_000_000, seconds_max: float = 30 * 86_400.0) -> None:
@@ -118,6 +131,7 @@ class SimLoop(asyncio.BaseEventLoop):
         self.set_debug(False)
         self.steps = 0
         self.on_kill: list[Callable[[SimNode], None]] = []
+        self.on_step: Callable[[SimNode], None] | None = None
         self._random = random.Random(seed)
         self._now = START_TIME
         self._steps_max = steps_max
@@ -291,7 +305,7 @@ class SimLoop(asyncio.BaseEventLoop):
             raise RuntimeError("the simulation has ended")
         self._task_sequence += 1
         task_name = f"task-{self._task_sequence}" if name is None else str(name)
-        task: Task[T] = Task(coro, loop=self, name=task_name, context=context)
+        task = SimTask(self._task_sequence, coro, loop=self, name=task_name, context=context)
         self._owner(context)._tasks.add(task)
         return task
 
@@ -368,6 +382,8 @@ class SimLoop(asyncio.BaseEventLoop):
         self.steps += 1
         self._trace = crc32(node.name.encode(), self._trace)
         handle._run()
+        if self.on_step is not None:
+            self.on_step(node)
         if self._unhandled:
             self._raise_unhandled()
         if self.steps > self._steps_max:

@@ -11,14 +11,21 @@ from collections.abc import Coroutine
 from functools import partial
 from typing import Any, Final, TypeVar
 
+import msgspec
+
 from raftlog.broker.broker import Broker, BrokerPlace
 from raftlog.broker.founding import FoundingPlan, found
 from raftlog.broker.peers import Address
 from raftlog.client.connections import Bootstrap
 from raftlog.config import BrokerConfig
+from raftlog.errors import RaftlogError
 from raftlog.net.network import Seams
+from raftlog.net.rpc import BrokerRow
+from raftlog.raft.types import Message
+from raftlog.storage.disk import Disk
 from raftlog.storage.spec import StorageConfig
 from raftlog.testing.disk import CrashMode, SimDisk
+from raftlog.testing.invariants import Watch
 from raftlog.testing.loop import SimLoop
 from raftlog.testing.network import SimNetwork
 
@@ -37,6 +44,7 @@ class SimCluster:
         config: of the brokers.
         storage: of the brokers; small files by default, so that rolling and recycling happen often.
         sync_seconds: (least, most) a synced write takes; drawn per broker.
+        latency: (least, most) seconds that bytes travel between nodes.
     """
 
     def __init__(
@@ -47,10 +55,11 @@ class SimCluster:
         config: BrokerConfig | None = None,
         storage: StorageConfig | None = None,
         sync_seconds: tuple[float, float] = (0.0002, 0.003),
+        latency: tuple[float, float] = (0.0001, 0.002),
     ) -> None:
         self.random = random.Random(seed)
         self.loop = SimLoop(self.random.getrandbits(64))
-        self.network = SimNetwork(self.loop, self._fork())
+        self.network = SimNetwork(self.loop, self._fork(), latency=latency)
         self.config = config or BrokerConfig()
         self.storage = storage or StorageConfig(
             journal_bytes=256 << 10, direct_bytes=8 << 10, flush_bytes=64 << 10
@@ -62,6 +71,9 @@ class SimCluster:
             broker_id: SimDisk(self._fork(), latency=self.random.uniform(*sync_seconds))
             for broker_id in range(brokers)
         }
+        self.watch = Watch(self.loop)
+        """Holds every invariant after every event."""
+        self._broker_class = _watched(self.watch)
 
     def _fork(self) -> random.Random:
         return random.Random(self.random.getrandbits(64))
@@ -83,12 +95,22 @@ class SimCluster:
             self.run(broker.ready(), node=broker_name(broker_id))
 
     def start_broker(self, broker_id: int) -> None:
-        """Start a broker's process on its disk and wait until it listens."""
-        self.brokers[broker_id] = self.run(self._start(broker_id), node=broker_name(broker_id))
+        """Start a broker's process on its disk and wait until it listens.
+
+        Raises:
+            RaftlogError: what ``Broker.start`` raises; the process has ended then.
+        """
+        try:
+            self.brokers[broker_id] = self.run(self._start(broker_id), node=broker_name(broker_id))
+        except RaftlogError:
+            self.loop.kill(broker_name(broker_id))
+            self.watch.ended(broker_id)
+            self.disks[broker_id] = self.disks[broker_id].kill()
+            raise
 
     async def _start(self, broker_id: int) -> Broker:
         name = broker_name(broker_id)
-        return await Broker.start(
+        return await self._broker_class.start(
             self.seams(name, name),
             self.disks[broker_id],
             config=self.config,
@@ -105,6 +127,7 @@ class SimCluster:
     def kill_broker(self, broker_id: int) -> None:
         """SIGKILL."""
         self.loop.kill(broker_name(broker_id))
+        self.watch.ended(broker_id)
         del self.brokers[broker_id]
         self.disks[broker_id] = self.disks[broker_id].kill()
 
@@ -113,6 +136,7 @@ class SimCluster:
         self.network.power_cut(broker_name(broker_id))
         if self.loop.is_alive(broker_name(broker_id)):
             self.loop.kill(broker_name(broker_id))
+        self.watch.ended(broker_id)
         del self.brokers[broker_id]
         self.disks[broker_id] = self.disks[broker_id].crash(mode)
 
@@ -138,6 +162,7 @@ class SimCluster:
 
     def close(self) -> None:
         """End the simulation."""
+        self.loop.on_step = None
         for broker_id in list(self.brokers):
             self.loop.kill(broker_name(broker_id))
         self.loop.close()
@@ -145,6 +170,26 @@ class SimCluster:
 
 async def _learn(broker: Broker, addresses: dict[int, Address]) -> None:
     broker.learn(addresses)
+
+
+def _watched(watch: Watch) -> type[Broker]:
+    """Production's broker, with ears for what it hands to its disk and to its peers."""
+
+    class WatchedBroker(Broker):
+        def __init__(self, seams: Seams, disk: Disk, *args: Any) -> None:
+            super().__init__(seams, disk, *args)
+            assert isinstance(disk, SimDisk)
+            watch.started(self, disk)
+
+        def send(self, broker_id: int, message: Message) -> None:
+            watch.sent(self, message)
+            super().send(broker_id, message)
+
+        def row(self) -> BrokerRow:
+            # The process id of the simulation itself would make each run's bytes another.
+            return msgspec.structs.replace(super().row(), pid=1000 + self.broker_id)
+
+    return WatchedBroker
 
 
 def broker_name(broker_id: int) -> str:

@@ -1,0 +1,367 @@
+"""The nemesis: breaks a simulated cluster, and never more of it than the log promises to survive.
+
+Each fault has a number and a Random of its own, drawn from the seed and that number, so that a failing run
+can be repeated without some of its faults.
+
+What may be broken at once: brokers that are *down* or *cut off* come back and cost nothing but time; brokers
+whose data is *lost* (a wiped directory, rot that recovery refuses, a sync that failed, after which nothing
+that the disk says is to be trusted) count against the minority for good. So at least one good copy of every
+committed entry stays.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable
+from typing import Final
+
+from raftlog.errors import DamagedData, DataDirError, NotLeader, RaftlogError, StorageFailed, StorageFull
+from raftlog.raft.types import Role
+from raftlog.testing.disk import CrashMode
+from raftlog.testing.sim_cluster import SimCluster, broker_name
+from raftlog.testing.swarm import Profile
+
+CATCH_SECONDS: Final = 0.3
+"""How long a power cut waits for bytes that are written and not synced, to hit them."""
+ROOM_BYTES_MAX: Final = 96 << 10
+
+
+class Nemesis:
+    """Faults for one run.
+
+    Args:
+        cluster: to break.
+        profile: which faults.
+        crash_client: ends a random client's process; for the fault "client crash".
+    """
+
+    def __init__(self, cluster: SimCluster, profile: Profile, crash_client: Callable[[], None]) -> None:
+        self.cluster = cluster
+        self.profile = profile
+        self.fired: Counter[str] = Counter()
+        self.log: list[str] = []
+        """What was done, for people."""
+        self.down: set[int] = set()
+        self.cut: set[int] = set()
+        self.lost: set[int] = set()
+        self.suspect: set[int] = set()
+        """Their disk failed a sync: they run, and are not trusted."""
+        self._crash_client = crash_client
+        self._random = random.Random(0)
+        self._faults: dict[str, Callable[[int], None]] = {
+            "kill": self._kill,
+            "crash twice": self._crash_twice,
+            "power cut": self._power_cut,
+            "isolate": self._isolate,
+            "one way": self._one_way,
+            "stall": self._stall,
+            "pause": self._pause,
+            "clock": self._clock,
+            "full disk": self._full_disk,
+            "failed sync": self._failed_sync,
+            "transfer": self._transfer,
+            "rot": self._rot,
+            "wipe": self._wipe,
+        }
+
+    @property
+    def minority(self) -> int:
+        """Brokers that may be out of reach at once while the cluster goes on."""
+        return (self.profile.brokers - 1) // 2
+
+    @property
+    def spare(self) -> int:
+        """How many more may be taken away now."""
+        return self.minority - len(self.down | self.cut | self.lost)
+
+    @property
+    def spare_copies(self) -> int:
+        """How many more disks may be lost for good."""
+        return (self.profile.replication - 1) // 2 - len(self.lost | self.suspect)
+
+    # -- choosing --------------------------------------------------------------------------------------------
+
+    def step(self, number: int) -> None:
+        """Let some time pass, then do fault ``number`` (unless the profile skips it)."""
+        rng = self._random = random.Random(f"fault {self.profile.seed}/{number}")
+        self.cluster.loop.run_for(rng.uniform(*self.profile.gap_seconds))
+        self.revive()
+        if number in self.profile.skip:
+            return
+        possible = self._possible()
+        if not possible:
+            return
+        name = rng.choices(list(possible), [self._weight(each) for each in possible])[0]
+        self.fired[name] += 1
+        self._say(f"fault {number}: {name}")
+        possible[name]()
+
+    def _weight(self, name: str) -> float:
+        return 3.0 if name == "recover" else self.profile.weights[name]
+
+    def _possible(self) -> dict[str, Callable[[], None]]:
+        wanted = self.profile.weights
+        up = [broker for broker in sorted(self.cluster.brokers) if broker not in self.cut]
+        found: dict[str, Callable[[], None]] = {"client crash": self._crash_client}
+        if self.profile.brokers > 1:
+            found |= {"break": self._break, "clog": self._clog, "slow link": self._slow_link}
+        if not self.down and not self.cut:
+            found["blackout"] = self._blackout
+        if self.spare > 0:
+            found["split"] = self._split
+        for name, fault in self._faults.items():
+            victims = up
+            if name in ("kill", "crash twice", "power cut", "isolate", "one way") and self.spare <= 0:
+                continue
+            if name in ("rot", "wipe") and (self.spare <= 0 or self.spare_copies <= 0):
+                continue
+            if name == "failed sync":
+                victims = [broker for broker in up if broker not in self.suspect]
+                if self.spare_copies <= 0:
+                    continue
+            if victims:
+                victim = self._random.choice(victims)
+                found[name] = lambda fault=fault, victim=victim: fault(victim)  # type: ignore[misc]
+        found = {name: fault for name, fault in found.items() if name in wanted}
+        if (self.down - self.lost) or self.cut:
+            found["recover"] = self.recover
+        return found
+
+    def _say(self, what: str) -> None:
+        self.log.append(f"{self.cluster.loop.time() - 1000:.3f} s  {what}")
+        self.cluster.watch.note(what)
+
+    # -- starting and stopping -------------------------------------------------------------------------------
+
+    def revive(self) -> None:
+        """Start anew the brokers that ended by themselves, as whoever hosts them does."""
+        for broker_id, broker in list(self.cluster.brokers.items()):
+            if broker.failed.done():
+                self._say(f"broker {broker_id} ended: {broker.failed.result()}")
+                self.cluster.kill_broker(broker_id)
+                self.start(broker_id)
+
+    def start(self, broker_id: int) -> None:
+        """Start a broker. One whose data recovery refuses is lost, if a fault explains it."""
+        self.down.discard(broker_id)
+        for _ in range(3):
+            try:
+                self.cluster.start_broker(broker_id)
+            except DataDirError as error:
+                if not isinstance(error, DamagedData) or broker_id not in self.suspect:
+                    raise
+                self._say(f"broker {broker_id} refuses to start: {error}")
+                self.fired["refused to start"] += 1
+                self._lose(broker_id)
+                return
+            except (StorageFull, StorageFailed) as error:
+                self._say(f"broker {broker_id} cannot start: {error}")
+                self.cluster.disks[broker_id].capacity = None
+            else:
+                return
+        raise AssertionError(f"broker {broker_id} does not start")
+
+    def _lose(self, broker_id: int) -> None:
+        self.lost.add(broker_id)
+        self.cluster.watch.distrust(broker_id)
+
+    def recover(self) -> None:
+        """Start what is down, connect what is cut off."""
+        for broker_id in sorted(self.down):
+            self.start(broker_id)
+        for broker_id in sorted(self.cut):
+            self.cut.discard(broker_id)
+            self.cluster.network.heal(broker_name(broker_id))
+
+    def heal(self) -> None:
+        """End every fault that can end."""
+        self.revive()
+        for disk in self.cluster.disks.values():
+            disk.capacity = None
+        self.cluster.network.heal()
+        self.recover()
+        names = [broker_name(broker_id) for broker_id in self.cluster.disks]
+        for a in names:
+            for b in names:
+                if a != b:
+                    self.cluster.network.set_latency(a, b, *self.profile.latency)
+
+    def heal_quorum(self, is_quorum: Callable[[set[int]], bool]) -> None:
+        """Heal a random quorum of brokers among themselves; the others stay away or cannot be heard."""
+        rng = random.Random(f"quorum {self.profile.seed}")
+        chosen: set[int] = set()
+        whole = [broker_id for broker_id in sorted(self.cluster.disks) if broker_id not in self.lost]
+        self.revive()
+        for broker_id in rng.sample(whole, len(whole)):
+            if is_quorum(chosen):
+                break
+            chosen.add(broker_id)
+        self.cluster.network.heal()
+        for broker_id in sorted(chosen):
+            self.cluster.disks[broker_id].capacity = None
+            self.cut.discard(broker_id)
+            if broker_id in self.down:
+                self.start(broker_id)
+        for broker_id in sorted(set(self.cluster.brokers) - chosen):
+            if rng.random() < 0.5:
+                self._kill(broker_id)
+            else:
+                self._isolate(broker_id)
+        self._say(f"only brokers {sorted(chosen)} are healed")
+
+    # -- network ---------------------------------------------------------------------------------------------
+
+    def _pair(self) -> tuple[str, str]:
+        a, b = self._random.sample(sorted(self.cluster.disks), 2)
+        return broker_name(a), broker_name(b)
+
+    def _break(self) -> None:
+        self.cluster.network.break_connections(*self._pair())
+
+    def _clog(self) -> None:
+        self.cluster.network.clog(*self._pair(), self._random.uniform(0.1, 3.0))
+
+    def _slow_link(self) -> None:
+        least = self._random.uniform(0.01, 0.2)
+        self.cluster.network.set_latency(*self._pair(), least, least * self._random.uniform(1.0, 3.0))
+
+    def _isolate(self, broker_id: int) -> None:
+        self._cut_off(broker_id, both=True)
+
+    def _one_way(self, broker_id: int) -> None:
+        self._cut_off(broker_id, both=False)
+
+    def _cut_off(self, broker_id: int, *, both: bool) -> None:
+        self.cut.add(broker_id)
+        for other in sorted(self.cluster.disks):
+            if other != broker_id:
+                self.cluster.network.cut(broker_name(broker_id), broker_name(other), both=both)
+
+    def _split(self) -> None:
+        """Two halves; clients reach both."""
+        brokers = sorted(set(self.cluster.disks) - self.lost - self.down - self.cut)
+        few = self._random.sample(brokers, min(self.spare, len(brokers)))
+        many = [broker_id for broker_id in self.cluster.disks if broker_id not in few]
+        self.cut |= set(few)
+        self.cluster.network.partition(
+            [broker_name(broker_id) for broker_id in few], [broker_name(broker_id) for broker_id in many]
+        )
+
+    # -- processes -------------------------------------------------------------------------------------------
+
+    def _kill(self, broker_id: int) -> None:
+        self._catch_unsynced([broker_id])
+        if broker_id in self.cluster.brokers:
+            self.down.add(broker_id)
+            self.cluster.kill_broker(broker_id)
+
+    def _crash_twice(self, broker_id: int) -> None:
+        """A kill, which leaves writes that no sync has covered, and a power cut soon after the restart."""
+        self._kill(broker_id)
+        self.start(broker_id)
+        self.cluster.loop.run_for(self._random.uniform(0.01, 1.0))
+        if broker_id in self.cluster.brokers:
+            self.down.add(broker_id)
+            self.cluster.cut_power(broker_id, self._mode())
+
+    def _catch_unsynced(self, brokers: list[int]) -> None:
+        """Run on until one of these disks is in the middle of a write, if that comes soon."""
+        disks = [self.cluster.disks[broker_id] for broker_id in brokers]
+        loop = self.cluster.loop
+        until = loop.time() + CATCH_SECONDS
+        if self._random.random() < 0.3:
+            for disk in disks:
+                loop.call_soon(disk.stall, CATCH_SECONDS)  # whoever does not wait for it is found out
+            loop.run_for(CATCH_SECONDS * self._random.random())
+        loop.run_until(
+            lambda: loop.time() >= until or any(disk.unsynced_bytes for disk in disks), 10 * CATCH_SECONDS
+        )
+
+    def _mode(self) -> CrashMode:
+        return self._random.choice([CrashMode.RANDOM, CrashMode.NONE, CrashMode.PREFIX, CrashMode.ALL])
+
+    def _power_cut(self, broker_id: int) -> None:
+        self._catch_unsynced([broker_id])
+        self.down.add(broker_id)
+        self.cluster.cut_power(broker_id, self._mode())
+
+    def _blackout(self) -> None:
+        """All brokers lose power at once: only what was synced is left."""
+        brokers = sorted(self.cluster.brokers)
+        self._catch_unsynced(brokers)
+        mode = self._mode()
+        for broker_id in brokers:
+            self.down.add(broker_id)
+            self.cluster.cut_power(broker_id, mode)
+        self.cluster.loop.run_for(0.1)
+        for broker_id in self._random.sample(brokers, len(brokers)):
+            self.start(broker_id)
+
+    def _pause(self, broker_id: int) -> None:
+        loop, name = self.cluster.loop, broker_name(broker_id)
+        loop.pause(name)
+        loop.run_for(self._random.uniform(0.1, 4.0))
+        loop.resume(name)
+
+    def _clock(self, broker_id: int) -> None:
+        jump = self._random.choice([-1, 1]) * self._random.choice([50, 5_000, 3_600_000])
+        drift = self._random.uniform(-0.2, 0.2)
+        self.cluster.loop.adjust_clock(broker_name(broker_id), jump_ms=jump, drift=drift)
+
+    def _transfer(self, broker_id: int) -> None:
+        """Hand over the leadership of everything that the broker leads."""
+        loop = self.cluster.loop
+        broker = self.cluster.brokers[broker_id]
+        for replica in list(broker.replicas()):
+            node = replica.node
+            if node.role is Role.LEADER and replica.fault is None and node.progress:
+                to = self._random.choice(sorted(node.progress))
+                with loop.node(broker_name(broker_id)):
+                    try:
+                        node.transfer_leadership(to, broker.now_ms())
+                    except (NotLeader, RaftlogError):
+                        continue
+                    broker.mark(replica)
+
+    # -- disks -----------------------------------------------------------------------------------------------
+
+    def _stall(self, broker_id: int) -> None:
+        disk, seconds = self.cluster.disks[broker_id], self._random.uniform(0.1, 3.0)
+        self.cluster.loop.call_soon(disk.stall, seconds)
+
+    def _full_disk(self, broker_id: int) -> None:
+        disk = self.cluster.disks[broker_id]
+        disk.capacity = disk.used_bytes + self._random.randrange(ROOM_BYTES_MAX)
+        self.cluster.loop.call_later(self._random.uniform(0.2, 4.0), self._make_room, broker_id)
+
+    def _make_room(self, broker_id: int) -> None:
+        self.cluster.disks[broker_id].capacity = None
+
+    def _failed_sync(self, broker_id: int) -> None:
+        """The process ends and is started anew; what the disk has dropped may be found missing later."""
+        self.suspect.add(broker_id)
+        self.cluster.watch.distrust(broker_id)
+        self.cluster.disks[broker_id].fail_sync(1)
+
+    def _rot(self, broker_id: int) -> None:
+        """Kill a broker, change a few bytes of its disk, start it: it may refuse, it may not lie."""
+        self.suspect.add(broker_id)
+        self.cluster.watch.distrust(broker_id)
+        self.cluster.kill_broker(broker_id)
+        disk = self.cluster.disks[broker_id]
+        for _ in range(self._random.randint(1, 3)):
+            paths = [path for path in disk.paths() if disk.content(path)]
+            path = self._random.choice(paths)
+            position = self._random.randrange(len(disk.content(path)))
+            disk.flip(path, position, 1 << self._random.randrange(8))
+            self._say(f"rot in {path} at {position}")
+        self.start(broker_id)
+
+    def _wipe(self, broker_id: int) -> None:
+        """The directory is gone: the broker stays away."""
+        self.cluster.kill_broker(broker_id)
+        disk = self.cluster.disks[broker_id]
+        for path in disk.paths():
+            disk.put(path, b"")
+        self._lose(broker_id)
