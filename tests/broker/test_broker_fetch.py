@@ -70,6 +70,23 @@ def test_a_long_poll_does_not_show_what_is_not_committed(world: World) -> None:
     assert not produced.done()
 
 
+def test_a_fetch_ends_where_the_committed_log_ends(world: World) -> None:
+    """Whatever else stands in the leader's log may yet be lost."""
+    leader = world.leader()
+    reader, writer = world.dial(leader), world.dial(leader)
+    world.written(writer, batch(b"kept"))
+    world.isolate(leader)
+    for timestamp_ms in (2_000, 9_000):
+        world.produce(writer, batch(b"doubtful", timestamp_ms=timestamp_ms))
+    world.until(lambda: world.replica(leader).log.end_offset == 3)
+    response, payload = world.call(reader, world.fetch_request(0))
+    assert values_of(payload) == [b"kept"]
+    assert response.partitions[0].committed == 1
+    queries = [OffsetQuery(world.topic_id, 0, at) for at in (OFFSET_LATEST, 5_000)]
+    answers = world.call(reader, ListOffsetsRequest(queries))[0].answers
+    assert [(answer.offset, answer.timestamp_ms) for answer in answers] == [(1, -1), (1, -1)]
+
+
 def test_a_long_poll_ends_with_nothing_after_its_time(world: World) -> None:
     leader = world.leader()
     reader = world.dial(leader)
@@ -102,8 +119,15 @@ def test_without_waiting_the_answer_comes_at_once(world: World, wait_ms: int) ->
     assert world.loop.time() - before < 0.1
 
 
-def test_a_poll_over_several_partitions_is_woken_by_any_of_them(world: World) -> None:
-    """A topic whose partitions one broker all leads."""
+def test_what_is_there_is_answered_at_once_however_long_one_would_wait(world: World) -> None:
+    connection = world.dial(world.leader())
+    world.written(connection, batch(b"there"))
+    before = world.loop.time()
+    assert world.fetched(connection, 0, wait_ms=20_000) == [b"there"]
+    assert world.loop.time() - before < 0.1
+
+
+def test_a_poll_over_several_partitions_is_woken_by_any_of_them() -> None:
     with World(brokers=1, partitions=3) as alone:
         reader, writer = alone.dial(0), alone.dial(0)
         wanted = [FetchPartition(alone.topic_id, partition, 0) for partition in range(3)]
