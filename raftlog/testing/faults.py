@@ -14,9 +14,18 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable
-from typing import Final
+from typing import Any, Final
 
-from raftlog.errors import DamagedData, DataDirError, NotLeader, RaftlogError, StorageFailed, StorageFull
+from raftlog.broker.replica import Replica
+from raftlog.errors import (
+    CorruptFrame,
+    DamagedData,
+    DataDirError,
+    NotLeader,
+    RaftlogError,
+    StorageFailed,
+    StorageFull,
+)
 from raftlog.raft.types import Role
 from raftlog.testing.disk import CrashMode
 from raftlog.testing.sim_cluster import SimCluster, broker_name
@@ -25,6 +34,7 @@ from raftlog.testing.swarm import Profile
 CATCH_SECONDS: Final = 0.3
 """How long a power cut waits for bytes that are written and not synced, to hit them."""
 ROOM_BYTES_MAX: Final = 96 << 10
+_READ_BYTES: Final = 1 << 20
 
 
 class Nemesis:
@@ -159,8 +169,22 @@ class Nemesis:
                 self._say(f"broker {broker_id} cannot start: {error}")
                 self.cluster.disks[broker_id].capacity = None
             else:
+                if broker_id in self.suspect:
+                    self._scrub(broker_id)
                 return
         raise AssertionError(f"broker {broker_id} does not start")
+
+    def _scrub(self, broker_id: int) -> None:
+        """Read all that a broker holds whose disk is not to be trusted; one with damage is taken away, as
+        long as there is no repair in place."""
+        try:
+            for replica in list(self.cluster.brokers[broker_id].replicas()):
+                self.cluster.run(_read_all(replica), node=broker_name(broker_id))
+        except (DamagedData, CorruptFrame) as error:
+            self._say(f"broker {broker_id} reports damage: {error}")
+            self.fired["damage reported"] += 1
+            self.cluster.kill_broker(broker_id)
+            self._lose(broker_id)
 
     def _lose(self, broker_id: int) -> None:
         self.lost.add(broker_id)
@@ -181,6 +205,9 @@ class Nemesis:
             disk.capacity = None
         self.cluster.network.heal()
         self.recover()
+        self._restore_latency()
+
+    def _restore_latency(self) -> None:
         names = [broker_name(broker_id) for broker_id in self.cluster.disks]
         for a in names:
             for b in names:
@@ -198,6 +225,7 @@ class Nemesis:
                 break
             chosen.add(broker_id)
         self.cluster.network.heal()
+        self._restore_latency()
         for broker_id in sorted(chosen):
             self.cluster.disks[broker_id].capacity = None
             self.cut.discard(broker_id)
@@ -365,3 +393,10 @@ class Nemesis:
         for path in disk.paths():
             disk.put(path, b"")
         self._lose(broker_id)
+
+
+async def _read_all(replica: Replica[Any]) -> None:
+    log, index = replica.log, replica.log.first_index
+    while index <= replica.node.applied:
+        entries = await log.entries(index, replica.node.applied + 1, _READ_BYTES)
+        index = entries[-1].index + 1

@@ -292,11 +292,26 @@ class Watch:
                 f"at index {recovered}"
             )
         member.durable = member.handed = recovered
+        self._count_duplicates(replica)
         view = View(replica, group, member, last_index=recovered, last_crc=core.last_crc)
         view.commit, view.applied = core.commit, core.applied
         if recovered:
             self.note(f"replica {spec.replica_id} is back", group)
         return view
+
+    def _count_duplicates(self, replica: Replica[Any]) -> None:
+        """Count the batches that a partition takes without appending anything."""
+        produce = getattr(replica, "produce", None)
+        if produce is None:
+            return
+
+        def counted(batch: Any, done: Any) -> None:
+            before = replica.node.last_index
+            produce(batch, done)
+            if replica.node.last_index == before:
+                self.counts["duplicates recognised"] += 1
+
+        setattr(replica, "produce", counted)  # noqa: B010 - a method, to type checkers
 
     def _changed(self, view: View) -> None:
         core, group = view.replica.node, view.group

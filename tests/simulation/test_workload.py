@@ -45,7 +45,7 @@ def run(profile: Profile) -> tuple[History, int]:
 def test_promises_hold(seed: int) -> None:
     profile = draw(seed)
     history, _ = run(profile)
-    assert history.count(Outcome.OK) >= profile.values, "the faults left next to nothing to check"
+    assert history.count(Outcome.OK) >= profile.values // 2, "the faults left next to nothing to check"
     assert history.polls, "nobody consumed"
 
 
