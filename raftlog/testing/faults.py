@@ -27,6 +27,8 @@ from raftlog.errors import (
     StorageFull,
 )
 from raftlog.raft.types import Role
+from raftlog.storage.journal_format import FILE_HEADER_BYTES
+from raftlog.storage.journal_scan import scan_journal
 from raftlog.testing.disk import CrashMode
 from raftlog.testing.sim_cluster import SimCluster, broker_name
 from raftlog.testing.swarm import Profile
@@ -373,15 +375,23 @@ class Nemesis:
         self.cluster.disks[broker_id].fail_sync(1)
 
     def _rot(self, broker_id: int) -> None:
-        """Kill a broker, change a few bytes of its disk, start it: it may refuse, it may not lie."""
+        """Kill a broker, change a few bytes of its disk, start it: it may refuse, it may not lie.
+
+        What the journal holds above its sync floor is spared: damage there cannot be told from a torn write,
+        and recovery rightly cuts it.
+        """
         self.suspect.add(broker_id)
-        self.cluster.watch.distrust(broker_id)
         self.cluster.kill_broker(broker_id)
         disk = self.cluster.disks[broker_id]
+        scan = self.cluster.run(scan_journal(disk, None))
+        sizes = {path: len(disk.content(path)) for path in disk.paths()}
+        for file in scan.files:
+            floor = min(file.end, scan.floor) - file.base
+            sizes[file.path] = FILE_HEADER_BYTES + floor if floor > 0 else 0
+        paths = [path for path, size in sizes.items() if size]
         for _ in range(self._random.randint(1, 3)):
-            paths = [path for path in disk.paths() if disk.content(path)]
             path = self._random.choice(paths)
-            position = self._random.randrange(len(disk.content(path)))
+            position = self._random.randrange(sizes[path])
             disk.flip(path, position, 1 << self._random.randrange(8))
             self._say(f"rot in {path} at {position}")
         self.start(broker_id)

@@ -15,6 +15,7 @@ log matching           entries of equal index and term have equal crc; frames ar
                        so equal crcs mean equal logs below
 state machine safety   one crc per committed index, one end of the log per applied index
 durable before told    an acknowledgement names no index, a commit no majority, that the disks did not sync
+commit rule            a leader counts entries of its own term only (Raft figure 8)
 nothing synced is lost a restarted replica has what was synced before
 high watermark         commit and applied never step back while a replica runs; a leader serves only once it
                        holds everything that was ever served
@@ -399,6 +400,11 @@ class Watch:
         view.commit = core.commit
         if core.commit > group.commit:
             self._check_quorum(view)
+            if core.role is Role.LEADER and entries and entries[-1].term != core.term:
+                raise Violation(
+                    f"commit rule: replica {core.id} of {group.name} leads in term {core.term} and committed "
+                    f"index {core.commit} of term {entries[-1].term} by counting"
+                )
             group.commit = core.commit
 
     def _check_quorum(self, view: View) -> None:

@@ -33,6 +33,9 @@ TOPIC: Final = "work"
 QUIET_SECONDS: Final = 120.0
 PROGRESS_SECONDS: Final = 30.0
 """A healed quorum must have acknowledged a write to every partition within this time."""
+SETTLE_SECONDS: Final = 5.0
+"""Until what faults have begun is over: stalls, clogs, campaigns."""
+CALM_SECONDS: Final = 5.0
 _READ_BYTES: Final = 1 << 20
 
 
@@ -103,6 +106,7 @@ class Workload:
             task.result()
         self.nemesis.revive()  # what went out of service late
         loop.run_until(self._all_equal, QUIET_SECONDS)
+        self._check_calm()
         self.cluster.run(self._audit(), node="auditor", seconds=QUIET_SECONDS)
         for broker_id in sorted(self.cluster.brokers):
             self.cluster.run(self._audit_broker(broker_id), node=broker_name(broker_id))
@@ -111,6 +115,16 @@ class Workload:
         loop.kill("reader")
         loop.run_until(self._all_equal, QUIET_SECONDS)  # again: an election may have come in between
         self._check_replicas()
+
+    def _check_calm(self) -> None:
+        """Nothing is broken and nothing to do: then nobody campaigns."""
+        loop = self.cluster.loop
+        loop.run_for(SETTLE_SECONDS)
+        before = self.cluster.watch.counts["elections"]
+        loop.run_for(CALM_SECONDS)
+        elections = self.cluster.watch.counts["elections"] - before
+        if elections:
+            raise NoProgress(f"{elections} elections in a calm cluster in {CALM_SECONDS:.0f} s")
 
     def _check_liveness(self) -> None:
         """Heal a random quorum, keep the rest broken: it must go on by itself."""

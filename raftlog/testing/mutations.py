@@ -1,0 +1,311 @@
+"""Planted bugs: can the simulator find them?
+
+Each mutation replaces one piece of source by another, in memory, in a process of its own, and seeds run until
+a checker objects. A piece that does not stand in its module exactly once is an error: the code has moved on,
+and the mutation must follow.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
+from pathlib import Path
+from types import CodeType, ModuleType
+from typing import Final
+
+PACKAGE: Final = "raftlog"
+
+
+@dataclass(frozen=True, slots=True)
+class Mutation:
+    """One planted bug: in ``module``, ``old`` becomes ``new``."""
+
+    name: str
+    module: str
+    old: str
+    new: str
+
+
+MUTATIONS: Final = (
+    Mutation(
+        "votes and requests leave before term and vote are synced",
+        "raftlog.raft.durability",
+        "if self.confirmed == self.handed:",
+        "if True:",
+    ),
+    Mutation(
+        "a late sync confirms entries that have been cut",
+        "raftlog.raft.durability",
+        "if flight[1] > last:",
+        "if False:",
+    ),
+    Mutation(
+        "entries of older terms are committed by counting",
+        "raftlog.raft.leader",
+        "if index > log.commit and index >= node.term_start:",
+        "if index > log.commit:",
+    ),
+    Mutation(
+        "a leader counts itself before its own disk has synced",
+        "raftlog.raft.leader",
+        "match[node.id] = node.durability.index",
+        "match[node.id] = node.log.last_index",
+    ),
+    Mutation(
+        "a follower acknowledges what is not synced",
+        "raftlog.raft.follower",
+        "index = min(node.matched_index, durability.index)",
+        "index = node.matched_index",
+    ),
+    Mutation(
+        "a follower cuts its log without a conflict",
+        "raftlog.raft.follower",
+        "if log.term(entry.index) != entry.term:",
+        "if True:",
+    ),
+    Mutation(
+        "a follower commits what it has not compared",
+        "raftlog.raft.follower",
+        "commit = min(message.commit, last)",
+        "commit = min(message.commit, log.last_index)",
+    ),
+    Mutation(
+        "a follower does not compare the entry before",
+        "raftlog.raft.follower",
+        "elif log.term(prev_index) != prev_term:",
+        "elif prev_index > log.last_index:",
+    ),
+    Mutation(
+        "heartbeats do not put off elections",
+        "raftlog.raft.follower",
+        '''have acknowledged to it."""
+    node.heard_leader(message.sender)''',
+        '''have acknowledged to it."""
+    node.leader = message.sender''',
+    ),
+    Mutation(
+        "votes for candidates with shorter logs",
+        "raftlog.raft.log",
+        "return (last_term, last_index) >= (self.last_term, self.last_index)",
+        "return True",
+    ),
+    Mutation(
+        "votes go by length of the log, not by term",
+        "raftlog.raft.log",
+        "return (last_term, last_index) >= (self.last_term, self.last_index)",
+        "return last_index >= self.last_index",
+    ),
+    Mutation(
+        "two votes in one term",
+        "raftlog.raft.election",
+        "free = node.vote == candidate or (node.vote == 0 and node.leader == 0)",
+        "free = True",
+    ),
+    Mutation(
+        "a majority is one too few",
+        "raftlog.raft.quorum",
+        "return count // 2 + 1",
+        "return count // 2",
+    ),
+    Mutation(
+        "committed when one has it",
+        "raftlog.raft.quorum",
+        "return indexes[(len(indexes) - 1) // 2]",
+        "return indexes[-1]",
+    ),
+    Mutation(
+        "a leader serves before its no-op is applied",
+        "raftlog.raft.raw_node",
+        "return node.role is Role.LEADER and node.log.applied >= node.term_start",
+        "return node.role is Role.LEADER",
+    ),
+    Mutation(
+        "a leader that nobody answers stays in office",
+        "raftlog.raft.heartbeats",
+        "return vote_result(node.confs.current, active) is VoteResult.WON",
+        "return True",
+    ),
+    Mutation(
+        "the journal tells of a sync before it happens",
+        "raftlog.storage.journal",
+        "await self._retry(lambda: self._disk.commit((write,)))",
+        "asyncio.ensure_future(self._disk.commit((write,)))",
+    ),
+    Mutation(
+        "a large entry's segment is not synced with the journal",
+        "raftlog.storage.journal",
+        "await self._disk.commit(writes)",
+        "await self._disk.commit(writes[:1]); await self._disk.write(writes[1:], sync=False)",
+    ),
+    Mutation(
+        "term and vote are not recovered",
+        "raftlog.storage.recovery",
+        "replica.hard_state = decode_hard_state(record.body)",
+        "decode_hard_state(record.body)",
+    ),
+    Mutation(
+        "recovery does not replay that entries were replaced",
+        "raftlog.storage.recovery",
+        "while entries and entries[-1].header.index >= header.index:",
+        "while False:",
+    ),
+    Mutation(
+        "recovery trusts bytes that no sync has covered",
+        "raftlog.storage.store",
+        "await self._sync_what_was_read(scan, found)",
+        "pass",
+    ),
+    Mutation(
+        "recovery cuts where bytes had been synced",
+        "raftlog.storage.journal_scan",
+        "if files and not scan.damage and scan.end < scan.floor:",
+        "if False:",
+    ),
+    Mutation(
+        "what is not committed is flushed to segments",
+        "raftlog.storage.replica_log",
+        "return min(self.committed, self.durable_index)",
+        "return self.durable_index",
+    ),
+    Mutation(
+        "the last batches of a producer are not known again",
+        "raftlog.state.producers",
+        "if each.first_sequence == first and each.last_sequence == last:",
+        "if False:",
+    ),
+    Mutation(
+        "a snapshot loses the producers",
+        "raftlog.state.partition",
+        "list(self.producers.items()),",
+        "[],",
+    ),
+    Mutation(
+        "a batch is acknowledged when it is appended",
+        "raftlog.broker.partition",
+        "self._in_flight[base_offset] = entry.index",
+        "done(ProduceResponse(base_offset, entry.leader_time_ms, self.machine.log_start), None)",
+    ),
+    Mutation(
+        "a consumer passes over a record between two fetches",
+        "raftlog.client.fetcher",
+        "each.fetch_offset, each.last_term = end\n",
+        "each.fetch_offset, each.last_term = end[0] + 1, end[1]\n",
+    ),
+)
+
+
+class PatchFailed(Exception):
+    """The piece of source is not there, or stands there more than once."""
+
+
+def patched_source(mutation: Mutation, source: str) -> str:
+    """The module's source with the bug in it.
+
+    Raises:
+        PatchFailed: the mutation no longer applies.
+    """
+    count = source.count(mutation.old)
+    if count != 1:
+        raise PatchFailed(f"{mutation.name!r}: found {count} times in {mutation.module}: {mutation.old!r}")
+    return source.replace(mutation.old, mutation.new)
+
+
+def check_all_apply() -> None:
+    """Raise PatchFailed for the first mutation that no longer applies or is no Python."""
+    for mutation in MUTATIONS:
+        spec = importlib.util.find_spec(mutation.module)
+        assert spec is not None, mutation.module
+        assert spec.origin is not None, mutation.module
+        source = patched_source(mutation, Path(spec.origin).read_text(encoding="utf-8"))
+        compile(source, spec.origin, "exec")
+
+
+class _Loader(SourceFileLoader):
+    """Loads one module with a bug in it."""
+
+    def __init__(self, fullname: str, path: str, mutation: Mutation) -> None:
+        super().__init__(fullname, path)
+        self._mutation = mutation
+
+    def get_code(self, fullname: str) -> CodeType:
+        path = self.get_filename(fullname)
+        source = patched_source(self._mutation, Path(path).read_text(encoding="utf-8"))
+        return compile(source, path, "exec")
+
+
+class _Finder(MetaPathFinder):
+    def __init__(self, mutation: Mutation) -> None:
+        self._mutation = mutation
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != self._mutation.module:
+            return None
+        spec = PathFinder.find_spec(fullname, path, target)
+        assert spec is not None, fullname
+        assert spec.origin is not None, fullname
+        spec.loader = _Loader(fullname, spec.origin, self._mutation)
+        return spec
+
+
+def _run_mutant(mutation: Mutation, seeds: int) -> dict[str, object]:
+    """In a process of its own: import everything anew with the bug in it, and run seeds until it is found."""
+    sys.meta_path.insert(0, _Finder(mutation))
+    for name in [name for name in sys.modules if name == PACKAGE or name.startswith(f"{PACKAGE}.")]:
+        del sys.modules[name]
+    run = importlib.import_module("raftlog.testing.run")
+    draw = importlib.import_module("raftlog.testing.swarm").draw
+    for seed in range(seeds):
+        result = run.run_once(draw(seed))
+        if result.verdict is not run.Verdict.GOOD:
+            return {"seeds": seed + 1, "verdict": result.verdict.value, "text": result.text}
+    return {"seeds": seeds, "verdict": "good", "text": ""}
+
+
+def run_all(seeds: int, only: str = "") -> list[str]:
+    """Plant every mutation in turn; print what found it.
+
+    Args:
+        seeds: to try for each.
+        only: part of the name of those to plant.
+
+    Returns:
+        Names of the mutations that were not found.
+
+    Raises:
+        PatchFailed: a mutation no longer applies.
+    """
+    check_all_apply()
+    escaped = []
+    for number, mutation in enumerate(MUTATIONS):
+        if only not in mutation.name:
+            continue
+        command = [sys.executable, "-m", "raftlog.testing.mutations", str(number), str(seeds)]
+        environ = {**os.environ, "PYTHONHASHSEED": "0"}
+        done = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise PatchFailed(f"{mutation.name!r} does not run:\n{done.stderr}")
+        found = json.loads(done.stdout.splitlines()[-1])
+        if found["verdict"] == "good":
+            escaped.append(mutation.name)
+            print(f"NOT FOUND   {mutation.name} ({seeds} seeds)", flush=True)
+        else:
+            text = str(found["text"]).split(":")[0][:60]
+            print(f"{found['seeds']:3d} seeds   {mutation.name}: {found['verdict']}: {text}", flush=True)
+    return escaped
+
+
+if __name__ == "__main__":
+    import logging
+
+    logging.disable(logging.CRITICAL)
+    print(json.dumps(_run_mutant(MUTATIONS[int(sys.argv[1])], int(sys.argv[2]))))
