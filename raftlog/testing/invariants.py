@@ -31,7 +31,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from raftlog.errors import RaftlogError
-from raftlog.raft.quorum import quorum_index
 from raftlog.raft.types import Append, AppendResponse, Message, Role, VoteRequest, VoteResponse
 from raftlog.testing.disk import SimDisk
 from raftlog.testing.loop import START_TIME, SimLoop, SimNode
@@ -408,7 +407,7 @@ class Watch:
             group.commit = core.commit
 
     def _check_quorum(self, view: View) -> None:
-        """A majority has synced what is committed for the first time."""
+        """A majority has synced what is committed for the first time (counted here, not by the core)."""
         core, group = view.replica.node, view.group
         durable = {}
         for replica_id, member in group.members.items():
@@ -416,7 +415,8 @@ class Watch:
             if running is not None:
                 member.settle(running[1].commits_done)
             durable[replica_id] = member.durable
-        if quorum_index(core.conf, {**dict.fromkeys(core.conf.members, 0), **durable}) < core.commit:
+        halves = [half for half in (core.conf.voters, core.conf.outgoing) if half]
+        if any(2 * sum(durable.get(each, 0) >= core.commit for each in half) <= len(half) for half in halves):
             raise Violation(
                 f"durable before told: replica {core.id} of {group.name} committed {core.commit}, synced are "
                 f"{durable}"

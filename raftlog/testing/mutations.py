@@ -271,6 +271,24 @@ def _run_mutant(mutation: Mutation, seeds: int) -> dict[str, object]:
     return {"seeds": seeds, "verdict": "good", "text": ""}
 
 
+def plant(number: int, seeds: int) -> dict[str, object]:
+    """Plant mutation ``number`` in a new process and run up to so many seeds.
+
+    Returns:
+        ``seeds`` it took, ``verdict`` of the last run and its ``text``.
+
+    Raises:
+        PatchFailed: the process did not come to a verdict.
+    """
+    command = [sys.executable, "-m", "raftlog.testing.mutations", str(number), str(seeds)]
+    environ = {**os.environ, "PYTHONHASHSEED": "0"}
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise PatchFailed(f"{MUTATIONS[number].name!r} does not run:\n{done.stderr}")
+    found: dict[str, object] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
 def run_all(seeds: int, only: str = "") -> list[str]:
     """Plant every mutation in turn; print what found it.
 
@@ -289,12 +307,7 @@ def run_all(seeds: int, only: str = "") -> list[str]:
     for number, mutation in enumerate(MUTATIONS):
         if only not in mutation.name:
             continue
-        command = [sys.executable, "-m", "raftlog.testing.mutations", str(number), str(seeds)]
-        environ = {**os.environ, "PYTHONHASHSEED": "0"}
-        done = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise PatchFailed(f"{mutation.name!r} does not run:\n{done.stderr}")
-        found = json.loads(done.stdout.splitlines()[-1])
+        found = plant(number, seeds)
         if found["verdict"] == "good":
             escaped.append(mutation.name)
             print(f"NOT FOUND   {mutation.name} ({seeds} seeds)", flush=True)

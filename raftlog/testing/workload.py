@@ -33,9 +33,9 @@ TOPIC: Final = "work"
 QUIET_SECONDS: Final = 120.0
 PROGRESS_SECONDS: Final = 30.0
 """A healed quorum must have acknowledged a write to every partition within this time."""
-SETTLE_SECONDS: Final = 5.0
+SETTLE_SECONDS: Final = 4.0
 """Until what faults have begun is over: stalls, clogs, campaigns."""
-CALM_SECONDS: Final = 5.0
+CALM_SECONDS: Final = 3.0
 _READ_BYTES: Final = 1 << 20
 
 
