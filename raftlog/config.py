@@ -285,6 +285,8 @@ class BrokerConfig(Settings):
     election_timeout_ms: Annotated[int, Field(ge=10)] = 1000
     """A follower that hears nothing for one to two times this campaigns."""
     heartbeat_ms: Annotated[int, Field(ge=1)] = 100
+    quiet_after_ms: Annotated[int, Field(ge=0)] = 500
+    """A partition with nothing to do for this long sends no heartbeats of its own; 0: it always does."""
     rank_delay_ms: Annotated[int, Field(ge=0)] = 50
     """When the connection to the leader's broker breaks, the n-th survivor campaigns after n times this."""
     append_bytes_max: Annotated[int, Field(ge=1 * KIB)] = 1 * MIB

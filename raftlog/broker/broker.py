@@ -20,6 +20,7 @@ import msgspec
 from raftlog.broker.metadata import MetadataReplica, MetadataService, metadata_spec
 from raftlog.broker.partition import PartitionReplica
 from raftlog.broker.peers import Address, Peers
+from raftlog.broker.pulse import Pulse
 from raftlog.broker.replica import Replica
 from raftlog.broker.service import Service
 from raftlog.config import BrokerConfig, TopicConfig
@@ -30,7 +31,7 @@ from raftlog.net.rpc import BrokerRow, MetadataCommandRequest, ReplicaRow
 from raftlog.net.server import RpcServer
 from raftlog.net.stream import Limits
 from raftlog.raft.config import RaftConfig
-from raftlog.raft.types import ConfState, Message, Role, SoftState
+from raftlog.raft.types import ConfState, Message, Role, SoftState, VoteRequest
 from raftlog.state.metadata import RegisterBroker, Topic
 from raftlog.storage.disk import Disk
 from raftlog.storage.identity import Identity, load_identity, store_identity
@@ -38,8 +39,6 @@ from raftlog.storage.spec import ReplicaSpec, StorageConfig
 from raftlog.storage.store import BrokerStore
 
 logger = logging.getLogger("raftlog.broker")
-
-_TICK_S: Final = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +114,7 @@ class Broker:
             on_down=self._peer_down,
             on_learned=self._addresses_changed,
         )
+        self.pulse = Pulse(self)
         self.metadata: MetadataService
         self._registered: asyncio.Task[None]
         store.on_fault = self._store_fault
@@ -156,13 +156,14 @@ class Broker:
         own = self._metadata_replica_id
         replica = await MetadataReplica.open(self, self.store.logs[own], members, self._metadata_changed)
         self._by_id[own] = replica
+        self.pulse.watch(replica)
         registration = RegisterBroker(
             self.broker_id, self.identity.disk_id, self.place.node_id, self.place.zone
         )
         self.metadata = MetadataService(self, replica, self.identity.cluster_id, registration)
         await self._open_partitions()
         self.peers.learn({**self.identity.addresses, self.broker_id: (self.identity.incarnation, *address)})
-        self.spawn(self._tick_forever())
+        self.pulse.start()
         self.spawn(self._reconcile_forever())
         self._registered = self.spawn(self.metadata.register())
 
@@ -191,6 +192,7 @@ class Broker:
             id=replica_id,
             election_timeout_ms=self.config.election_timeout_ms,
             heartbeat_ms=self.config.heartbeat_ms,
+            quiet_after_ms=self.config.quiet_after_ms,
             append_bytes_max=self.config.append_bytes_max,
             inflight_messages_max=self.config.inflight_messages_max,
             inflight_bytes_max=self.config.inflight_bytes_max,
@@ -247,6 +249,7 @@ class Broker:
             dirty, self._dirty = self._dirty, []
             for replica in dirty:
                 replica.pump()
+                self.pulse.pumped(replica)
         self.peers.flush()
 
     def leadership_changed(self, replica: Replica[Any], before: SoftState | None) -> None:
@@ -255,15 +258,6 @@ class Broker:
             logger.debug(
                 "broker %d: %s is %s in term %d", self.broker_id, replica.name, node.role.value, node.term
             )
-
-    # -- time ------------------------------------------------------------------------------------------------
-
-    async def _tick_forever(self) -> None:
-        while not self._closed:
-            await asyncio.sleep(_TICK_S)
-            now = self.now_ms()
-            for replica in self._by_id.values():
-                replica.tick(now)
 
     # -- peers -----------------------------------------------------------------------------------------------
 
@@ -302,6 +296,14 @@ class Broker:
     ) -> Any:
         response, _ = await self.peers.connection(broker_id).call(request, (payload,), timeout=timeout)
         return response.result
+
+    def step(self, message: Message) -> None:
+        """Take a Raft message from a peer; one for a replica that is not here is dropped."""
+        replica = self._by_id.get(message.to)
+        if replica is not None:
+            if type(message) is VoteRequest and replica.node.quiet:
+                self.pulse.refresh_lease(replica)
+            replica.step(message)
 
     # -- which replicas are here -----------------------------------------------------------------------------
 
@@ -398,6 +400,7 @@ class Broker:
             self._by_id[replica_id] = replica
             self._partitions[(topic.topic_id, partition)] = replica
             replica.tick(self.now_ms())
+            self.pulse.watch(replica)
 
     # -- trouble and the end ---------------------------------------------------------------------------------
 
@@ -424,6 +427,7 @@ class Broker:
 
     async def _stop(self) -> None:
         self._closed = True
+        self.pulse.close()
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()

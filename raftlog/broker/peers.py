@@ -140,6 +140,11 @@ class Peers:
         (link.bulk_out if isinstance(message, _BULK) else link.control_out).append(message)
         self._waiting.add(link)
 
+    def broadcast(self, message: OneWay) -> None:
+        """Send a small message to every peer at once, on the control connection."""
+        for link in self._links.values():
+            _send(link.control, message)
+
     def flush(self) -> None:
         """Send what is queued: at most one frame per connection."""
         if not self._waiting:

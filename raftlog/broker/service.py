@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from raftlog.broker.fetch import FetchSession, wire_error
 from raftlog.broker.metadata import check_topic
+from raftlog.broker.out_of_service import out_of_service_rows
 from raftlog.broker.wire import decode_messages
 from raftlog.errors import Busy, ConfigError, ProtocolError, RaftlogError
 from raftlog.net import rpc
@@ -85,9 +86,9 @@ class Service:
             raise ProtocolError(f"{type(message).__name__} from a {connection.peer.role}")
         if type(message) is rpc.RaftMessages:
             for raft_message in decode_messages(message, payload):
-                replica = broker.replica(raft_message.to)
-                if replica is not None:
-                    replica.step(raft_message)
+                broker.step(raft_message)
+        elif type(message) is rpc.BrokerHeartbeat:
+            broker.pulse.heard(connection.peer.broker_id, connection.peer.incarnation, message)
         elif type(message) is rpc.Addresses:
             broker.learn(message.brokers)
 
@@ -207,6 +208,9 @@ class Service:
             broker.replica_row(replica)
             for replica in broker.replicas()
             if wanted is None or replica.log.spec.topic in wanted
+        ]
+        rows += [
+            row for row in out_of_service_rows(broker.store) if wanted is None or row.topic in wanted
         ]
         clients = sorted(
             {

@@ -310,6 +310,15 @@ class RaftMessages(Struct, frozen=True):
     api: ClassVar[int] = 31
 
 
+class BrokerHeartbeat(Struct, frozen=True):
+    """One-way, every heartbeat: this broker lives, and so do its replicas, all but those named (replica ids).
+    Groups with nothing to say rely on it."""
+
+    retired: list[int] = []
+
+    api: ClassVar[int] = 32
+
+
 REQUESTS: Final[dict[int, type[Request[Any]]]] = {
     cls.api: cls
     for cls in (
@@ -327,5 +336,6 @@ REQUESTS: Final[dict[int, type[Request[Any]]]] = {
 ONE_WAY: Final[dict[int, type[Struct]]] = {
     Addresses.api: Addresses,
     RaftMessages.api: RaftMessages,
+    BrokerHeartbeat.api: BrokerHeartbeat,
     ProduceRequest.api: ProduceRequest,
 }
