@@ -299,6 +299,11 @@ class ClusterClient:
 
     def _seek_ended(self, task: asyncio.Task[None]) -> None:
         self._seek_task = None
+        if self._seekers and not task.cancelled() and task.exception() is None:
+            # Somebody came between the task's last look, which found nobody, and this call.
+            self._seek_task = self._spawn(self._seek())
+            self._seek_task.add_done_callback(self._seek_ended)
+            return
         error = Closed("this client is closed") if task.cancelled() else task.exception()
         seekers, self._seekers = self._seekers, {}
         for futures in seekers.values():
