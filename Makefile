@@ -1,17 +1,19 @@
 # Two commands matter: `make demo` and `make test`. Each builds .venv first if it has to.
 #
 # PYTHON: the interpreter to build .venv from (3.11 or newer).
+# SEEDS:  how many `make simulate` runs.
 # RAY:    `make test RAY=no` leaves out the tests that start a real Ray cluster.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 RAY    ?= yes
+SEEDS  ?= 500
 BIN    := .venv/bin
 READY  := .venv/.ready
 EXTRAS := test,lint,examples
 SAY    := @printf '\033[1m== %s\033[0m\n'
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types imports deps unit ray-tests format bench clean
+.PHONY: help setup demo test lint types imports deps unit ray-tests simulate format bench clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -59,6 +61,12 @@ ifeq ($(RAY),yes)
 	$(SAY) "pytest: on a real Ray cluster"
 	@$(BIN)/python -m pytest -q -m ray || test $$? -eq 5  # 5: none were collected
 endif
+
+simulate: $(READY)  ## 500 simulated clusters under faults (SEEDS=, ARGS=), then every planted bug must be found
+	$(SAY) "simulation: $(SEEDS) seeds"
+	@nice -n 10 $(BIN)/python -m raftlog.testing.simulate --seeds $(SEEDS) $(ARGS)
+	$(SAY) "simulation: planted bugs"
+	@nice -n 10 $(BIN)/python -m raftlog.testing.simulate --mutations
 
 format: $(READY)  ## Format the code and fix what ruff can fix
 	$(SAY) "ruff: format and fix"

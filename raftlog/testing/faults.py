@@ -36,6 +36,8 @@ from raftlog.testing.swarm import Profile
 CATCH_SECONDS: Final = 0.3
 """How long a power cut waits for bytes that are written and not synced, to hit them."""
 ROOM_BYTES_MAX: Final = 96 << 10
+_ONE_AWAY: Final = ("kill", "crash twice", "power cut", "isolate", "one way", "usurp")
+"""Faults that take one broker away."""
 _READ_BYTES: Final = 1 << 20
 
 
@@ -67,6 +69,7 @@ class Nemesis:
             "power cut": self._power_cut,
             "isolate": self._isolate,
             "one way": self._one_way,
+            "usurp": self._usurp,
             "stall": self._stall,
             "pause": self._pause,
             "clock": self._clock,
@@ -124,7 +127,7 @@ class Nemesis:
             found["split"] = self._split
         for name, fault in self._faults.items():
             victims = up
-            if name in ("kill", "crash twice", "power cut", "isolate", "one way") and self.spare <= 0:
+            if name in _ONE_AWAY and self.spare <= 0:
                 continue
             if name in ("rot", "wipe") and (self.spare <= 0 or self.spare_copies <= 0):
                 continue
@@ -132,6 +135,8 @@ class Nemesis:
                 victims = [broker for broker in up if broker not in self.suspect]
                 if self.spare_copies <= 0:
                     continue
+            if name == "usurp":
+                victims = [broker for broker in up if self._leads(broker)]
             if victims:
                 victim = self._random.choice(victims)
                 found[name] = lambda fault=fault, victim=victim: fault(victim)  # type: ignore[misc]
@@ -359,6 +364,16 @@ class Nemesis:
     def _stall(self, broker_id: int) -> None:
         disk, seconds = self.cluster.disks[broker_id], self._random.uniform(0.1, 3.0)
         self.cluster.loop.call_soon(disk.stall, seconds)
+
+    def _leads(self, broker_id: int) -> bool:
+        return any(replica.staged is not None for replica in self.cluster.brokers[broker_id].replicas())
+
+    def _usurp(self, broker_id: int) -> None:
+        """A leader whose disk stands still is heard no more: it takes writes that nobody else gets, and the
+        next leader cuts them off while they are still on their way to the disk."""
+        self.cluster.loop.call_soon(self.cluster.disks[broker_id].stall, self._random.uniform(1.0, 6.0))
+        self._cut_off(broker_id, both=False)
+        self.cluster.loop.run_for(self._random.uniform(0.5, 3.0))
 
     def _full_disk(self, broker_id: int) -> None:
         disk = self.cluster.disks[broker_id]

@@ -9,6 +9,7 @@ that is asked of the code under test, which might be wrong about it.
 invariant              how it is held
 ====================== =================================================================================
 election safety        one leader per group and term (Raft figure 3)
+cut at conflicts only  an entry is never replaced by the same one (Raft figure 2, AppendEntries 3)
 one vote per term      by votes that left the replica, across restarts
 leader completeness    a new leader's log holds the highest entry that was ever committed
 log matching           entries of equal index and term have equal crc; frames are chained by their crcs,
@@ -61,6 +62,8 @@ class Member:
     """[commit of the disk that must be done, last index], oldest first: handed over, not synced."""
     handed: int = 0
     """The last index handed over."""
+    crcs: dict[int, int] = field(default_factory=dict)
+    """index -> crc of what this run of its broker handed over."""
     trusted: bool = True
     """Its disk keeps what it synced (not after a failed sync, a wipe, or rot)."""
 
@@ -196,8 +199,15 @@ class Watch:
         member.settle(disk.commits_done)
         if first <= member.handed:
             self.counts["truncations"] += 1
+            if member.crcs.get(first) == append.entries[0].crc:
+                self._broken = Violation(
+                    f"cut without conflict: replica {replica_id} of {view.group.name} replaced entry {first} "
+                    "by the same one, and dropped what followed"
+                )
             member.cut(first - 1)
         member.handed = last
+        for entry in append.entries:
+            member.crcs[entry.index] = entry.crc
         member.flights.append([disk.commits + 1, last])
 
     def sent(self, broker: Broker, message: Message) -> None:
@@ -292,6 +302,7 @@ class Watch:
                 f"at index {recovered}"
             )
         member.durable = member.handed = recovered
+        member.crcs.clear()
         self._count_duplicates(replica)
         view = View(replica, group, member, last_index=recovered, last_crc=core.last_crc)
         view.commit, view.applied = core.commit, core.applied

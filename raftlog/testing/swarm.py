@@ -24,6 +24,7 @@ FAULTS: Final[dict[str, float]] = {
     "split": 1.0,
     "clog": 0.7,
     "slow link": 0.7,
+    "usurp": 1.0,
     "stall": 1.0,
     "pause": 1.0,
     "clock": 0.5,
