@@ -119,20 +119,35 @@ class BrokerHost:
         self._launch = launch
         self._broker: Broker | None = None
 
-    async def start(self) -> BrokerInfo:
-        """Found or recover the broker's directory and serve.
+    def _disk(self) -> RealDisk:
+        return RealDisk(broker_folder(self._launch.data_dir, self._launch.broker_id))
+
+    async def found(self) -> None:
+        """Give the directory its identity, if it has none. Every founding broker's is written before the
+        first of them is started.
 
         Raises:
-            DataDirError: the directory is locked, of another cluster, or damaged.
+            DataDirError: the directory is of another cluster or broker, or cannot be written.
+        """
+        if self._broker is None:
+            disk = self._disk()
+            try:
+                await found(disk, self._launch.plan, self._launch.broker_id)
+            finally:
+                await disk.close()
+
+    async def start(self) -> BrokerInfo:
+        """Recover what is in the directory and serve.
+
+        Raises:
+            DataDirError: the directory was not founded, is locked, or damaged.
         """
         if self._broker is not None:
             return self._info(self._broker)
         launch = self._launch
         sys.setswitchinterval(_SWITCH_INTERVAL_S)
-        folder = broker_folder(launch.data_dir, launch.broker_id)
-        disk = RealDisk(folder)
+        disk = self._disk()
         try:
-            await found(disk, launch.plan, launch.broker_id)
             place = BrokerPlace(
                 host=launch.host,
                 node_id=ray.get_runtime_context().get_node_id(),

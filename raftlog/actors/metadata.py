@@ -94,6 +94,7 @@ class MetadataHost:
         """broker id -> where it belongs."""
         self._running: dict[int, tuple[Actor, BrokerInfo]] = {}
         self._troubles: dict[int, str] = {}
+        self._founding = False
         self._wake = asyncio.Event()
         self._watchers: set[asyncio.Task[None]] = set()
         self._begun: asyncio.Task[None] = asyncio.get_running_loop().create_task(self._begin())
@@ -256,6 +257,7 @@ class MetadataHost:
             if count < 1:
                 raise ConfigError(f"brokers={count}: a cluster has at least one")
             found = dict.fromkeys(range(count))
+            self._founding = True
         plan = decide(spec.name, found)
         node_ids = sorted(nodes)
         load = Counter(dict.fromkeys(node_ids, 0))
@@ -265,6 +267,11 @@ class MetadataHost:
             node_id = min(where.get(broker_id, node_ids), key=lambda node_id: (load[node_id], node_id))
             load[node_id] += 1
             assigned[broker_id] = nodes[node_id]
+        if len(assigned) <= len(plan.brokers) // 2:
+            raise DataDirError(
+                f"the data of only {len(assigned)} of the {len(plan.brokers)} brokers of cluster {spec.name!r} "
+                f"is here ({spec.data_dir}), which is no majority: bring back the nodes or directories of the others"
+            )
         return plan, assigned
 
     def _why_nothing_runs(self) -> RaftlogError:
@@ -288,7 +295,17 @@ class MetadataHost:
         missing = [broker_id for broker_id in self._nodes if broker_id not in self._running]
         if not missing:
             return
-        started = await asyncio.gather(*(self._start_broker(broker_id) for broker_id in missing))
+        actors = await asyncio.gather(*(self._place_broker(broker_id) for broker_id in missing))
+        if self._founding and not all(actors):
+            return  # no broker of a new cluster runs before every one of them knows who belongs to it
+        self._founding = False
+        started = await asyncio.gather(
+            *(
+                self._start_broker(broker_id, actor)
+                for broker_id, actor in zip(missing, actors, strict=True)
+                if actor
+            )
+        )
         if not any(started):
             return
         addresses = {broker_id: info.address for broker_id, (_, info) in self._running.items()}
@@ -296,8 +313,8 @@ class MetadataHost:
             *(actor.learn.remote(addresses) for actor, _ in self._running.values()), return_exceptions=True
         )
 
-    async def _start_broker(self, broker_id: int) -> bool:
-        """Find the broker's actor or make one; True when it runs."""
+    async def _place_broker(self, broker_id: int) -> Actor | None:
+        """Find the broker's actor or make one, and see that its directory has its identity."""
         assert self._plan is not None
         actor = await self._find_alive(broker_id)
         try:
@@ -315,14 +332,26 @@ class MetadataHost:
                 )
                 options = broker_options(self._spec.name, broker_id, node.node_id)
                 actor = BrokerActor.options(**options).remote(launch)
-            info: BrokerInfo = await asyncio.wait_for(actor.start.remote(), _CALL_TIMEOUT_S)
+            await asyncio.wait_for(actor.found.remote(), _CALL_TIMEOUT_S)
         except (RayError, RaftlogError, TimeoutError, ValueError) as error:
             # ValueError: the name of the actor that died is not free yet.
-            self._troubles[broker_id] = str(error)
-            logger.warning("broker %d of %s does not start: %s", broker_id, self._spec.name, error)
-            if actor is not None and not isinstance(error, RayActorError):
-                ray.kill(actor)
-            asyncio.get_running_loop().call_later(_RETRY_S, self._wake.set)
+            self._failed_to_start(broker_id, actor, error)
+            return None
+        return actor
+
+    def _failed_to_start(self, broker_id: int, actor: Actor | None, error: Exception) -> None:
+        self._troubles[broker_id] = str(error)
+        logger.warning("broker %d of %s does not start: %s", broker_id, self._spec.name, error)
+        if actor is not None and not isinstance(error, RayActorError):
+            ray.kill(actor)
+        asyncio.get_running_loop().call_later(_RETRY_S, self._wake.set)
+
+    async def _start_broker(self, broker_id: int, actor: Actor) -> bool:
+        """True when it runs."""
+        try:
+            info: BrokerInfo = await asyncio.wait_for(actor.start.remote(), _CALL_TIMEOUT_S)
+        except (RayError, RaftlogError, TimeoutError) as error:
+            self._failed_to_start(broker_id, actor, error)
             return False
         self._troubles.pop(broker_id, None)
         self._running[broker_id] = (actor, info)

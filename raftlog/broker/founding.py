@@ -89,10 +89,16 @@ def decide(name: str, found: Mapping[int, Identity | None], random: Random | Non
 
 
 def may_run(plan: FoundingPlan, found: Mapping[int, Identity | None]) -> list[int]:
-    """Which founding brokers may be started: those with an identity, and, while not one has ever run, all of
-    them (a founding that was interrupted is completed). A member whose identity is gone afterwards has lost
-    its data: an empty replica in its place must not vote."""
-    if all(identity is None or identity.incarnation == 0 for identity in found.values()):
+    """Which founding brokers may be started: those with an identity. A member whose identity is gone has lost
+    its data, or its node is away: an empty replica in its place must not vote.
+
+    All may, where nobody has an identity (a new cluster), or a majority has one and has never run: then
+    nobody can have been elected, nothing was ever acknowledged, and a founding that was interrupted is
+    completed.
+    """
+    known = [identity for broker_id, identity in found.items() if identity and broker_id in plan.brokers]
+    never_ran = sum(identity.incarnation == 0 for identity in known)
+    if not known or never_ran > len(plan.brokers) // 2:
         return list(plan.brokers)
     return [broker_id for broker_id in plan.brokers if found.get(broker_id) is not None]
 

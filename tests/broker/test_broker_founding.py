@@ -89,10 +89,15 @@ def test_data_of_a_cluster_of_another_name_is_refused() -> None:
 # -- may_run -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("present", [(), (0,), (1, 2), (0, 1, 2)])
+@pytest.mark.parametrize("present", [(), (1, 2), (0, 1, 2)])
 def test_an_interrupted_founding_is_completed(present: tuple[int, ...]) -> None:
     directories = {broker: identity(broker) if broker in present else None for broker in range(3)}
     assert may_run(PLAN, directories) == [0, 1, 2]
+
+
+def test_a_minority_that_never_ran_founds_nobody_anew() -> None:
+    """The others may have run and be out of sight: made anew, they would be an empty majority."""
+    assert may_run(PLAN, {0: identity(0), 1: None, 2: None}) == [0]
 
 
 @pytest.mark.parametrize("ran", [0, 1, 2])
