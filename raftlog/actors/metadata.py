@@ -269,8 +269,9 @@ class MetadataHost:
             assigned[broker_id] = nodes[node_id]
         if len(assigned) <= len(plan.brokers) // 2:
             raise DataDirError(
-                f"the data of only {len(assigned)} of the {len(plan.brokers)} brokers of cluster {spec.name!r} "
-                f"is here ({spec.data_dir}), which is no majority: bring back the nodes or directories of the others"
+                f"the data of only {len(assigned)} of the {len(plan.brokers)} brokers of cluster "
+                f"{spec.name!r} is here ({spec.data_dir}), which is no majority: bring back the nodes or "
+                "directories of the others"
             )
         return plan, assigned
 
