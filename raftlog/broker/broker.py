@@ -22,6 +22,7 @@ from raftlog.broker.partition import PartitionReplica
 from raftlog.broker.peers import Address, Peers
 from raftlog.broker.pulse import Pulse
 from raftlog.broker.replica import Replica
+from raftlog.broker.retention import Retention, keep_house
 from raftlog.broker.service import Service
 from raftlog.config import BrokerConfig, TopicConfig
 from raftlog.errors import DamagedData, RaftlogError, StorageFailed, StorageFull, UnknownReplica
@@ -165,6 +166,7 @@ class Broker:
         self.peers.learn({**self.identity.addresses, self.broker_id: (self.identity.incarnation, *address)})
         self.pulse.start()
         self.spawn(self._reconcile_forever())
+        self.spawn(keep_house(self))
         self._registered = self.spawn(self.metadata.register())
 
     async def _listen(self) -> tuple[str, int]:
@@ -354,7 +356,7 @@ class Broker:
         assigned = self._assigned()
         known_below = self.metadata.image.next_replica_id
         own = self.metadata.replica.replica_id
-        for replica_id in [*self.store.logs, *self.store.lost]:
+        for replica_id in [*self.store.logs, *self.store.out_of_service]:
             if replica_id in assigned or replica_id == own or replica_id >= known_below:
                 continue
             replica = self._by_id.pop(replica_id, None)
@@ -367,7 +369,7 @@ class Broker:
     async def _create_partitions(self) -> None:
         specs = []
         for replica_id, (topic, partition) in self._assigned().items():
-            if replica_id in self.store.logs or replica_id in self.store.lost:
+            if replica_id in self.store.logs or replica_id in self.store.out_of_service:
                 continue
             settings = TopicConfig.model_validate(topic.config)
             specs.append(
@@ -390,12 +392,14 @@ class Broker:
             if replica_id in self._by_id or replica_id not in self.store.logs:
                 continue
             members = topic.partitions[partition]
+            settings = TopicConfig.model_validate(topic.config)
             replica = await PartitionReplica.open(
                 self,
                 self.store.logs[replica_id],
                 dict(members),
                 preferred=members[0][0] == replica_id,
-                batch_bytes_max=TopicConfig.model_validate(topic.config).max_message_bytes,
+                batch_bytes_max=settings.max_message_bytes,
+                retention=Retention.of(settings),
             )
             self._by_id[replica_id] = replica
             self._partitions[(topic.topic_id, partition)] = replica
@@ -493,6 +497,8 @@ async def _found_metadata_replica(identity: Identity, store: BrokerStore) -> Non
     spec = metadata_spec(identity.metadata_voters, identity.broker_id)
     if spec.replica_id in store.logs:
         return
+    if spec.replica_id in store.damaged:
+        raise store.damaged[spec.replica_id]
     if identity.incarnation > 0:
         raise DamagedData(
             f"broker {identity.broker_id} has lost its replica of the metadata group, and an empty one "

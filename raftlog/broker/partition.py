@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 import struct
 from collections.abc import Mapping
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 from raftlog.broker.replica import Done, Host, Replica, recover
-from raftlog.errors import OffsetOutOfRange
+from raftlog.broker.retention import EXPIRY_INTERVAL_MS, Retention, last_index_below
+from raftlog.errors import OffsetOutOfRange, RaftlogError
 from raftlog.net.rpc import ProduceResponse
 from raftlog.raft.config import RecoveredLog
 from raftlog.raft.types import Entry
 from raftlog.record.batch import check_batch, stamped
 from raftlog.record.frame import Buffer, FrameKind
-from raftlog.state.partition import PartitionState
+from raftlog.state.partition import Command, ExpireProducers, PartitionState, SetLogStart, encode_command
 from raftlog.storage.replica_log import ReplicaLog
 
+logger = logging.getLogger("raftlog.broker")
+
 _BASE_OFFSET: Final = struct.Struct(">Q")
+KEEP_ALL: Final = Retention()
 
 
 class Waiter(Protocol):
@@ -30,6 +35,7 @@ class PartitionReplica(Replica[PartitionState]):
 
     Args:
         batch_bytes_max: a batch above this is refused (topic setting ``max_message_bytes``).
+        retention: what must be kept.
     """
 
     def __init__(
@@ -42,9 +48,13 @@ class PartitionReplica(Replica[PartitionState]):
         *,
         preferred: bool,
         batch_bytes_max: int,
+        retention: Retention = KEEP_ALL,
     ) -> None:
         super().__init__(host, log, machine, recovered, hosts, preferred=preferred)
         self.batch_bytes_max = batch_bytes_max
+        self.retention = retention
+        self._expired_ms = 0
+        """Leader time at which this leader last had producers forgotten."""
         self._in_flight: dict[int, int] = {}
         """base offset -> index of batches above the applied index, for duplicates of a batch in flight."""
         self._waiters_for_records: set[Waiter] = set()
@@ -52,12 +62,28 @@ class PartitionReplica(Replica[PartitionState]):
 
     @classmethod
     async def open(
-        cls, host: Host, log: ReplicaLog, hosts: Mapping[int, int], *, preferred: bool, batch_bytes_max: int
+        cls,
+        host: Host,
+        log: ReplicaLog,
+        hosts: Mapping[int, int],
+        *,
+        preferred: bool,
+        batch_bytes_max: int,
+        retention: Retention = KEEP_ALL,
     ) -> PartitionReplica:
         """Restore the machine from the newest snapshot and the committed log above it."""
         machine = PartitionState.restore(log.snapshot.data) if log.snapshot is not None else PartitionState()
         recovered = await recover(log, machine)
-        return cls(host, log, machine, recovered, hosts, preferred=preferred, batch_bytes_max=batch_bytes_max)
+        return cls(
+            host,
+            log,
+            machine,
+            recovered,
+            hosts,
+            preferred=preferred,
+            batch_bytes_max=batch_bytes_max,
+            retention=retention,
+        )
 
     # -- produce ---------------------------------------------------------------------------------------------
 
@@ -96,6 +122,40 @@ class PartitionReplica(Replica[PartitionState]):
         base_offset = _BASE_OFFSET.unpack_from(entry.payload)[0]
         self._in_flight.pop(base_offset, None)
         return ProduceResponse(base_offset, entry.leader_time_ms, self.machine.log_start)
+
+    # -- retention -------------------------------------------------------------------------------------------
+
+    async def keep_house(self) -> None:
+        """As leader, decide what may go; on any replica, drop what the log says is gone."""
+        if self.staged is not None:
+            now_ms = max(self.host.wall_ms(), self.node.last_leader_time_ms)
+            try:
+                self._retain(now_ms)
+                self._expire_producers(now_ms)
+            except RaftlogError as error:
+                logger.debug("%s: retention waits: %s", self.name, error)
+        await self.compact(last_index_below(self.log.segments, self.machine.log_start))
+        await super().keep_house()
+
+    def _retain(self, now_ms: int) -> None:
+        start = self.retention.start_offset(self.log.segments, now_ms)
+        staged = self.check_serving()
+        if start is not None and start > staged.log_start:
+            self._command(staged, SetLogStart(start))
+
+    def _expire_producers(self, now_ms: int) -> None:
+        staged = self.check_serving()
+        if now_ms - self._expired_ms < EXPIRY_INTERVAL_MS or not staged.producers:
+            return
+        before_ms = now_ms - self.host.config.producer_expiry_ms
+        if next(iter(staged.producers.values())).last_time_ms < before_ms:  # the idlest comes first
+            self._expired_ms = now_ms
+            self._command(staged, ExpireProducers(before_ms))
+
+    def _command(self, staged: PartitionState, command: Command) -> None:
+        refusal = staged.check_command(command)
+        assert refusal is None, refusal
+        self.propose(staged, FrameKind.COMMAND, encode_command(command), _nobody_waits)
 
     # -- fetch -----------------------------------------------------------------------------------------------
 
@@ -143,3 +203,7 @@ class PartitionReplica(Replica[PartitionState]):
     def stopped_serving(self) -> None:
         self._in_flight.clear()
         self._wake()
+
+
+def _nobody_waits(result: Any, error: RaftlogError | None) -> None:
+    """A command that is decided anew if its outcome is lost."""

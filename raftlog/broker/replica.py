@@ -20,7 +20,7 @@ from typing import Any, Final, Generic, Protocol, Self, TypeVar
 
 from raftlog.broker.snapshots import SnapshotExchange
 from raftlog.config import BrokerConfig
-from raftlog.errors import LeadershipLost, NotLeader, RaftlogError, StorageFailed
+from raftlog.errors import LeadershipLost, NotLeader, RaftlogError, StorageFailed, UnknownReplica
 from raftlog.raft.config import RaftConfig, RecoveredLog
 from raftlog.raft.raw_node import RawNode
 from raftlog.raft.types import (
@@ -163,17 +163,39 @@ class Replica(Generic[M]):
         if self.fault is not None:
             return
         node = self.node
-        if node.deadline_ms <= now_ms:
+        if node.deadline_ms <= now_ms and not self._is_stalled(now_ms):
             node.tick(now_ms)
             self.host.mark(self)
         if self._exchange.active:
             self._exchange.tick(now_ms)
-        if self.preferred and node.term == 0 and now_ms >= self._campaign_at:
+        if self.preferred and node.term == 0 and now_ms >= self._campaign_at and not self._is_stalled(now_ms):
             # A brand-new group: nobody has voted yet, so its first replica need not wait for a timeout. It
             # asks again until a majority of the others have come into being.
             self._campaign_at = now_ms + _CAMPAIGN_AGAIN_MS
             node.campaign(now_ms)
             self.host.mark(self)
+
+    def _is_stalled(self, now_ms: int) -> bool:
+        """Whether the broker's disk has kept an append waiting for an election timeout, when this replica was
+        about to act on a timer: then it does not. It gives leadership to one whose disk moves, and does not
+        campaign. A full device is not a stalled one: reads go on, and writes are refused with a reason.
+        """
+        store = self.host.store
+        since = store.oldest_pending_since
+        if since is None or store.fault is not None:
+            return False
+        if now_ms - since * 1000 < self.host.config.election_timeout_ms:
+            return False
+        node = self.node
+        if node.role is Role.LEADER:
+            if len(node.conf.voters) == 1:
+                return False  # nobody to hand over to
+            logger.warning(
+                "broker %d: its disk stalls: it gives up leading %s", self.host.broker_id, self.name
+            )
+            node.step_down(now_ms)
+            self.host.mark(self)
+        return True
 
     def peer_up(self, broker_id: int) -> None:
         """The connections to that broker stand again."""
@@ -312,13 +334,27 @@ class Replica(Generic[M]):
     def stopped_serving(self) -> None:
         """This replica served as leader and does no longer (for subclasses)."""
 
+    async def keep_house(self) -> None:
+        """Called every few seconds: drop what is not needed any more.
+
+        Raises:
+            StorageFull, StorageFailed: the device.
+        """
+        log = self.log
+        if log.spec.internal and log.snapshots:
+            await self.compact(log.snapshots[-1])
+
     async def compact(self, index: int) -> None:
         """Drop whole segments of the log that end at or below ``index``; see
         :meth:`~raftlog.storage.replica_log.ReplicaLog.truncate_prefix`."""
         log, node = self.log, self.node
-        await log.truncate_prefix(index)
-        if self.fault is None and log.first_index > node.first_index:
-            node.on_compacted(log.first_index, log.prev_crc)
+        if self.fault is not None or index < log.first_index:
+            return
+        try:
+            await log.truncate_prefix(index)
+        finally:
+            if self.fault is None and log.first_index > node.first_index:
+                node.on_compacted(log.first_index, log.prev_crc)
 
     def halt(self, what: str, error: AssertionError) -> None:
         """An invariant is broken: this replica must not go on. The broker's other groups can."""
@@ -390,7 +426,8 @@ class Replica(Generic[M]):
             self.staged = None
             self._fail_waiters()
             self.stopped_serving()
-            logger.error("broker %d: %s is out of service: %s", self.host.broker_id, self.name, error)
+            level = logging.INFO if isinstance(error, UnknownReplica) else logging.ERROR  # it was deleted
+            logger.log(level, "broker %d: %s is out of service: %s", self.host.broker_id, self.name, error)
 
     # -- looking ---------------------------------------------------------------------------------------------
 

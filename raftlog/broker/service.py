@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from raftlog.broker.fetch import FetchSession, wire_error
 from raftlog.broker.metadata import check_topic
+from raftlog.broker.out_of_service import out_of_service_rows
 from raftlog.broker.wire import decode_messages
 from raftlog.errors import Busy, ConfigError, ProtocolError, RaftlogError
 from raftlog.net import rpc
@@ -207,6 +208,9 @@ class Service:
             broker.replica_row(replica)
             for replica in broker.replicas()
             if wanted is None or replica.log.spec.topic in wanted
+        ]
+        rows += [
+            row for row in out_of_service_rows(broker.store) if wanted is None or row.topic in wanted
         ]
         clients = sorted(
             {

@@ -23,6 +23,7 @@ from typing import Protocol, TypeAlias
 
 import msgspec
 
+from raftlog.errors import OffsetOutOfRange, RaftlogError
 from raftlog.raft.types import ConfState, Entry, HardState, Snapshot
 from raftlog.record.frame import Buffer, FrameKind
 from raftlog.storage.journal_format import Checkpoint, Place
@@ -365,12 +366,23 @@ class ReplicaLog:
 
         Raises:
             DamagedData: a frame in a segment does not check.
+            OffsetOutOfRange: the segment was dropped meanwhile.
         """
         found = self.try_read(offset, limit_index, bytes_max)
         if found is not None:
             return found
         segment = self._segment_by_offset(offset)
-        return [*await self._reader.read(segment, max(offset, segment.base_offset), limit_index, bytes_max)]
+        start = max(offset, segment.base_offset)
+        try:
+            return [*await self._reader.read(segment, start, limit_index, bytes_max)]
+        except RaftlogError as error:
+            if segment.base_index >= self.first_index:
+                raise
+            raise OffsetOutOfRange(
+                f"offset {offset} of {self.spec.topic}/{self.spec.partition} was dropped while it was read",
+                start=self.start_offset,
+                end=self.end_offset,
+            ) from error
 
     async def find_time(self, timestamp_ms: int, limit_index: int) -> int | None:
         """Base offset of the first batch, up to ``limit_index``, whose greatest timestamp is at least
@@ -384,7 +396,12 @@ class ReplicaLog:
             if segment.base_index > limit_index:
                 return None
             if segment.max_timestamp >= timestamp_ms:
-                return await self._reader.find_time(segment, timestamp_ms, limit_index)
+                try:
+                    return await self._reader.find_time(segment, timestamp_ms, limit_index)
+                except RaftlogError:
+                    if segment.base_index >= self.first_index:
+                        raise
+                    return await self.find_time(timestamp_ms, limit_index)  # it was dropped meanwhile
         return None
 
     def _in_segments(self) -> bool:

@@ -138,6 +138,18 @@ class BrokerStore:
                 self._reader.forget(segment)
         await self._disk.remove_tree(replica_folder(replica_id))
 
+    @property
+    def out_of_service(self) -> dict[int, tuple[ReplicaSpec, str]]:
+        """Lost and damaged replicas, by id, and what is wrong with each. They must not run, nor may others
+        under their ids."""
+        found: dict[int, tuple[ReplicaSpec, str]] = {}
+        for replica_id, spec in self.lost.items():
+            what = f"nothing is left of replica {replica_id} of {spec.topic}-{spec.partition} on this disk"
+            found[replica_id] = (spec, what)
+        for replica_id, error in self.damaged.items():
+            found[replica_id] = (self._specs[replica_id], error.message)
+        return found
+
     # -- append ----------------------------------------------------------------------------------------------
 
     def append(self, log: ReplicaLog, append: Append, done: Done) -> None:

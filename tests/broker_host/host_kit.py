@@ -13,7 +13,7 @@ from raftlog.client.cluster import ClusterClient
 from raftlog.client.consumer import ConsumerCore
 from raftlog.client.producer import ProducerCore
 from raftlog.config import BrokerConfig, ConsumerConfig, ProducerConfig
-from raftlog.record.types import Record
+from raftlog.record.types import Record, TopicPartition
 from raftlog.testing.sim_cluster import SimCluster, broker_name
 
 TOPIC = "t"
@@ -31,18 +31,26 @@ class Host:
         self.loop = self.cluster.loop
         _teach_installs(self.cluster)
         self.cluster.start()
-        config = {"segment_bytes": SEGMENT_BYTES, **(topic or {})}
-        self.cluster.run(self._create(min(3, brokers), config), node="admin")
+        self._settings = {"segment_bytes": SEGMENT_BYTES, **(topic or {})}
+        self.cluster.run(self._create(), node="admin")
         self.count = 0
         self.wait(lambda: self.leader_id is not None)
 
     def client(self, name: str) -> ClusterClient:
         return ClusterClient(self.cluster.seams(name, name), self.cluster.bootstrap, name)
 
-    async def _create(self, replication: int, config: Mapping[str, Any]) -> None:
+    async def _create(self) -> None:
         client = self.client("admin")
-        await Admin(client).create_topic(TOPIC, 1, replication, config, False, 60.0)
+        replication = min(3, len(self.cluster.disks))
+        await Admin(client).create_topic(TOPIC, 1, replication, self._settings, False, 60.0)
         await client.close()
+
+    async def replace_topic(self) -> None:
+        """Delete the topic and create it anew, empty."""
+        client = self.client("admin")
+        await Admin(client).delete_topic(TOPIC, 60.0)
+        await client.close()
+        await self._create()
 
     # -- looking ---------------------------------------------------------------------------------------------
 
@@ -116,15 +124,17 @@ class Host:
         await client.close()
         return count
 
-    def consume(self, reset: str = "earliest") -> list[Record]:
-        """All that a fresh consumer gets until the end of the log."""
-        return self.cluster.run(self._consume(reset), node="consumer")
+    def consume(self, reset: str = "earliest", *, start: int | None = None) -> list[Record]:
+        """All that a fresh consumer gets until the end of the log, from the offset ``start`` if given."""
+        return self.cluster.run(self._consume(reset, start), node="consumer")
 
-    async def _consume(self, reset: str) -> list[Record]:
+    async def _consume(self, reset: str, start: int | None) -> list[Record]:
         client = self.client("consumer")
         config = ConsumerConfig(auto_offset_reset=reset)
         consumer = ConsumerCore(client, config, (TOPIC,), self.loop, self.loop.call_soon)
         await consumer.start()
+        if start is not None:
+            consumer.seek(TopicPartition(TOPIC, 0), start)
         consumer.limit(await consumer.ends())
         records: list[Record] = []
         while not consumer.at_limits():
