@@ -377,6 +377,7 @@ class Sender:
                 answer = await self._cluster.call_any(InitProducerRequest(), timeout=self._delivery_timeout_s)
             except RaftlogError as failure:
                 if failure.retriable:
+                    self._cluster.last_error = failure  # what a delivery that times out gives as its reason
                     continue
                 error = failure
             else:

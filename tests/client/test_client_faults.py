@@ -30,6 +30,7 @@ from raftlog.errors import (
     LeadershipLost,
     OutOfOrderSequence,
     RaftlogError,
+    StorageFull,
     UnknownProducer,
     UnknownTopic,
 )
@@ -242,6 +243,16 @@ def test_delivery_timeout_says_whether_it_may_have_been_written(world: SimWorld)
     assert took <= 2.001
     assert partition.values().count(b"after") == 1
     assert partition.values()[:-1] == numbered(7)[: len(partition.values()) - 1]
+
+
+def test_a_delivery_that_waited_for_a_producer_id_says_why_there_was_none(world: SimWorld) -> None:
+    world.cluster.create(TOPIC)
+    world.cluster.identity_refusal = StorageFull("no room on the device")
+    (error,) = produce(world, [b"x"], delivery_timeout_ms=500, linger_ms=0)
+    assert isinstance(error, DeliveryTimeout)
+    assert isinstance(error.__cause__, StorageFull)
+    assert not error.indeterminate
+    assert "no room" in str(error)
 
 
 def test_what_is_in_doubt_is_never_sent_under_another_identity(world: SimWorld) -> None:
