@@ -25,7 +25,7 @@ from raftlog.broker.replica import Replica
 from raftlog.broker.retention import Retention, keep_house
 from raftlog.broker.service import Service
 from raftlog.config import BrokerConfig, TopicConfig
-from raftlog.errors import DamagedData, RaftlogError, StorageFailed, StorageFull, UnknownReplica
+from raftlog.errors import DamagedData, RaftlogError, StaleIncarnation, StorageFull, UnknownReplica
 from raftlog.net.handshake import Local
 from raftlog.net.network import Seams
 from raftlog.net.rpc import BrokerRow, MetadataCommandRequest, ReplicaRow
@@ -40,6 +40,8 @@ from raftlog.storage.spec import ReplicaSpec, StorageConfig
 from raftlog.storage.store import BrokerStore
 
 logger = logging.getLogger("raftlog.broker")
+
+_RECONCILE_AGAIN_S: Final = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +116,7 @@ class Broker:
             on_up=self._peer_up,
             on_down=self._peer_down,
             on_learned=self._addresses_changed,
+            on_replaced=self._replaced,
         )
         self.pulse = Pulse(self)
         self.metadata: MetadataService
@@ -144,7 +147,11 @@ class Broker:
             identity = identity.next_incarnation()
             await store_identity(disk, identity)
             broker = cls(seams, disk, identity, store, config, place)
-            await broker._begin()
+            try:
+                await broker._begin()
+            except BaseException:
+                await broker._stop()
+                raise
         except BaseException:
             await store.close()
             raise
@@ -340,9 +347,9 @@ class Broker:
                 await self._drop_partitions()
                 await self._create_partitions()
                 await self._open_partitions()
-            except (StorageFull, StorageFailed) as error:
+            except RaftlogError as error:
                 logger.warning("broker %d: cannot follow the metadata now: %s", self.broker_id, error)
-                await asyncio.sleep(1.0)
+                await asyncio.sleep(_RECONCILE_AGAIN_S)
                 self._reconcile_wanted.set()
 
     def _assigned(self) -> dict[int, tuple[Topic, int]]:
@@ -414,10 +421,18 @@ class Broker:
             return
         logger.error("broker %d: %s", self.broker_id, fault)
         if not isinstance(fault, StorageFull):
-            for replica in self._by_id.values():
-                replica.retire(fault)
-            if not self.failed.done():
-                self.failed.set_result(fault)
+            self._fail(fault)
+
+    def _replaced(self, error: StaleIncarnation) -> None:
+        """A newer process runs this broker: this one must not go on."""
+        logger.error("broker %d: %s", self.broker_id, error)
+        self._fail(error)
+
+    def _fail(self, error: RaftlogError) -> None:
+        for replica in self._by_id.values():
+            replica.retire(error)
+        if not self.failed.done():
+            self.failed.set_result(error)
 
     async def close(self) -> None:
         """Stop serving, make everything durable, release the directory."""

@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 from raftlog.broker.wire import encode_messages
-from raftlog.errors import ConnectionLost, RaftlogError
+from raftlog.errors import ConnectionLost, RaftlogError, StaleIncarnation
 from raftlog.net.connection import RpcConnection
 from raftlog.net.handshake import Local
 from raftlog.net.network import Seams
@@ -62,6 +62,7 @@ class Peers:
         on_up: told when both connections to a broker stand.
         on_down: told when one of them broke.
         on_learned: told when the address book changed (to remember it on disk).
+        on_replaced: told when a peer knows a newer incarnation of this broker, which must then end.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class Peers:
         on_up: Callable[[int], None],
         on_down: Callable[[int], None],
         on_learned: Callable[[], None],
+        on_replaced: Callable[[StaleIncarnation], None],
     ) -> None:
         self._seams = seams
         self.local = local
@@ -80,6 +82,7 @@ class Peers:
         self._on_up = on_up
         self._on_down = on_down
         self._on_learned = on_learned
+        self._on_replaced = on_replaced
         self._links: dict[int, _Link] = {}
         self._waiting: set[_Link] = set()
         self._closed = False
@@ -177,6 +180,9 @@ class Peers:
             down = asyncio.Event()
             try:
                 control, bulk = await self._open_both(link.broker_id, down)
+            except StaleIncarnation as error:
+                self._on_replaced(error)
+                return
             except (RaftlogError, ValueError, OverflowError) as error:
                 # the latter two: what was learned is no address that could exist
                 logger.debug(

@@ -43,6 +43,7 @@ class Member:
             on_up=lambda other: self.heard.append(f"up {other}"),
             on_down=lambda other: self.heard.append(f"down {other}"),
             on_learned=self._on_learned,
+            on_replaced=lambda error: self.heard.append(type(error).__name__),
         )
 
     def _on_learned(self) -> None:
@@ -315,3 +316,13 @@ def test_a_broker_of_another_secret_is_never_up(links: Links) -> None:
     stranger.server.secret = SECRET
     links.loop.run_until(lambda: zero.peers.is_up(2), 5.0)
     assert AuthenticationFailed.retriable is False
+
+
+def test_one_whose_successor_is_known_is_told_and_gives_up(links: Links) -> None:
+    """Two processes run as one broker: the older hears of it from its peers and dials no more."""
+    links.loop.run_until(links.both_up, 5)
+    links.members[1].server.note_incarnation(0, 2)
+    links.loop.run_until(lambda: "StaleIncarnation" in links.members[0].heard, 5)
+    links.loop.run_for(5)
+    assert links.members[0].heard.count("StaleIncarnation") == 1
+    assert not links.members[0].peers.is_up(1)
