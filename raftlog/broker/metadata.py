@@ -146,7 +146,13 @@ def check_topic(name: str, partitions: int, config: Mapping[str, Any]) -> dict[s
         raise InvalidTopic(f"topic name {name!r} is taken by the metadata group")
     if not 1 <= partitions <= TOPIC_PARTITIONS_MAX:
         raise ConfigError(f"a topic has 1 to {TOPIC_PARTITIONS_MAX} partitions, not {partitions}")
-    return TopicConfig.model_validate(config).model_dump(exclude_unset=True, mode="json")
+    settings = TopicConfig.model_validate(config)
+    if settings.flush != "commit":
+        raise ConfigError(
+            f"flush={settings.flush!r}: brokers of this release sync every write before it is acknowledged "
+            "(flush='commit') and have no other mode"
+        )
+    return settings.model_dump(exclude_unset=True, mode="json")
 
 
 class MetadataHost(Host, Protocol):
