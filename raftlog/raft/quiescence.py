@@ -81,9 +81,11 @@ def _follower_is_level(node: Node, progress: Progress) -> bool:
 
 def rest_with_leader(node: Node, message: Heartbeat) -> bool:
     """On a follower, after it took in a heartbeat: rest if it was the leader's last word and we agree with
-    it. Returns whether we do; else the answer, as to any heartbeat, wakes the leader."""
+    it. Returns whether we do; else the answer, as to any heartbeat, wakes the leader.
+
+    Committed entries are the same everywhere, so equal numbers are equal logs."""
     log = node.log
-    if not message.quiet or not message.commit == log.commit == log.last_index == node.acked_index:
+    if not message.quiet or not message.commit == log.commit == log.last_index:
         return False
     node.rest()
     return True
@@ -107,4 +109,4 @@ def wake(node: Node, heard_ms: Mapping[int, int]) -> None:
 
 def leader_heard(node: Node, heard_ms: int) -> None:
     """The leader's broker was heard then: see RawNode.leader_heard."""
-    node.leader_heard_ms = max(node.leader_heard_ms, min(heard_ms, node.now_ms))
+    node.leader_heard_ms = max(node.leader_heard_ms, heard_ms)

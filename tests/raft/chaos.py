@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from contextlib import suppress
 
 from raft_cluster import Cluster
@@ -29,6 +30,7 @@ class Chaos:
             inflight_messages_max=(2, 16)[seed // 2 % 2],
             inflight_bytes_max=(200, 8 << 20)[seed // 4 % 2],
             cache_bytes_max=(0, 150, 4 << 20)[seed % 3],
+            quiet_after_ms=(0, 100, 400)[seed // 3 % 3],
         )
         self.random = self.cluster.random
         draw = self.random.random
@@ -56,6 +58,7 @@ class Chaos:
         }
         self.actions = list(weights)
         self.weights = list(weights.values())
+        self.beats = random.Random(seed)
         self.proposed = 0
         self.stalled: set[int] = set()
 
@@ -117,6 +120,7 @@ class Chaos:
 
     def tick(self) -> None:
         self.cluster.now += self.random.choice((5, 20, 50, 100, 100, 300))
+        self.cluster.beat(lambda: self.beats.random() < self.loss)
         for replica, node in self.cluster.nodes.items():
             if replica not in self.cluster.down and self.random.random() < 0.8:
                 node.tick(self.cluster.now)

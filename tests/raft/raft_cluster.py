@@ -246,6 +246,12 @@ class Cluster:
         self.sent: list[Message] = []
         self.readies: dict[int, int] = {}
         self.checker = Checker(self)
+        self.heard: dict[tuple[int, int], tuple[int, int]] = {}
+        """(host, peer's host) -> when the peer's host was last heard, in which incarnation."""
+        self.incarnations: dict[int, int] = {}
+        self.beat_ms = 0
+        self.rests = 0
+        """How often a node went quiet."""
         self.read_floors: dict[int, int] = {}
         for replica in sorted(self.conf.members | set(spares)):
             self.disks[replica] = MemoryDisk(self.conf)
@@ -259,6 +265,7 @@ class Cluster:
         config = RaftConfig(id=replica, **self.settings)
         seed = self.random.getrandbits(32)
         node = RawNode(config, recovered, random.Random(seed), self.now)
+        self.incarnations[replica] = self.incarnations.get(replica, 0) + 1
         self.nodes[replica] = node
         self.committed[replica] = []
         self.reads[replica] = []
@@ -304,6 +311,7 @@ class Cluster:
                 f"read {context} misses what was committed before it came"
             )
             self.reads[replica].append((context, index))
+        self._watch(replica)
         self.checker.after_step(replica)
         return True
 
@@ -320,8 +328,52 @@ class Cluster:
 
     def deliver(self, message: Message) -> None:
         if not self.is_cut(message):
-            self.nodes[message.to].step(message, self.now)
+            node = self.nodes[message.to]
+            if isinstance(message, VoteRequest):
+                node.leader_heard(self.heard.get((node.id, node.leader), (0, 0))[0])
+            was_quiet = node.quiet
+            node.step(message, self.now)
+            self.rests += node.quiet and not was_quiet
+            self._watch(message.to)
             self.checker.after_step(message.to)
+
+    # -- the hosts' heartbeats, on which quiet nodes rely (one host per replica) -----------------------------
+
+    def beat(self, lost: Callable[[], bool] = lambda: False) -> None:
+        """Every host tells every other that it lives; then each looks for silent ones and for new
+        incarnations.
+
+        Args:
+            lost: whether the next of these messages is lost.
+        """
+        alive = [replica for replica in self.nodes if replica not in self.down]
+        for sender in alive:
+            for to in alive:
+                if sender != to and (sender, to) not in self.cut_links and not lost():
+                    _, known = self.heard.get((to, sender), (0, 0))
+                    incarnation = self.incarnations[sender]
+                    if known not in (0, incarnation):
+                        self._wake(to, sender)
+                    self.heard[to, sender] = (self.now, incarnation)
+        for replica in alive:
+            self._watch(replica)
+
+    def _watch(self, replica: int) -> None:
+        """Wake a quiet node that relies on a host which is silent."""
+        for member in self._relies_on(replica):
+            if self.now - self.heard.get((replica, member), (-(10**9), 0))[0] >= 1000:
+                self._wake(replica, member)
+
+    def _relies_on(self, replica: int) -> list[int]:
+        node = self.nodes[replica]
+        if not node.quiet:
+            return []
+        return list(node.progress) if node.role is Role.LEADER else [node.leader]
+
+    def _wake(self, replica: int, lost: int) -> None:
+        if lost in self._relies_on(replica):
+            heard = {of: ms for (at, of), (ms, _) in self.heard.items() if at == replica}
+            self.nodes[replica].wake(self.now, heard)
 
     def serve_load(self) -> bool:
         if not self.loads:
@@ -434,7 +486,13 @@ class Cluster:
         end = self.now + ms
         while True:
             alive = [node for replica, node in self.nodes.items() if replica not in self.down]
-            self.now = min(end, max(self.now, min(node.deadline_ms for node in alive)))
+            next_ms = min(node.deadline_ms for node in alive)
+            if self.settings.get("quiet_after_ms"):
+                next_ms = min(next_ms, self.beat_ms)
+            self.now = min(end, max(self.now, next_ms))
+            if self.now >= self.beat_ms:
+                self.beat_ms = self.now + 100
+                self.beat()
             for node in alive:
                 node.tick(self.now)
                 self.checker.after_step(node.id)
