@@ -107,7 +107,7 @@ class Service:
         FetchSession(request, reply, self._broker.partition, self._broker.spawn).serve()
 
     def _list_offsets(self, request: rpc.ListOffsetsRequest, payload: memoryview, reply: Reply) -> None:
-        self._broker.spawn(_answer_with(reply, self._find_offsets(request)))
+        self._broker.spawn(_answer_with(reply, partial(self._find_offsets, request)))
 
     async def _find_offsets(self, request: rpc.ListOffsetsRequest) -> rpc.ListOffsetsResponse:
         answers = []
@@ -175,7 +175,7 @@ class Service:
     def _init_producer(self, request: rpc.InitProducerRequest, payload: memoryview, reply: Reply) -> None:
         if request.transactional_id is not None:
             raise ConfigError("transactional_id: this release has no transactions")
-        self._broker.spawn(_answer_with(reply, self._producer()))
+        self._broker.spawn(_answer_with(reply, self._producer))
 
     async def _producer(self) -> rpc.InitProducerResponse:
         return rpc.InitProducerResponse(await self._broker.metadata.producer_id(), 0)
@@ -209,9 +209,7 @@ class Service:
             for replica in broker.replicas()
             if wanted is None or replica.log.spec.topic in wanted
         ]
-        rows += [
-            row for row in out_of_service_rows(broker.store) if wanted is None or row.topic in wanted
-        ]
+        rows += [row for row in out_of_service_rows(broker.store) if wanted is None or row.topic in wanted]
         clients = sorted(
             {
                 connection.peer.client_id
@@ -229,10 +227,11 @@ def _answer(reply: Reply, result: Any, error: RaftlogError | None) -> None:
         reply.ok(result)
 
 
-async def _answer_with(reply: Reply, work: Coroutine[Any, Any, rpc.Struct]) -> None:
-    """Answer with what ``work`` returns, or with why it could not."""
+async def _answer_with(reply: Reply, work: Callable[[], Coroutine[Any, Any, rpc.Struct]]) -> None:
+    """Answer with what ``work`` returns, or with why it could not. (It is called in here, for a task that is
+    cancelled before it began would leave a coroutine behind that nobody awaits.)"""
     try:
-        reply.ok(await work)
+        reply.ok(await work())
     except RaftlogError as error:
         reply.fail(error)
     except Exception as bug:
