@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from raftlog.errors import RaftlogError
-from raftlog.raft.types import InstallSnapshot, InstallSnapshotResponse, Role, Snapshot
+from raftlog.raft.types import ConfState, InstallSnapshot, InstallSnapshotResponse, Role, Snapshot
 from raftlog.storage.snapshot_file import LogSnapshot
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class _Outgoing:
     to: int
     term: int
     header: Snapshot
-    """Without data."""
+    """Without data and configuration."""
     position: int
     total: int
     sent_ms: int
@@ -89,7 +89,7 @@ class SnapshotExchange:
         replica = self._replica
         log, node = replica.log, replica.node
         index = log.first_index - 1
-        header = Snapshot(index, log.prev_term, log.prev_crc, node.conf_at(index))
+        header = Snapshot(index, log.prev_term, log.prev_crc, ConfState())  # the bytes hold the configuration
         out = _Outgoing(to, node.term, header, 0, 0, replica.host.now_ms())
         self._outgoing[to] = out
         self.active = True

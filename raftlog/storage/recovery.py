@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from raftlog.errors import CorruptFrame, DamagedData, IncompatibleVersion
-from raftlog.raft.types import ConfState, Entry, HardState, Snapshot
+from raftlog.raft.types import ConfState, Entry, HardState
 from raftlog.record.frame import FrameHeader
 from raftlog.storage.disk import Disk
 from raftlog.storage.journal_format import (
@@ -218,9 +218,10 @@ async def recover_replica(
     snapshots, snapshot = await _load_snapshots(disk, spec, segments[0].base_index, flushed.index)
     if snapshot is None and segments[0].base_index > 1:
         raise _damage(spec, "its log begins after a snapshot, and none of its snapshots checks")
+    start = await _first_conf(disk, spec, segments[0].base_index - 1, snapshot)
     recovered = Recovered(
         hard_state=_clamped(replayed.hard_state, flushed, last_index, tail),
-        confs=_confs(spec, segments, tail, snapshot),
+        confs=_confs(segments, tail, start),
         first_index=segments[0].base_index,
         prev_term=segments[0].prev_term,
         prev_crc=segments[0].prev_crc,
@@ -262,16 +263,27 @@ def _clamped(state: HardState, flushed: Checkpoint, last_index: int, tail: list[
     return HardState(term, vote, max(flushed.index, min(state.commit, last_index)))
 
 
+async def _first_conf(
+    disk: Disk, spec: ReplicaSpec, index: int, newest: LogSnapshot | None
+) -> tuple[int, ConfState]:
+    """The configuration in force before the log's first entry: what the snapshot there says, for a follower
+    may need that snapshot. Should it be damaged, what the newest one says will do for everything else."""
+    if index == 0:
+        return 0, spec.conf
+    assert newest is not None
+    try:
+        oldest = await read_snapshot(disk, spec.replica_id, index)
+    except (DamagedData, FileNotFoundError):
+        oldest = newest
+    return oldest.index, oldest.conf
+
+
 def _confs(
-    spec: ReplicaSpec, segments: list[Segment], tail: list[Entry], snapshot: Snapshot | None
+    segments: list[Segment], tail: list[Entry], start: tuple[int, ConfState]
 ) -> tuple[tuple[int, ConfState], ...]:
-    start, first = 0, spec.conf
-    if segments[0].base_index > 1:
-        assert snapshot is not None
-        start, first = snapshot.index, snapshot.conf
     later = [conf for segment in segments for conf in segment.confs]
     later += conf_entries(tail)
-    return ((start, first), *(conf for conf in later if conf[0] > start))
+    return (start, *(conf for conf in later if conf[0] > start[0]))
 
 
 def _terms(segments: list[Segment], tail: list[Entry]) -> tuple[tuple[int, int], ...]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import random
 
+import msgspec
 import pytest
 from storage_kit import DISK_ID, SMALL, Writer, append, contents, grow, reopen, run, snapshot_at, spec, submit
 
 from raftlog.errors import DamagedData, StorageFailed
-from raftlog.raft.types import HardState
+from raftlog.raft.types import ConfState, HardState
+from raftlog.record.frame import FrameKind
 from raftlog.storage.replica_log import ReplicaLog
 from raftlog.storage.snapshot_file import LogSnapshot
 from raftlog.storage.store import BrokerStore
@@ -263,5 +265,37 @@ def test_a_prefix_is_dropped_only_below_a_snapshot_that_checks() -> None:
         expected = await contents(log)
         store, disk = await reopen(store, disk, clean=False)
         assert await contents(store.logs[1]) == expected
+
+    run(main())
+
+
+def test_the_configuration_before_the_first_entry_is_known_after_recovery() -> None:
+    """Though the newest snapshot, from which the state is restored, stands further up."""
+
+    async def main() -> None:
+        store, log = await leader()
+        first = log.first_index
+        newer = ConfState((1, 2, 3))
+        payload = msgspec.msgpack.encode(newer)
+        (changed,) = [Writer(log).entry(2, kind=FrameKind.CONF, payload=payload)]
+        await append(store, log, [changed])
+        while True:
+            (entry,) = await grow(store, log, 1, term=2, size=900)
+            if log.is_segment_end(entry.index):
+                log.save_snapshot(snapshot_at(log, entry.index))
+                break
+        disk = store._disk
+        assert isinstance(disk, SimDisk)
+        for damaged in (False, True):
+            store, disk = await reopen(store, disk)
+            log = store.logs[1]
+            assert log.snapshot is not None
+            assert log.snapshot.index > changed.index > first
+            if damaged:
+                assert log.recovered.confs == ((log.snapshot.index, newer),)
+            else:
+                assert log.recovered.confs == ((first - 1, ConfState((1,))), (changed.index, newer))
+                disk.flip(f"replicas/1/{first - 1:016x}.snap", 30)
+        await store.close()
 
     run(main())
