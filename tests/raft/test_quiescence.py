@@ -172,6 +172,35 @@ def test_nobody_rests_during_a_transfer_or_on_an_unsynced_log() -> None:
     assert awake(cluster) == {1, 2, 3}
 
 
+@pytest.mark.parametrize("slow", [1, 2])
+def test_nobody_rests_while_a_disk_has_not_caught_up(slow: int) -> None:
+    """Two disks commit; the third replica answers heartbeats, but holds nothing of it for certain."""
+    cluster = group()
+    entry = cluster.propose(1, b"x")[0]
+    for _ in range(12):
+        cluster.advance(100, sync=False)
+        for _ in range(3):
+            for replica in {1, 2, 3} - {slow}:
+                cluster.sync(replica)
+            cluster.settle(sync=False)
+        assert not cluster.nodes[1].quiet
+    assert cluster.nodes[1].commit == entry.index
+    cluster.advance(600)
+    assert awake(cluster) == set()
+
+
+def test_an_answer_from_before_the_connection_was_lost_vouches_for_nobody() -> None:
+    cluster = group()
+    cluster.advance(50)
+    cluster.nodes[1].peer_lost(3, cluster.now)
+    cluster.nodes[1].step(AppendResponse(1, 3, 1, 1), cluster.now)
+    cluster.cut_links.add((1, 3))
+    for _ in range(8):
+        cluster.advance(100)
+        cluster.nodes[1].step(AppendResponse(1, 3, 1, 1), cluster.now)
+        assert not cluster.nodes[1].quiet
+
+
 def test_a_follower_that_disagrees_answers_and_so_wakes_the_leader() -> None:
     cluster = quiet_group()
     node = cluster.nodes[3]
