@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any, Final
 
+from raftlog.broker.partition import PartitionReplica
 from raftlog.broker.replica import Replica
 from raftlog.errors import (
     CorruptFrame,
@@ -35,8 +36,10 @@ from raftlog.testing.swarm import Profile
 
 CATCH_SECONDS: Final = 0.3
 """How long a power cut waits for bytes that are written and not synced, to hit them."""
+USURP_SECONDS: Final = 4.0
+"""How long another leader may take to be elected."""
 ROOM_BYTES_MAX: Final = 96 << 10
-_ONE_AWAY: Final = ("kill", "crash twice", "power cut", "isolate", "one way", "usurp")
+_ONE_AWAY: Final = ("kill", "crash twice", "power cut", "isolate", "one way", "deafen", "usurp")
 """Faults that take one broker away."""
 _READ_BYTES: Final = 1 << 20
 
@@ -69,6 +72,7 @@ class Nemesis:
             "power cut": self._power_cut,
             "isolate": self._isolate,
             "one way": self._one_way,
+            "deafen": self._deafen,
             "usurp": self._usurp,
             "stall": self._stall,
             "pause": self._pause,
@@ -135,7 +139,7 @@ class Nemesis:
                 victims = [broker for broker in up if broker not in self.suspect]
                 if self.spare_copies <= 0:
                     continue
-            if name == "usurp":
+            if name in ("usurp", "deafen"):
                 victims = [broker for broker in up if self._leads(broker)]
             if victims:
                 victim = self._random.choice(victims)
@@ -239,10 +243,7 @@ class Nemesis:
             if broker_id in self.down:
                 self.start(broker_id)
         for broker_id in sorted(set(self.cluster.brokers) - chosen):
-            if rng.random() < 0.5:
-                self._kill(broker_id)
-            else:
-                self._isolate(broker_id)
+            rng.choice([self._kill, self._isolate, self._deafen])(broker_id)
         self._say(f"only brokers {sorted(chosen)} are healed")
 
     # -- network ---------------------------------------------------------------------------------------------
@@ -272,6 +273,13 @@ class Nemesis:
         for other in sorted(self.cluster.disks):
             if other != broker_id:
                 self.cluster.network.cut(broker_name(broker_id), broker_name(other), both=both)
+
+    def _deafen(self, broker_id: int) -> None:
+        """It is heard and hears nothing."""
+        self.cut.add(broker_id)
+        for other in sorted(self.cluster.disks):
+            if other != broker_id:
+                self.cluster.network.cut(broker_name(other), broker_name(broker_id), both=False)
 
     def _split(self) -> None:
         """Two halves; clients reach both."""
@@ -366,14 +374,47 @@ class Nemesis:
         self.cluster.loop.call_soon(disk.stall, seconds)
 
     def _leads(self, broker_id: int) -> bool:
-        return any(replica.staged is not None for replica in self.cluster.brokers[broker_id].replicas())
+        """Whether the broker leads a partition and serves it."""
+        return any(
+            replica.staged is not None
+            for replica in self.cluster.brokers[broker_id].replicas()
+            if isinstance(replica, PartitionReplica)
+        )
 
     def _usurp(self, broker_id: int) -> None:
         """A leader whose disk stands still is heard no more: it takes writes that nobody else gets, and the
         next leader cuts them off while they are still on their way to the disk."""
-        self.cluster.loop.call_soon(self.cluster.disks[broker_id].stall, self._random.uniform(1.0, 6.0))
-        self._cut_off(broker_id, both=False)
-        self.cluster.loop.run_for(self._random.uniform(0.5, 3.0))
+        rng, loop = self._random, self.cluster.loop
+        loop.call_soon(self.cluster.disks[broker_id].stall, rng.uniform(0.5, 6.0))
+        self._cut_off(broker_id, both=rng.random() < 0.5)
+        ending = rng.choice(["leave", "transfer", "pause"])
+        if ending == "leave":
+            loop.run_for(rng.uniform(0.5, 3.0))
+            return
+        until = loop.time() + USURP_SECONDS
+        others = [other for other in self.cluster.brokers if other != broker_id]
+        loop.run_until(lambda: loop.time() >= until or any(map(self._leads, others)), 10 * USURP_SECONDS)
+        loop.run_for(rng.choice([0.0, 0.01, 0.3]))
+        self._return(broker_id, pause=ending == "pause")
+
+    def _return(self, broker_id: int, *, pause: bool) -> None:
+        """The usurped leader is back when the next one has just gone: to another, or to sleep."""
+        rng, loop = self._random, self.cluster.loop
+        usurpers = [other for other in sorted(self.cluster.brokers) if self._leads(other)]
+        usurpers = [other for other in usurpers if other != broker_id]
+        for other in usurpers:
+            if pause:
+                loop.pause(broker_name(other))
+            else:
+                self._transfer(other)
+        if not pause:
+            loop.run_for(rng.uniform(0.1, 1.0))
+        self.cut.discard(broker_id)
+        self.cluster.network.heal(broker_name(broker_id))
+        if pause:
+            loop.run_for(rng.uniform(0.5, 4.0))
+            for other in usurpers:
+                loop.resume(broker_name(other))
 
     def _full_disk(self, broker_id: int) -> None:
         disk = self.cluster.disks[broker_id]

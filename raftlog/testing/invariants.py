@@ -461,8 +461,12 @@ class Watch:
         for progress in core.progress.values():
             if progress.inflight_messages > config.inflight_messages_max:
                 raise Violation(f"bounds: {progress} of {view.group.name}")
-            # Entries that are read from storage come at least one at a time, whatever room is left for them.
-            if progress.inflight_bytes > config.inflight_bytes_max + view.group.largest:
+            # Entries that are read from storage come at least one at a time, whatever room is left for them,
+            # and a single one always goes.
+            if (
+                progress.inflight_messages > 1
+                and progress.inflight_bytes > config.inflight_bytes_max + view.group.largest
+            ):
                 raise Violation(f"bounds: {progress} of {view.group.name}")
 
 
