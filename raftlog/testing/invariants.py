@@ -208,6 +208,7 @@ class Watch:
         member.handed = last
         for entry in append.entries:
             member.crcs[entry.index] = entry.crc
+            view.group.largest = max(view.group.largest, entry.size)
         member.flights.append([disk.commits + 1, last])
 
     def sent(self, broker: Broker, message: Message) -> None:
@@ -349,7 +350,6 @@ class Watch:
         first = min(view.last_index, core.last_index)
         entries = core.entries_in_memory(max(first, core.first_index), core.last_index + 1)
         for entry in entries or ():
-            group.largest = max(group.largest, entry.size)
             known = group.crcs.setdefault((entry.index, entry.term), entry.crc)
             if known != entry.crc:
                 raise Violation(
