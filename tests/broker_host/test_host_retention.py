@@ -88,6 +88,7 @@ def test_by_size_on_every_replica() -> None:
         assert len([path for path in files if path.endswith(".snap")]) <= len(replica.log.segments)
     # Who begins at the beginning gets what there is; who insists on an offset is told.
     assert [record.offset for record in host.consume()] == list(range(start, host.count))
+    assert [record.offset for record in host.consume(start=0)] == list(range(start, host.count))
     with pytest.raises(OffsetOutOfRange) as caught:
         host.consume("none", start=0)
     assert (caught.value.start, caught.value.end) == (start, host.count)
