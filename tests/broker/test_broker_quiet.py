@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 from broker_kit import World, batch
 
-from raftlog.broker.broker import Broker
 from raftlog.broker.peers import Peers
 from raftlog.config import BrokerConfig
 from raftlog.errors import ConnectionLost, StorageFailed
@@ -217,7 +216,8 @@ def test_a_leader_that_comes_back_before_it_was_missed_is_not_believed_in(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nobody notices that the connections broke; only its new incarnation is heard."""
-    monkeypatch.setattr(Broker, "_peer_down", lambda self, broker_id: None)
+    for broker in world.cluster.brokers.values():
+        monkeypatch.setattr(broker.peers, "_on_down", lambda broker_id: None)
     leader = world.leader()
     names = led_by(world, leader)
     world.cluster.kill_broker(leader)
