@@ -37,6 +37,7 @@ CHUNK_BYTES: Final = 256 << 10
 SNAPSHOT_BYTES_MAX: Final = 512 << 20
 """A snapshot above this is refused: no length field of a peer asks for more memory."""
 RESEND_MS: Final = 1_000
+COMPLAIN_MS: Final = 10_000
 FORGET_MS: Final = 60_000
 """A transfer of which no chunk has come for so long is forgotten."""
 
@@ -72,13 +73,22 @@ class SnapshotExchange:
         installing: the log is being replaced: Ready must not be taken.
     """
 
-    __slots__ = ("_incoming", "_outgoing", "_replica", "_storing", "active", "installing")
+    __slots__ = (
+        "_incoming",
+        "_outgoing",
+        "_quiet_until_ms",
+        "_replica",
+        "_storing",
+        "active",
+        "installing",
+    )
 
     def __init__(self, replica: Replica[Any]) -> None:
         self._replica = replica
         self._outgoing: dict[int, _Outgoing] = {}
         self._incoming: _Incoming | None = None
         self._storing = False
+        self._quiet_until_ms = 0
         self.active = False
         self.installing = False
 
@@ -93,7 +103,7 @@ class SnapshotExchange:
         out = _Outgoing(to, node.term, header, 0, 0, replica.host.now_ms())
         self._outgoing[to] = out
         self.active = True
-        logger.info("broker %d: %s: replica %d needs the snapshot at %d", *self._names, to, index)
+        logger.debug("broker %d: %s: replica %d needs the snapshot at %d", *self._names, to, index)
         replica.host.spawn(self._send(out))
 
     async def _send(self, out: _Outgoing) -> None:
@@ -103,7 +113,7 @@ class SnapshotExchange:
         try:
             data, total = await replica.log.snapshot_chunk(out.header.index, position, CHUNK_BYTES)
         except RaftlogError as error:
-            logger.warning("broker %d: %s: cannot send a snapshot: %s", *self._names, error)
+            self._complain("cannot send a snapshot", error)
             self._fail(out)
             return
         node = replica.node
@@ -190,7 +200,7 @@ class SnapshotExchange:
         try:
             installed = await self._take_over(message.snapshot.index, data)
         except RaftlogError as error:
-            logger.warning("broker %d: %s: cannot take a snapshot: %s", *self._names, error)
+            self._complain("cannot take a snapshot", error)
             installed = False
         finally:
             self._storing = self.installing = False
@@ -269,6 +279,13 @@ class SnapshotExchange:
         ):
             self._incoming = None
         self.active = bool(self._outgoing) or self._incoming is not None
+
+    def _complain(self, what: str, error: RaftlogError) -> None:
+        """It is tried again with every heartbeat: say so now and then."""
+        now_ms = self._replica.host.now_ms()
+        if now_ms >= self._quiet_until_ms:
+            self._quiet_until_ms = now_ms + COMPLAIN_MS
+            logger.warning("broker %d: %s: %s: %s", *self._names, what, error)
 
     @property
     def _names(self) -> tuple[int, str]:

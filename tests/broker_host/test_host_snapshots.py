@@ -159,7 +159,9 @@ def test_a_follower_that_dies_in_the_middle_of_it_comes_back_whole(
     host.close()
 
 
-def test_a_leader_without_a_usable_snapshot_goes_on_trying(host: Host) -> None:
+def test_a_leader_without_a_usable_snapshot_goes_on_trying(
+    host: Host, caplog: pytest.LogCaptureFixture
+) -> None:
     victim = fall_behind(host)
     leader = host.leader
     assert host.leader_id is not None
@@ -171,6 +173,7 @@ def test_a_leader_without_a_usable_snapshot_goes_on_trying(host: Host) -> None:
     host.loop.run_for(3.0)
     assert host.replica(victim).snapshots_installed == 0
     assert host.replica(victim).fault is None
+    assert sum("cannot take a snapshot" in record.getMessage() for record in caplog.records) == 1
     disk.put(path, kept)
     host.wait(host.is_equal)
     assert host.replica(victim).snapshots_installed == 1
