@@ -385,9 +385,10 @@ class Nemesis:
         """A leader whose disk stands still is heard no more: it takes writes that nobody else gets, and the
         next leader cuts them off while they are still on their way to the disk."""
         rng, loop = self._random, self.cluster.loop
-        loop.call_soon(self.cluster.disks[broker_id].stall, rng.uniform(0.5, 6.0))
-        self._cut_off(broker_id, both=rng.random() < 0.5)
         ending = rng.choice(["leave", "transfer", "pause"])
+        if ending != "pause":  # else it shall be able to campaign at once
+            loop.call_soon(self.cluster.disks[broker_id].stall, rng.uniform(0.5, 6.0))
+        self._cut_off(broker_id, both=ending == "pause" or rng.random() < 0.5)
         if ending == "leave":
             loop.run_for(rng.uniform(0.5, 3.0))
             return

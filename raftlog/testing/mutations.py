@@ -14,7 +14,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from pathlib import Path
@@ -26,12 +26,16 @@ PACKAGE: Final = "raftlog"
 
 @dataclass(frozen=True, slots=True)
 class Mutation:
-    """One planted bug: in ``module``, ``old`` becomes ``new``."""
+    """One planted bug: in ``module``, ``old`` becomes ``new``.
+
+    ``faults``: rare ones are looked for with these faults only, on three brokers.
+    """
 
     name: str
     module: str
     old: str
     new: str
+    faults: tuple[str, ...] = ()
 
 
 MUTATIONS: Final = (
@@ -82,6 +86,7 @@ MUTATIONS: Final = (
         "raftlog.raft.follower",
         "elif log.term(prev_index) != prev_term:",
         "elif prev_index > log.last_index:",
+        ("usurp",),
     ),
     Mutation(
         "heartbeats do not put off elections",
@@ -102,6 +107,7 @@ MUTATIONS: Final = (
         "raftlog.raft.log",
         "return (last_term, last_index) >= (self.last_term, self.last_index)",
         "return last_index >= self.last_index",
+        ("usurp",),
     ),
     Mutation(
         "two votes in one term",
@@ -132,6 +138,7 @@ MUTATIONS: Final = (
         "raftlog.raft.heartbeats",
         "return vote_result(node.confs.current, active) is VoteResult.WON",
         "return True",
+        ("deafen", "usurp"),
     ),
     Mutation(
         "the journal tells of a sync before it happens",
@@ -265,7 +272,13 @@ def _run_mutant(mutation: Mutation, seeds: int) -> dict[str, object]:
     run = importlib.import_module("raftlog.testing.run")
     draw = importlib.import_module("raftlog.testing.swarm").draw
     for seed in range(seeds):
-        result = run.run_once(draw(seed))
+        profile = draw(seed)
+        if mutation.faults:
+            weights = dict.fromkeys(mutation.faults, 1.0)
+            profile = replace(
+                profile, brokers=3, replication=3, weights=weights, fault_count=14, gap_seconds=(0.02, 0.5)
+            )
+        result = run.run_once(profile)
         if result.verdict is not run.Verdict.GOOD:
             return {"seeds": seed + 1, "verdict": result.verdict.value, "text": result.text}
     return {"seeds": seeds, "verdict": "good", "text": ""}
