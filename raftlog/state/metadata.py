@@ -65,8 +65,7 @@ class Topic(msgspec.Struct, frozen=True, array_like=True):
     partitions: tuple[Partition, ...]
 
 
-# -- commands
-# ---------------------------------------------------------------------------------------------------
+# -- commands ------------------------------------------------------------------------------------------------
 
 
 class FoundCluster(CommandStruct, frozen=True):
@@ -168,8 +167,7 @@ def decode_command(payload: Buffer) -> Command:
     return _codec.decode(payload)
 
 
-# -- the machine
-# ------------------------------------------------------------------------------------------------
+# -- the machine ---------------------------------------------------------------------------------------------
 
 
 class _Snapshot(SnapshotStruct, frozen=True):
@@ -217,8 +215,7 @@ class MetadataState:
         self.topics: dict[str, Topic] = {}
         self._topics_by_id: dict[bytes, Topic] = {}
 
-    # -- look up
-    # ------------------------------------------------------------------------------------------------
+    # -- look up ---------------------------------------------------------------------------------------------
 
     def topic(self, name: str) -> Topic:
         """The topic of that name; UnknownTopic if there is none."""
@@ -256,8 +253,7 @@ class MetadataState:
                     if holder == broker_id:
                         yield topic, index, replica_id
 
-    # -- decide (leader, on its staged state)
-    # -------------------------------------------------------------------
+    # -- decide (leader, on its staged state) ----------------------------------------------------------------
 
     def check(self, command: Command) -> RaftlogError | None:
         """Why the command would be refused in this state, or None. The leader asks before it proposes."""
@@ -276,8 +272,7 @@ class MetadataState:
         check, _ = self._handlers[type(command)]
         return check(self, command) if check is not None else None
 
-    # -- apply (every replica)
-    # ----------------------------------------------------------------------------------
+    # -- apply (every replica) -------------------------------------------------------------------------------
 
     def apply(self, entry: Entry) -> object:
         """Apply the entry after ``applied_index``.
@@ -417,8 +412,7 @@ class MetadataState:
         SetFeatureLevel: (_check_level, _set_level),
     }
 
-    # -- copies
-    # -------------------------------------------------------------------------------------------------
+    # -- copies ----------------------------------------------------------------------------------------------
 
     def copy(self) -> MetadataState:
         """An independent copy; cheap, since what the dicts hold is immutable."""

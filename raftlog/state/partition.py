@@ -86,8 +86,7 @@ class PartitionState:
         """The lowest offset that can still be read."""
         self.producers: dict[int, ProducerState] = {}
 
-    # -- decide (leader, on its staged state)
-    # -------------------------------------------------------------------
+    # -- decide (leader, on its staged state) ----------------------------------------------------------------
 
     def check(self, header: BatchHeader) -> Duplicate | None:
         """Decide about a batch whose header was checked.
@@ -112,8 +111,7 @@ class PartitionState:
             )
         return None
 
-    # -- apply (every replica)
-    # ----------------------------------------------------------------------------------
+    # -- apply (every replica) -------------------------------------------------------------------------------
 
     def apply(self, entry: Entry) -> object:
         """Apply the entry after ``applied_index``.
@@ -183,8 +181,7 @@ class PartitionState:
             del self.producers[producer_id]
         return len(expired)
 
-    # -- copies
-    # -------------------------------------------------------------------------------------------------
+    # -- copies ----------------------------------------------------------------------------------------------
 
     def copy(self) -> PartitionState:
         """An independent copy; cheap, since everything below the dict is immutable."""
