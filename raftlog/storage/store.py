@@ -21,7 +21,7 @@ from raftlog.storage.journal_scan import JournalScan, scan_journal
 from raftlog.storage.manifest import Manifest, load_manifest, store_manifest
 from raftlog.storage.recovery import FrameSource, RecoveredReplica, recover_replica, replay_whole
 from raftlog.storage.replica_log import Accept, Recovered, ReplicaLog
-from raftlog.storage.segment import Segment, replica_folder, segment_path
+from raftlog.storage.segment import SEGMENT_HEADER_BYTES, Segment, replica_folder, segment_path
 from raftlog.storage.segment_reader import SegmentReader
 from raftlog.storage.snapshot_file import LogSnapshot, parse_snapshot, read_snapshot, snapshot_path
 from raftlog.storage.spec import ReplicaSpec, StorageConfig
@@ -262,7 +262,8 @@ class BrokerStore:
     async def _begin(self, manifest: Manifest, scan: JournalScan, found: list[RecoveredReplica]) -> None:
         """From here on the directory is changed."""
         await self._cut_torn_tail(scan)
-        await self._sync_what_was_read(scan, found)
+        if not manifest.clean:
+            await self._write_again_what_was_read(scan, found)
         for replica in found:
             for path in replica.leftovers:
                 await self._disk.remove(path)
@@ -307,22 +308,29 @@ class BrokerStore:
                 await self._disk.truncate(file, last.size)
                 file.close()
 
-    async def _sync_what_was_read(self, scan: JournalScan, found: list[RecoveredReplica]) -> None:
-        """A process that was killed leaves writes that the operating system holds and no sync has covered.
-        What recovery read of them counts as durable from now on (the next mark's floor says so), so sync it
-        first."""
-        paths = {scan.files[-1].path} if scan.files else set()
+    async def _write_again_what_was_read(self, scan: JournalScan, found: list[RecoveredReplica]) -> None:
+        """What recovery read counts as durable from now on: the next mark's floor says so. But a process that
+        was killed leaves writes that no sync has covered, and after a failed sync the operating system may
+        show as written what never reached the device. So what could be either, the newest journal file
+        (nothing is written behind a failed sync) and the large frames it refers to, is written again and
+        synced."""
+        if not scan.files:
+            return
+        last = scan.files[-1]
+        contents: dict[str, list[tuple[int, Buffer]]] = {last.path: [(0, last.data[: last.size])]}
         for replica in found:
-            replica_id = replica.spec.replica_id
-            paths |= {
-                segment_path(replica_id, place.base_index, place.base_offset)
-                for place in replica.places.values()
-            }
-        files = [await self._disk.open(path) for path in sorted(paths)]
-        try:
-            await self._disk.write([Write(file, 0, ()) for file in files])
-        finally:
-            for file in files:
+            for entry in replica.recovered.tail:
+                place = replica.places.get(entry.index)
+                if place is not None:
+                    path = segment_path(replica.spec.replica_id, place.base_index, place.base_offset)
+                    contents.setdefault(path, []).append((place.position, entry.frame))
+        for path, parts in contents.items():
+            file = await self._disk.open(path)
+            try:
+                if path != last.path:
+                    parts.append((0, await file.read(0, SEGMENT_HEADER_BYTES)))
+                await self._disk.write([Write(file, position, (data,)) for position, data in parts])
+            finally:
                 file.close()
 
     def _new_log(self, spec: ReplicaSpec) -> ReplicaLog:

@@ -9,8 +9,36 @@ from random import Random
 import pytest
 from storage_kit import DISK_ID, SMALL, Writer, append, contents, grow, run, spec, submit
 
+from raftlog.errors import StorageFailed
 from raftlog.storage.store import BrokerStore
 from raftlog.testing.disk import CrashMode, SimDisk
+
+
+@pytest.mark.parametrize("size", [300, 5000], ids=["in the journal", "straight to the segment"])
+def test_what_a_failed_sync_left_is_written_again(size: int) -> None:
+    """After a failed sync the system shows pages as written that the device never got, and syncing them again
+    does nothing: what recovery believes must be written anew."""
+
+    async def scenario() -> None:
+        disk = SimDisk(Random(1))
+        store = await BrokerStore.open(disk, SMALL, disk_id=DISK_ID)
+        log = await store.create(spec())
+        await grow(store, log, 3, commit=False)
+        disk.fail_sync()
+        with pytest.raises(StorageFailed):
+            await append(store, log, [Writer(log).entry(1, size=size)])
+
+        disk = disk.kill()
+        store = await BrokerStore.open(disk, SMALL, disk_id=DISK_ID)
+        log = store.logs[1]
+        assert log.last_index == 4, "the operating system shows what was written"
+        await append(store, log, [Writer(log).entry(2)])  # its mark says: all before is synced
+        read = await contents(log)
+
+        store = await BrokerStore.open(disk.crash(CrashMode.NONE), SMALL, disk_id=DISK_ID)
+        assert await contents(store.logs[1]) == read
+
+    run(scenario())
 
 
 @pytest.mark.parametrize("size", [300, 5000], ids=["in the journal", "straight to the segment"])
