@@ -205,10 +205,19 @@ class ClusterClient:
             raise
 
     async def call_any(self, request: Request[R], *, timeout: float) -> R:
-        """Ask whichever broker answers, again and again until ``timeout`` seconds are over."""
+        """Ask whichever broker answers, again and again until ``timeout`` seconds are over. One that could
+        not help (it may be cut off from the others) is asked again only after the rest."""
+        failed: set[int] = set()
 
         async def attempt() -> R:
-            return (await self.call(await self.connections.any(), request, timeout=timeout))[0]
+            connection = await self.connections.any(failed)
+            try:
+                return (await self.call(connection, request, timeout=timeout))[0]
+            except RaftlogError:
+                failed.add(connection.peer.broker_id)
+                if failed >= self.connections.links.keys():
+                    failed.clear()
+                raise
 
         return await retry(
             attempt, random=self.seams.random, deadline=asyncio.get_running_loop().time() + timeout

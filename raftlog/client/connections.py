@@ -8,8 +8,9 @@ broker counts), and what a broker says of itself in the handshake decides.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Collection, Iterable
 from typing import Final
 
 import msgspec
@@ -133,8 +134,11 @@ class Connections:
             raise ConnectionLost(f"broker {broker_id} is not at {link.address} any more")
         return connection
 
-    async def any(self) -> RpcConnection:
+    async def any(self, avoid: Collection[int] = ()) -> RpcConnection:
         """An open connection to whichever broker answers.
+
+        Args:
+            avoid: ids of brokers that are asked only if no other can be.
 
         Raises:
             ConnectionLost: none does (now).
@@ -144,8 +148,13 @@ class Connections:
         if self._closed:
             raise Closed("this client is closed")
         opened = self.open_ones()
+        preferred = [connection for connection in opened if connection.peer.broker_id not in avoid]
+        if not preferred and avoid:
+            others = [link.address for broker_id, link in self.links.items() if broker_id not in avoid]
+            with contextlib.suppress(ConnectionLost):
+                return await self._first(others)
         if opened:
-            return self._seams.random.choice(opened)
+            return self._seams.random.choice(preferred or opened)
         known = [link.address for link in self.links.values()]
         try:
             return await self._first([*dict.fromkeys([*known, *self._bootstrap.addresses])])

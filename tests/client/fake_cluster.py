@@ -128,7 +128,7 @@ class FakeCluster:
         self.version = 1
         self.metadata_leader: int | None = 0
         self.producer_ids = 1000
-        self.identity_refusal: RaftlogError | None = None
+        self.refuse_identity: Callable[[int], RaftlogError | None] = lambda broker_id: None
         self.requests: list[tuple[int, rpc.Struct]] = []
         """(broker id, request) of everything that came."""
         self.faults: deque[Fault | None] = deque()
@@ -269,9 +269,10 @@ class FakeBroker:
                 _Fetch(self, request, reply).serve()
             case rpc.ListOffsetsRequest():
                 reply.ok(rpc.ListOffsetsResponse([self._offset(query) for query in request.queries]))
-            case rpc.InitProducerRequest() if self.cluster.identity_refusal is not None:
-                raise self.cluster.identity_refusal
             case rpc.InitProducerRequest():
+                refusal = self.cluster.refuse_identity(self.id)
+                if refusal is not None:
+                    raise refusal
                 self.cluster.producer_ids += 1
                 reply.ok(rpc.InitProducerResponse(self.cluster.producer_ids, 0))
             case rpc.CreateTopicRequest():

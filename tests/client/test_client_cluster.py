@@ -20,12 +20,20 @@ from raftlog.errors import (
     ConnectionLost,
     InvalidTopic,
     LeadershipLost,
+    NotLeader,
     RaftlogError,
     RequestTimeout,
     TopicExists,
     UnknownTopic,
 )
-from raftlog.net.rpc import CreateTopicRequest, MetadataRequest, MetadataResponse, PartitionRow, TopicRow
+from raftlog.net.rpc import (
+    CreateTopicRequest,
+    InitProducerRequest,
+    MetadataRequest,
+    MetadataResponse,
+    PartitionRow,
+    TopicRow,
+)
 
 
 def view(leader: int, term: int) -> PartitionView:
@@ -151,6 +159,27 @@ def test_a_broker_that_has_not_heard_of_a_new_topic_does_not_hide_it(world: SimW
         assert (await client.topic(TOPIC, timeout=10)).name == TOPIC
 
     run(world, again)
+
+
+def test_a_broker_that_cannot_help_is_not_the_only_one_asked(world: SimWorld) -> None:
+    """It may be cut off from the others, and yet be the only one we are connected to (found by the simulator:
+    seed 10105)."""
+    asked: list[int] = []
+
+    def refuse(broker_id: int) -> RaftlogError | None:
+        asked.append(broker_id)
+        return NotLeader("cut off") if broker_id == asked[0] else None
+
+    world.cluster.refuse_identity = refuse
+
+    async def work(client: ClusterClient) -> int:
+        await client.metadata([], timeout=5)  # now the others' addresses are known, and one is connected
+        assert len(client.connections.open_ones()) == 1
+        return (await client.call_any(InitProducerRequest(), timeout=5)).producer_id
+
+    assert run(world, work) > 0
+    assert len(asked) == 2
+    assert asked[0] != asked[1]
 
 
 def test_many_partitions_look_for_their_leaders_together(world: SimWorld) -> None:

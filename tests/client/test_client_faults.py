@@ -247,7 +247,7 @@ def test_delivery_timeout_says_whether_it_may_have_been_written(world: SimWorld)
 
 def test_a_delivery_that_waited_for_a_producer_id_says_why_there_was_none(world: SimWorld) -> None:
     world.cluster.create(TOPIC)
-    world.cluster.identity_refusal = StorageFull("no room on the device")
+    world.cluster.refuse_identity = lambda broker_id: StorageFull("no room on the device")
     (error,) = produce(world, [b"x"], delivery_timeout_ms=500, linger_ms=0)
     assert isinstance(error, DeliveryTimeout)
     assert isinstance(error.__cause__, StorageFull)
