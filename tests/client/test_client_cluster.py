@@ -173,7 +173,10 @@ def test_a_broker_that_cannot_help_is_not_the_only_one_asked(world: SimWorld) ->
     world.cluster.refuse_identity = refuse
 
     async def work(client: ClusterClient) -> int:
-        await client.metadata([], timeout=5)  # now the others' addresses are known, and one is connected
+        await client.metadata([], timeout=5)  # now all addresses are known
+        for spare in client.connections.open_ones()[1:]:
+            spare.close()
+        await asyncio.sleep(0.1)
         assert len(client.connections.open_ones()) == 1
         return (await client.call_any(InitProducerRequest(), timeout=5)).producer_id
 
