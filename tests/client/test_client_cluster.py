@@ -174,6 +174,7 @@ def test_a_broker_that_cannot_help_is_not_the_only_one_asked(world: SimWorld) ->
 
     async def work(client: ClusterClient) -> int:
         await client.metadata([], timeout=5)  # now all addresses are known
+        await asyncio.sleep(1.0)  # and every dial has ended
         for spare in client.connections.open_ones()[1:]:
             spare.close()
         await asyncio.sleep(0.1)
