@@ -188,8 +188,11 @@ class Nemesis:
     def _scrub(self, broker_id: int) -> None:
         """Read all that a broker holds whose disk is not to be trusted; one with damage is taken away, as
         long as there is no repair in place."""
+        broker = self.cluster.brokers[broker_id]
         try:
-            for replica in list(self.cluster.brokers[broker_id].replicas()):
+            for damage in broker.store.damaged.values():  # recovery found it by itself
+                raise damage
+            for replica in list(broker.replicas()):
                 self.cluster.run(_read_all(replica), node=broker_name(broker_id))
         except (DamagedData, CorruptFrame) as error:
             self._say(f"broker {broker_id} reports damage: {error}")
