@@ -11,7 +11,7 @@ invariant              how it is held
 election safety        one leader per group and term (Raft figure 3)
 cut at conflicts only  an entry is never replaced by the same one (Raft figure 2, AppendEntries 3)
 one vote per term      by votes that left the replica, across restarts
-leader completeness    a new leader's log holds the highest entry that was ever committed
+leader completeness    a new leader's log holds the highest entry that was committed in any earlier term
 log matching           entries of equal index and term have equal crc; frames are chained by their crcs,
                        so equal crcs mean equal logs below
 state machine safety   one crc per committed index, one end of the log per applied index
@@ -379,6 +379,11 @@ class Watch:
         other = group.leaders.setdefault(core.term, core.id)
         if other != core.id:
             raise Violation(f"election safety: {other} and {core.id} lead {group.name} in term {core.term}")
+        wanted = group.committed.get(group.commit)
+        if wanted is not None and core.term < wanted[0]:
+            # A candidate whose votes, or whose own disk, took so long that others were elected in later terms
+            # meanwhile: what these committed it need not hold (Raft figure 3), for it can commit nothing.
+            return
         if group.commit > core.last_index:
             raise Violation(
                 f"leader completeness: replica {core.id} leads {group.name} in term {core.term} with entries "
@@ -386,7 +391,6 @@ class Watch:
             )
         if group.commit >= core.first_index:
             entries = core.entries_in_memory(group.commit, group.commit + 1)
-            wanted = group.committed.get(group.commit)
             if entries and wanted is not None and (entries[0].term, entries[0].crc) != wanted:
                 raise Violation(
                     f"leader completeness: replica {core.id} leads {group.name} in term {core.term} with "

@@ -119,7 +119,7 @@ def recovered_bytes_not_synced(patch: Patch) -> None:
     async def nothing(self: BrokerStore, scan: object, found: object) -> None:
         pass
 
-    patch.setattr(BrokerStore, "_sync_what_was_read", nothing)
+    patch.setattr(BrokerStore, "_write_again_what_was_read", nothing)
 
 
 def recovery_cuts_below_the_floor(patch: Patch) -> None:
