@@ -3,6 +3,8 @@
 May import raft, storage, state, net, record and controller.placement. Start reading at ``replica.py`` (drives
 one Raft node: what the core says becomes durable, is sent, is applied), then ``broker.py`` (hosts many of
 them). ``peers.py`` keeps the connections between brokers, ``wire.py`` puts Raft messages into frames,
-``fetch.py`` answers consumers, ``metadata.py`` follows and changes the cluster's metadata, ``founding.py``
-makes a new cluster's directories.
+``service.py`` and ``fetch.py`` answer requests, ``partition.py`` is a topic partition's replica,
+``metadata.py`` follows and changes the cluster's metadata, ``founding.py`` makes a new cluster's directories.
+``pulse.py`` lets time pass and lets idle groups rest, ``retention.py`` has old data removed, ``snapshots.py``
+brings followers up that are too far behind, ``out_of_service.py`` shows replicas that must not run.
 """
