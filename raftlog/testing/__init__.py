@@ -2,8 +2,9 @@
 
 ``LocalCluster`` is a real cluster in this process without Ray; the pytest fixtures ``raftlog_cluster`` and
 ``raftlog_log`` give one to a test. The simulator runs whole clusters in virtual time: ``loop`` (no clock, no
-selector), ``network`` and ``disk`` stand behind the seams, ``sim_cluster`` starts production brokers on them, and
-``simulate`` is the command; docs/TESTING.md says what is in the other modules. May import everything; nothing imports it.
+selector), ``network`` and ``disk`` stand behind the seams, ``sim_cluster`` starts production brokers on them,
+``simulate`` is the command; docs/TESTING.md says what is in the other modules. May import everything; nothing
+imports it.
 """
 
 from __future__ import annotations
