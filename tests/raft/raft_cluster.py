@@ -28,6 +28,7 @@ from raftlog.raft.types import (
     InstallSnapshotResponse,
     LoadRequest,
     Message,
+    Ready,
     Role,
     Snapshot,
     VoteRequest,
@@ -289,8 +290,14 @@ class Cluster:
         node = self.nodes[replica]
         if replica in self.down or not node.has_ready():
             return False
-        ready = node.ready()
         self.readies[replica] = self.readies.get(replica, 0) + 1
+        self.take(replica, node.ready())
+        self.checker.after_step(replica)
+        return True
+
+    def take(self, replica: int, ready: Ready) -> None:
+        """Do what one Ready asks for, as far as it happens at once."""
+        node = self.nodes[replica]
         if ready.append is not None:
             self.checker.appended(ready.append.entries)
             self.disks[replica].pending.append(ready.append)
@@ -312,8 +319,6 @@ class Cluster:
             )
             self.reads[replica].append((context, index))
         self._watch(replica)
-        self.checker.after_step(replica)
-        return True
 
     def sync(self, replica: int, count: int | None = None) -> bool:
         """The disk syncs the oldest ``count`` appends and says so. Returns whether there was any."""
