@@ -13,6 +13,7 @@ leaves leadership, when whoever waits hears that the outcome is indeterminate.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Callable, Coroutine, Mapping
 from functools import partial
@@ -126,6 +127,8 @@ class Replica(Generic[M]):
         self.snapshots_installed = 0
         self.replica_id: Final = log.spec.replica_id
         self._waiters: dict[int, list[Done]] = {}
+        self._reads: dict[int, asyncio.Future[None]] = {}
+        self._reads_asked = 0
         self._soft: SoftState | None = None
         self._campaign_at = 0
         self._exchange = SnapshotExchange(self)
@@ -224,14 +227,17 @@ class Replica(Generic[M]):
         """
         self.check_in_service()
         if self.staged is None:
-            raise NotLeader(
-                f"{self.name} is not led by broker {self.host.broker_id}",
-                leader=self.leader_broker,
-                term=self.node.term,
-            )
+            raise self._not_leader()
         if self.host.store.fault is not None:
             raise self.host.store.fault
         return self.staged
+
+    def _not_leader(self) -> NotLeader:
+        return NotLeader(
+            f"{self.name} is not led by broker {self.host.broker_id}",
+            leader=self.leader_broker,
+            term=self.node.term,
+        )
 
     def check_in_service(self) -> None:
         """Raise if this replica was retired. For a client that is no end: where the storage of one broker
@@ -264,6 +270,22 @@ class Replica(Generic[M]):
         """``done`` also hears the result of the entry at ``index``, which is in flight."""
         self._waiters[index].append(done)
 
+    async def confirm_leadership(self) -> None:
+        """Wait until a quorum has confirmed that this replica leads: what it has applied then covers all
+        that was acknowledged to anybody before the call (ReadIndex, thesis section 6.4).
+
+        Raises:
+            NotLeader, UnknownReplica: it does not, or not any more.
+        """
+        self.check_in_service()
+        if not self.node.serving:
+            raise self._not_leader()
+        self._reads_asked += 1
+        confirmed = self._reads[self._reads_asked] = asyncio.get_running_loop().create_future()
+        self.node.read_index(self._reads_asked, self.host.now_ms())
+        self.host.mark(self)
+        await confirmed
+
     # -- the cycle -------------------------------------------------------------------------------------------
 
     def pump(self) -> None:
@@ -283,6 +305,11 @@ class Replica(Generic[M]):
                     host.send(broker_id, message)
             if ready.committed and not self._apply(ready.committed):
                 return
+            for context, index in ready.reads:
+                assert index <= node.applied, (index, node.applied)
+                confirmed = self._reads.pop(context)
+                if not confirmed.done():
+                    confirmed.set_result(None)
             if ready.soft_state is not None:
                 self._leadership(ready.soft_state)
             for load in ready.loads:
@@ -381,6 +408,8 @@ class Replica(Generic[M]):
             self.staged = None
             self._fail_waiters()
             self.stopped_serving()
+        if soft.role is not Role.LEADER:
+            self._fail_reads()
         self.host.leadership_changed(self, before)
 
     def _begin_serving(self) -> None:
@@ -405,6 +434,12 @@ class Replica(Generic[M]):
                 for tell in done:
                     tell(None, error)
 
+    def _fail_reads(self) -> None:
+        reads, self._reads = self._reads, {}
+        for confirmed in reads.values():
+            if not confirmed.done():
+                confirmed.set_exception(self._not_leader())
+
     async def _load(self, load: LoadRequest) -> None:
         log = self.log
         if not log.first_index <= load.index <= log.last_index:
@@ -425,6 +460,7 @@ class Replica(Generic[M]):
             self.fault = error
             self.staged = None
             self._fail_waiters()
+            self._fail_reads()
             self.stopped_serving()
             level = logging.INFO if isinstance(error, UnknownReplica) else logging.ERROR  # it was deleted
             logger.log(level, "broker %d: %s is out of service: %s", self.host.broker_id, self.name, error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Callable, Coroutine
 from functools import partial
@@ -110,17 +111,18 @@ class Service:
         self._broker.spawn(_answer_with(reply, partial(self._find_offsets, request)))
 
     async def _find_offsets(self, request: rpc.ListOffsetsRequest) -> rpc.ListOffsetsResponse:
-        answers = []
-        for query in request.queries:
-            try:
-                answers.append(await self._find_offset(query))
-            except RaftlogError as error:
-                answers.append(rpc.OffsetAnswer(wire_error(error), -1, -1))
-        return rpc.ListOffsetsResponse(answers)
+        return rpc.ListOffsetsResponse(list(await asyncio.gather(*map(self._answer_query, request.queries))))
+
+    async def _answer_query(self, query: rpc.OffsetQuery) -> rpc.OffsetAnswer:
+        try:
+            return await self._find_offset(query)
+        except RaftlogError as error:
+            return rpc.OffsetAnswer(wire_error(error), -1, -1)
 
     async def _find_offset(self, query: rpc.OffsetQuery) -> rpc.OffsetAnswer:
         replica = self._broker.partition(query.topic_id, query.partition)
-        replica.check_readable(replica.committed_offset)
+        # who reads "until the end" must get all that was acknowledged before, also by a later leader
+        await replica.confirm_leadership()
         if query.timestamp_ms == rpc.OFFSET_EARLIEST:
             return rpc.OffsetAnswer(None, replica.machine.log_start, -1)
         if query.timestamp_ms == rpc.OFFSET_LATEST:
