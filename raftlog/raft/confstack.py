@@ -72,11 +72,13 @@ class ConfStack:
         raise AssertionError(f"no configuration known at {index}: the oldest is at {self._stack[0][0]}")
 
     def possible(self, commit: int) -> Iterator[ConfState]:
-        """What may yet turn out to be in force: the configuration at ``commit`` and all above it."""
-        for start, conf in reversed(self._stack):
-            yield conf
-            if start <= commit:
-                return
+        """What may yet turn out to be in force: the configuration at ``commit`` and all above it, newest
+        first."""
+        at = len(self._stack) - 1
+        while self._stack[at][0] > commit:
+            yield self._stack[at][1]
+            at -= 1
+        yield self._stack[at][1]
 
     def forget_below(self, index: int) -> None:
         """``index`` is applied: only the configuration in force there, and later ones, still matter."""

@@ -153,7 +153,7 @@ class RaftLog:
     # -- changing --------------------------------------------------------------------------------------------
 
     def append(self, entries: Sequence[Entry]) -> None:
-        """Add entries that follow the last one.
+        """Add entries, at least one, that follow the last one.
 
         Raises:
             LogDiverged: an entry whose ``prev_crc`` is not the crc of the one before it.
@@ -174,8 +174,7 @@ class RaftLog:
             self.last_crc = entry.crc
             self.memory_bytes += len(entry.frame)
             self._entries.append(entry)
-        if entries:
-            self.last_leader_time_ms = entries[-1].leader_time_ms
+        self.last_leader_time_ms = entries[-1].leader_time_ms
 
     def cut(self, index: int) -> None:
         """Remove the entries at and above ``index``, none of which may be committed."""
@@ -246,7 +245,7 @@ class RaftLog:
         if first_index > self.last_index:
             self._run_starts.clear()
             self._run_terms.clear()
-        elif self._run_starts:
+        else:
             self._run_starts[0] = first_index
         self.first_index, self.prev_term, self.prev_crc = first_index, prev_term, prev_crc
 

@@ -9,6 +9,7 @@ from raftlog.raft.confchange import enter
 from raftlog.raft.confstack import encode_conf
 from raftlog.raft.node import Node
 from raftlog.raft.progress import Progress
+from raftlog.raft.quorum import is_voter
 from raftlog.raft.types import Entry, Role
 from raftlog.record.frame import FRAME_HEADER_BYTES, Buffer, FrameKind
 
@@ -81,6 +82,6 @@ def follow_configuration(node: Node) -> None:
         del node.progress[gone]
     for replica in sorted(members - node.progress.keys()):
         node.progress[replica] = Progress(replica, node.log.last_index + 1, node.now_ms)
-    if node.transfer_to not in node.progress:
-        node.transfer_to = 0
+    if not is_voter(node.confs.current, node.transfer_to):
+        node.transfer_to = 0  # it is to lose its vote: nothing to wait for
     node.pump_wanted = True

@@ -115,7 +115,8 @@ class RawNode:
         elif isinstance(message, ReadIndexRequest):
             if leads:
                 heartbeats.read(node, message.sender, message.context)
-        elif isinstance(message, ReadIndexResponse):
+        else:
+            assert isinstance(message, ReadIndexResponse), message
             node.reads_done.append((message.context, message.index))
 
     def _admit(self, message: Message) -> bool:

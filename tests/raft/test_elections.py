@@ -403,6 +403,18 @@ def test_a_candidate_follows_the_leader_of_its_term(cluster: Cluster) -> None:
     assert node.leader == 2
 
 
+def test_requests_of_a_candidate_that_has_found_a_leader_stay_here(cluster: Cluster) -> None:
+    """Its log may have been cut since it wrote them: they would promise what it does not hold."""
+    node = cluster.restart_with(1, chain([1, 1]), term=1)
+    node.campaign(0)
+    cluster.settle(sync=False)
+    assert node.role is Role.CANDIDATE
+    node.step(AppendRequest(1, 2, 2, 1, 1, -1, 0, tuple(chain([1, 2])[1:])), 5)
+    assert (node.role, node.term) == (Role.FOLLOWER, 2)
+    cluster.settle()
+    assert not cluster.of(VoteRequest, sender=1, pre=False)
+
+
 def test_answers_that_come_too_late_change_nothing(cluster: Cluster) -> None:
     node = cluster.elect(1)
     node.step(VoteResponse(1, 2, 1, True), cluster.now)

@@ -107,6 +107,22 @@ def test_a_joint_configuration_needs_both_majorities() -> None:
     assert leader.commit == leader.last_index == 4
 
 
+def test_a_joint_phase_ends_when_its_own_entry_is_committed_and_not_before() -> None:
+    cluster, leader = with_spares()
+    cluster.propose(1, b"x")
+    leader.propose_conf([1, 2], [], 0)
+    cluster.take_ready(1)
+    cluster.sync(1)
+    leader.step(AppendResponse(1, 2, 1, 2), cluster.now)
+    leader.step(AppendResponse(1, 3, 1, 2), cluster.now)
+    assert leader.commit == 2
+    assert leader.conf.is_joint
+    leader.step(AppendResponse(1, 2, 1, 3), cluster.now)
+    leader.step(AppendResponse(1, 3, 1, 3), cluster.now)
+    assert leader.commit == 3
+    assert leader.conf == ConfState((1, 2))
+
+
 def test_one_change_at_a_time_and_none_before_the_no_op() -> None:
     cluster, leader = with_spares(4)
     with pytest.raises(NotLeader):

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 from raft_cluster import MemoryDisk, chain
 
-from raftlog.errors import ConfigError
+from raftlog.errors import ConfigError, CorruptFrame
 from raftlog.raft.config import RaftConfig, RecoveredLog
 from raftlog.raft.confstack import ConfStack, encode_conf
 from raftlog.raft.log import UNKNOWN_CRC, LogDiverged, RaftLog
@@ -78,6 +78,20 @@ def test_vote_result_says_won_or_lost_exactly_when_it_can_no_longer_change(conf:
 
 def test_votes_of_strangers_do_not_count() -> None:
     assert vote_result(CONF, {1: True, 8: True, 9: True}) is VoteResult.PENDING
+
+
+# -- entries -------------------------------------------------------------------------------------------------
+
+
+def test_an_entry_is_parsed_from_where_its_frame_begins() -> None:
+    first, second = chain([1, 2])
+    buffer = bytes(first.frame) + bytes(second.frame)
+    found = Entry.parse(buffer, len(first.frame))
+    assert found == second
+    assert (found.index, found.term, found.prev_crc) == (2, 2, first.crc)
+    assert bytes(found.payload) == bytes(second.payload)
+    with pytest.raises(CorruptFrame):
+        Entry.parse(buffer[:-1] + b"!", len(first.frame))
 
 
 # -- log -----------------------------------------------------------------------------------------------------

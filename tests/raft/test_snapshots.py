@@ -75,6 +75,21 @@ def test_a_snapshot_whose_acknowledgement_is_lost_still_ends() -> None:
     assert cluster.nodes[3].applied == 11
 
 
+def test_a_connection_lost_under_a_snapshot_leads_to_another_one_when_it_is_back() -> None:
+    cluster = behind()
+    cluster.heal()
+    cluster.advance(500, snapshots=False)
+    assert cluster.snapshots_wanted == [(1, 3)]
+    leader = cluster.nodes[1]
+    leader.peer_lost(3, cluster.now)
+    assert leader.progress[3].state is ProgressState.SNAPSHOT, "its host still has to end it"
+    leader.peer_restored(3, cluster.now)
+    cluster.settle(snapshots=False)
+    assert cluster.snapshots_wanted == [(1, 3), (1, 3)]
+    cluster.settle()
+    assert cluster.nodes[3].applied == leader.commit
+
+
 def test_an_acknowledgement_ends_it_even_without_the_host() -> None:
     cluster = behind()
     cluster.heal()

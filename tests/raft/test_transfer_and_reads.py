@@ -78,6 +78,25 @@ def test_a_transfer_ends_when_the_target_is_lost_or_removed() -> None:
     cluster.propose(1, b"y")
 
 
+def test_a_transfer_survives_the_end_of_a_joint_phase_unless_the_target_loses_its_vote() -> None:
+    for voters, learners in (([1, 2, 3, 4], []), ([1, 3, 4], [2]), ([1, 3, 4], [])):
+        cluster = Cluster(3, learners=(4,))
+        leader = cluster.elect(1)
+        leader.propose_conf(voters, learners, 0)
+        cluster.settle(only=lambda message: not isinstance(message, AppendResponse))
+        assert leader.conf.is_joint
+        leader.transfer_leadership(2, cluster.now)
+        cluster.cut_links |= {(2, 1)}  # it holds all, and cannot say so
+        for follower in (3, 4):
+            leader.step(AppendResponse(1, follower, 1, 2), cluster.now)
+        assert not leader.conf.is_joint
+        if 2 in voters:
+            with pytest.raises(Busy, match="transferred to replica 2"):
+                cluster.propose(1, b"y")
+        else:
+            cluster.propose(1, b"y")
+
+
 def test_a_transfer_to_itself_is_nothing_and_to_strangers_an_error() -> None:
     cluster = lone_leader()
     leader = cluster.nodes[1]
