@@ -47,6 +47,8 @@ class Flusher:
         self.unflushed_bytes = 0
         """Bytes of entries in memory that no segment holds yet."""
         self._left_bytes = 0
+        self._snapshots_wait = False
+        """Some could not be written in the last pass: what they stand for was not synced yet."""
         self._wanted = False
         self._wake: asyncio.Future[None] | None = None
         self._closing = False
@@ -65,7 +67,8 @@ class Flusher:
 
     def group_done(self) -> None:
         """The journal has synced a group: flush if enough has come together since the last time."""
-        if self.unflushed_bytes - self._left_bytes >= self._config.flush_bytes or self._journal.can_release():
+        enough = self.unflushed_bytes - self._left_bytes >= self._config.flush_bytes
+        if enough or self._snapshots_wait or self._journal.can_release():
             self.request()
 
     def request(self, log: ReplicaLog | None = None) -> None:
@@ -134,6 +137,7 @@ class Flusher:
             if log.flushed_index == log.last_index and not log.pending_snapshots:
                 self._dirty.pop(log.spec.replica_id, None)
         self._left_bytes = self.unflushed_bytes
+        self._snapshots_wait = any(log.pending_snapshots for log in self._dirty.values())
 
     async def flush(self, log: ReplicaLog, *, save_index: bool = False) -> None:
         """Write the log's committed entries to its segments and sync them; then snapshots that wait for it.
