@@ -107,11 +107,13 @@ def _stream(node: Node, progress: Progress, announce: bool) -> None:
             break
         limit = min(window, config.append_bytes_max)
         if progress.next < log.offset:
+            if not progress.fits(progress.room_needed, window):
+                break
             progress.loading = True
             node.loads.append(LoadRequest(progress.id, progress.next, limit))
             break
         entries, size = log.batch(progress.next, limit)
-        if size > window and progress.inflight_messages:
+        if not progress.fits(size, window):
             break
         _send_entries(node, progress, entries, size)
         sent = True
@@ -165,7 +167,13 @@ def on_loaded(node: Node, to: int, entries: Sequence[Entry]) -> None:
         return  # the follower moved on meanwhile
     if node.log.term(entries[-1].index) != entries[-1].term:
         return  # read before this term began, and cut since (log matching: the last one speaks for all)
-    _send_entries(node, progress, tuple(entries), sum(len(entry.frame) for entry in entries))
+    size = sum(len(entry.frame) for entry in entries)
+    if progress.fits(
+        size, progress.window_bytes(node.config.inflight_messages_max, node.config.inflight_bytes_max)
+    ):
+        _send_entries(node, progress, tuple(entries), size)
+    else:
+        progress.room_needed = size  # storage reads one entry at least, however large
 
 
 def on_load_failed(node: Node, to: int) -> None:

@@ -40,6 +40,7 @@ class Progress:
         "next",
         "paused",
         "read_round",
+        "room_needed",
         "seen_last",
         "seen_match",
         "state",
@@ -59,6 +60,8 @@ class Progress:
         self.connected = True
         self.loading = False
         """A LoadRequest for it is out."""
+        self.room_needed = 0
+        """The next entry was read and did not fit into the window: not to be read again with less room."""
         self.read_round = 0
         """The last round of reads that it confirmed."""
         self.inflight_bytes = 0
@@ -91,6 +94,7 @@ class Progress:
         self.state = state
         self.paused = False
         self.loading = False
+        self.room_needed = 0
         self.inflight_bytes = 0
         self._inflight.clear()
         self.seen_match = self.seen_last = -1
@@ -102,11 +106,16 @@ class Progress:
             return 0
         return bytes_max - self.inflight_bytes
 
+    def fits(self, size: int, window: int) -> bool:
+        """Whether a message of ``size`` bytes may go with ``window`` bytes left; the only one always may."""
+        return size <= window or not self._inflight
+
     def sent(self, last_index: int, size: int) -> None:
         """A message with entries up to ``last_index`` of ``size`` bytes has gone out (REPLICATE)."""
         assert last_index >= self.next, (last_index, self.next)
         self._inflight.append((last_index, size))
         self.inflight_bytes += size
+        self.room_needed = 0
         self.next = last_index + 1
 
     def acknowledged(self, index: int) -> bool:

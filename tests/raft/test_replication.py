@@ -522,6 +522,30 @@ def test_a_follower_far_behind_catches_up_through_loads() -> None:
     assert cluster.log_of(3) == cluster.log_of(1)
 
 
+def test_a_loaded_entry_waits_for_room_in_the_window() -> None:
+    cluster = behind(append_bytes_max=100, inflight_bytes_max=100)
+    leader, progress = cluster.nodes[1], cluster.nodes[1].progress[3]
+    log = cluster.log_of(1)
+    leader.peer_restored(3, cluster.now)
+    leader.ready()
+    leader.step(AppendResponse(1, 3, 1, 1), cluster.now)
+    assert leader.ready().loads == (LoadRequest(3, 2, 100),)
+    leader.on_loaded(3, log[1:3])
+    room = 100 - progress.inflight_bytes
+    assert 0 < room < log[3].size
+    assert leader.ready().loads == (LoadRequest(3, 4, room),)
+    leader.on_loaded(3, log[3:4])  # storage reads one at least
+    assert progress.inflight_messages == 1
+    assert progress.inflight_bytes <= 100
+    cluster.propose(1, b"x")
+    assert leader.ready().loads == (), "it would not fit again"
+    leader.step(AppendResponse(1, 3, 1, 3), cluster.now)
+    assert leader.ready().loads == (LoadRequest(3, 4, 100),)
+    leader.on_loaded(3, log[3:5])
+    assert progress.next == 6
+    assert progress.room_needed == 0
+
+
 def test_a_failed_load_is_tried_again_at_the_next_answer() -> None:
     cluster = behind()
     leader = cluster.nodes[1]
