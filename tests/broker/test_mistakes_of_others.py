@@ -59,10 +59,12 @@ def test_1_acknowledged_before_it_was_synced(world: World, kept: CrashMode) -> N
 
 
 def test_2_a_late_sync_confirms_other_entries_in_a_higher_term(world: World) -> None:
-    """rabbitmq/ra#516: the disk finished writing entry 5 of term 1 after entry 5 of term 2 had taken its place,
-    and the follower took that for a sync of the new one.
+    """rabbitmq/ra#516: the disk finished writing entry 5 of term 1 after entry 5 of term 2 had taken its
+    place, and the follower took that for a sync of the new one.
 
-    The watch of the simulated cluster compares every acknowledgement with what the disk has synced.
+    The watch of the simulated cluster compares every acknowledgement with what the disk has synced. Two
+    things prevent it, what a sync proves being cut with the log, and a term that is not durable acknowledging
+    nothing; each has its tests in ``tests/raft/test_durability.py``.
     """
     old = world.leader()
     connection = world.dial(old)
@@ -86,8 +88,8 @@ def test_2_a_late_sync_confirms_other_entries_in_a_higher_term(world: World) -> 
 
 
 def test_9_dedup_advanced_before_persisting(world: World) -> None:
-    """apache/pulsar#5218: the sequence counted as seen although storing it had failed; the retry was dropped as
-    a duplicate, and acknowledged.
+    """apache/pulsar#5218: the sequence counted as seen although storing it had failed; the retry was dropped
+    as a duplicate, and acknowledged.
 
     Twice here: an append that was refused, and one that was undone by the next leader.
     """
