@@ -12,15 +12,19 @@ election safety        one leader per group and term (Raft figure 3)
 cut at conflicts only  an entry is never replaced by the same one (Raft figure 2, AppendEntries 3)
 one vote per term      by votes that left the replica, across restarts
 leader completeness    a new leader's log holds the highest entry that was committed in any earlier term
-log matching           entries of equal index and term have equal crc; frames are chained by their crcs,
-                       so equal crcs mean equal logs below
+log matching           entries of equal index and term that are handed to any disk have equal crc; frames
+                       are chained by their crcs, so equal crcs mean equal logs below
 state machine safety   one crc per committed index, one end of the log per applied index
 durable before told    an acknowledgement names no index, a commit no majority, that the disks did not sync
 commit rule            a leader counts entries of its own term only (Raft figure 8)
 nothing synced is lost a restarted replica has what was synced before
 high watermark         commit and applied never step back while a replica runs; a leader serves only once it
                        holds everything that was ever served
-bounds                 uncommitted bytes, messages and bytes in flight to a follower
+joint overlap          every quorum of a configuration meets every quorum of the next in the same log, and
+                       the next begins only when a quorum holds the one before (thesis section 4.3)
+retention              the log start moves only as far as the topic's settings allow, and no replica drops
+                       a record above it
+bounds                 messages and bytes in flight to a follower
 node                   ``RawNode.check_invariants``, when role, term or configuration changed
 ====================== =================================================================================
 """
@@ -28,11 +32,24 @@ node                   ``RawNode.check_invariants``, when role, term or configur
 from __future__ import annotations
 
 from collections import Counter, deque
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, Final
 
+from raftlog.config import TopicConfig
 from raftlog.errors import RaftlogError
-from raftlog.raft.types import Append, AppendResponse, Message, Role, VoteRequest, VoteResponse
+from raftlog.raft.types import (
+    Append,
+    AppendRequest,
+    AppendResponse,
+    ConfState,
+    Message,
+    Role,
+    VoteRequest,
+    VoteResponse,
+)
+from raftlog.record.frame import FrameKind
+from raftlog.storage.replica_log import Accept, ReplicaLog
+from raftlog.storage.snapshot_file import LogSnapshot
+from raftlog.testing.books import Event, Group, GroupKey, Member, View, Violation, column, overlap
 from raftlog.testing.disk import SimDisk
 from raftlog.testing.loop import START_TIME, SimLoop, SimNode
 
@@ -40,94 +57,8 @@ if TYPE_CHECKING:
     from raftlog.broker.broker import Broker
     from raftlog.broker.replica import Replica
 
-GroupKey: TypeAlias = tuple[bytes, int]
-"""(topic id, partition)."""
 EVENTS_MAX: Final = 400
 """Events kept for the trace of a failure."""
-
-
-class Violation(AssertionError):
-    """An invariant or a promise is broken."""
-
-
-@dataclass(slots=True)
-class Member:
-    """What is known of one replica, across the restarts of its broker."""
-
-    replica_id: int
-    broker_id: int
-    durable: int = 0
-    """Every entry up to here has been synced."""
-    flights: deque[list[int]] = field(default_factory=deque)
-    """[commit of the disk that must be done, last index], oldest first: handed over, not synced."""
-    handed: int = 0
-    """The last index handed over."""
-    crcs: dict[int, int] = field(default_factory=dict)
-    """index -> crc of what this run of its broker handed over."""
-    trusted: bool = True
-    """Its disk keeps what it synced (not after a failed sync, a wipe, or rot)."""
-
-    def settle(self, commits_done: int) -> None:
-        """Take over what the disk has synced by now."""
-        flights = self.flights
-        while flights and flights[0][0] <= commits_done:
-            self.durable = max(self.durable, flights.popleft()[1])
-
-    def cut(self, last: int) -> None:
-        """The log now ends at ``last``."""
-        self.durable = min(self.durable, last)
-        for flight in self.flights:
-            flight[1] = min(flight[1], last)
-
-
-@dataclass(slots=True)
-class Group:
-    """What is known of one Raft group."""
-
-    name: str
-    members: dict[int, Member] = field(default_factory=dict)
-    leaders: dict[int, int] = field(default_factory=dict)
-    """term -> replica."""
-    crcs: dict[tuple[int, int], int] = field(default_factory=dict)
-    """(index, term) -> crc, of every entry ever seen in any log."""
-    committed: dict[int, tuple[int, int]] = field(default_factory=dict)
-    """index -> (term, crc)."""
-    commit: int = 0
-    """The highest index that anyone took for committed."""
-    ends: dict[int, int] = field(default_factory=dict)
-    """applied index -> next offset."""
-    largest: int = 0
-    """Bytes of the largest entry."""
-    served: int = 0
-    """The highest offset that a leader has shown as committed."""
-
-
-@dataclass(slots=True)
-class View:
-    """How a running replica was seen last."""
-
-    replica: Replica[Any]
-    group: Group
-    member: Member
-    state: tuple[Any, ...] = ()
-    role: Role = Role.FOLLOWER
-    term: int = 0
-    commit: int = 0
-    applied: int = 0
-    last_index: int = 0
-    last_crc: int = 0
-    conf: object = None
-    serving: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Event:
-    """A line of the trace: what happened, and how every replica of ``group`` stood."""
-
-    seconds: float
-    what: str
-    group: str
-    columns: dict[int, str]
 
 
 class Watch:
@@ -156,13 +87,7 @@ class Watch:
         """A broker's process has recovered its disk."""
         self._brokers[f"broker-{broker.broker_id}"] = (broker, disk)
         self._views[broker.broker_id] = {}
-        hand_over = broker.store.append
-
-        def append(log: Any, append: Append, done: Any) -> None:
-            self._appended(broker.broker_id, disk, log.spec.replica_id, append)
-            hand_over(log, append, done)
-
-        setattr(broker.store, "append", append)  # noqa: B010 - a method, to type checkers
+        _Ears(self, broker, disk)
 
     def ended(self, broker_id: int) -> None:
         """Its process has ended; what was in flight to the disk may or may not be there later."""
@@ -184,51 +109,77 @@ class Watch:
         for broker_id, views in self._views.items():
             for view in views.values():
                 if group is not None and view.group is group:
-                    columns[broker_id] = _column(view)
+                    columns[broker_id] = column(view)
         name = "" if group is None else group.name
         self.events.append(Event(self._loop.time() - START_TIME, what, name, columns))
 
+    def view(self, broker_id: int, replica_id: int) -> View | None:
+        """How a replica of a running broker was seen last."""
+        return self._views[broker_id].get(replica_id)
+
+    def violated(self, violation: Violation) -> None:
+        """Seen in the middle of an event. The code under test must not meet it: it is raised behind that."""
+        self._broken = self._broken or violation
+
     # -- what leaves a replica -------------------------------------------------------------------------------
 
-    def _appended(self, broker_id: int, disk: SimDisk, replica_id: int, append: Append) -> None:
-        view = self._views[broker_id].get(replica_id)
-        if view is None or not append.entries:
-            return
-        member = view.member
+    def appended(self, view: View, disk: SimDisk, append: Append) -> None:
+        """Entries are handed to a disk."""
+        member, group = view.member, view.group
         first, last = append.entries[0].index, append.entries[-1].index
         member.settle(disk.commits_done)
         if first <= member.handed:
             self.counts["truncations"] += 1
-            if member.crcs.get(first) == append.entries[0].crc:
-                self._broken = Violation(
-                    f"cut without conflict: replica {replica_id} of {view.group.name} replaced entry {first} "
-                    "by the same one, and dropped what followed"
+            known = member.rows.get(first)
+            if known is not None and known.crc == append.entries[0].crc:
+                raise Violation(
+                    f"cut without conflict: {view.name} replaced entry {first} by the same one, and dropped "
+                    "what followed"
                 )
             member.cut(first - 1)
         member.handed = last
         for entry in append.entries:
-            member.crcs[entry.index] = entry.crc
-            view.group.largest = max(view.group.largest, entry.size)
+            row = member.rows[entry.index] = group.book(entry)
+            if row.kind == FrameKind.CONF:
+                self._configured(view, row.index, row.says)
         member.flights.append([disk.commits + 1, last])
+
+    def _configured(self, view: View, index: int, conf: ConfState) -> None:
+        """A configuration is in force in this log."""
+        group, confs = view.group, view.member.confs
+        before_index, before = confs[-1]
+        if not overlap(before, conf):
+            raise Violation(f"joint overlap: {view.name} went from {before} to {conf} at index {index}")
+        if view.replica.node.role is Role.LEADER:
+            self._settle(group)
+            if not group.has_quorum(before, before_index):
+                raise Violation(
+                    f"joint overlap: {view.name} began {conf} at index {index}, and {before} of index "
+                    f"{before_index} is not committed"
+                )
+        confs.append((index, conf))
 
     def sent(self, broker: Broker, message: Message) -> None:
         """A message is on its way."""
         try:
             self._check_sent(broker, message)
-        except Violation as violation:  # the broker must not meet it: raised behind this event
-            self._broken = self._broken or violation
+        except Violation as violation:
+            self.violated(violation)
 
     def _check_sent(self, broker: Broker, message: Message) -> None:
-        if isinstance(message, VoteResponse):
+        kind = type(message)
+        if kind is AppendRequest:
+            self._check_window(broker, message)
+        elif isinstance(message, AppendResponse):
+            if not message.rejected:
+                view = self.view(broker.broker_id, message.sender)
+                if view is not None:
+                    self._check_acknowledgement(view, message.index)
+        elif isinstance(message, VoteResponse):
             if message.granted and not message.pre:
                 self._voted(message.sender, message.term, message.to)
-        elif isinstance(message, VoteRequest):
-            if not message.pre:
-                self._voted(message.sender, message.term, message.sender)
-        elif isinstance(message, AppendResponse) and not message.rejected:
-            view = self._views[broker.broker_id].get(message.sender)
-            if view is not None:
-                self._check_acknowledgement(view, message.index)
+        elif isinstance(message, VoteRequest) and not message.pre:
+            self._voted(message.sender, message.term, message.sender)
 
     def _voted(self, voter: int, term: int, candidate: int) -> None:
         before = self._votes.setdefault((voter, term), candidate)
@@ -244,9 +195,22 @@ class Watch:
         member.settle(disk.commits_done)
         if member.trusted and index > member.durable:
             raise Violation(
-                f"durable before told: replica {member.replica_id} of {view.group.name} acknowledged index "
-                f"{index}, synced is {member.durable}"
+                f"durable before told: {view.name} acknowledged index {index}, synced is {member.durable}"
             )
+
+    def _check_window(self, broker: Broker, message: Message) -> None:
+        replica = broker.replica(message.sender)
+        if replica is None or replica.node.role is not Role.LEADER:
+            return
+        progress = replica.node.progress.get(message.to)
+        if progress is None:
+            return
+        config = broker.config
+        # A single message always goes, however large its first entry.
+        if progress.inflight_messages > config.inflight_messages_max or (
+            progress.inflight_messages > 1 and progress.inflight_bytes > config.inflight_bytes_max
+        ):
+            raise Violation(f"bounds: {progress} of {replica.name}")
 
     # -- after every event -----------------------------------------------------------------------------------
 
@@ -261,55 +225,73 @@ class Watch:
         for replica in broker.replicas():
             view = views.get(replica.replica_id)
             if view is None:
-                view = views[replica.replica_id] = self._first_seen(broker.broker_id, replica)
+                view = views[replica.replica_id] = self._first_seen(broker, replica)
             if replica.fault is not None:
                 _check_fault(replica, replica.fault)
                 continue
-            core = replica.node
+            core = replica.node._node  # not through its properties: this line runs a million times a minute
+            log = core.log
             state = (
-                core.last_crc,
-                core.commit,
-                core.applied,
-                core.last_index,
+                log.commit,
+                log.applied,
                 core.term,
                 core.role,
+                core.confs.current,
                 replica.staged is None,
             )
             if state != view.state:
                 view.state = state
                 self._changed(view)
 
-    def _first_seen(self, broker_id: int, replica: Replica[Any]) -> View:
-        spec, core = replica.log.spec, replica.node
-        key = (spec.topic_id, spec.partition)
-        group = self.groups.setdefault(key, Group(f"{spec.topic}/{spec.partition}"))
-        member = group.members.setdefault(spec.replica_id, Member(spec.replica_id, broker_id))
-        recovered = replica.log.recovered.last_index
-        if member.trusted and recovered < member.durable:
-            raise Violation(
-                f"nothing synced is lost: replica {spec.replica_id} of {group.name} came back with entries "
-                f"up to {recovered}, synced were {member.durable}"
-            )
-        term, candidate = self._last_vote.get(spec.replica_id, (0, 0))
-        if member.trusted and (core.term < term or (core.term == term and core.vote != candidate)):
-            raise Violation(
-                f"one vote per term: replica {spec.replica_id} of {group.name} voted for {candidate} in term "
-                f"{term} and came back in term {core.term} with its vote for {core.vote or 'nobody'}"
-            )
-        known_crc = group.crcs.get((recovered, _term(replica, recovered)))
-        if known_crc not in (None, replica.log.recovered.last_crc):
-            raise Violation(
-                f"log matching: replica {spec.replica_id} of {group.name} came back with another entry "
-                f"at index {recovered}"
-            )
+    def _first_seen(self, broker: Broker, replica: Replica[Any]) -> View:
+        spec, core, log = replica.log.spec, replica.node, replica.log
+        group = self.groups.get((spec.topic_id, spec.partition))
+        if group is None:
+            topic = None if spec.internal else broker.metadata.image.topic_by_id(spec.topic_id)
+            policy = TopicConfig() if topic is None else TopicConfig.model_validate(topic.config)
+            group = Group(f"{spec.topic}/{spec.partition}", spec.internal, policy)
+            self.groups[spec.topic_id, spec.partition] = group
+        member = group.members.setdefault(spec.replica_id, Member(spec.replica_id, broker.broker_id))
+        recovered = log.recovered.last_index
+        view = View(replica, group, member, conf=core.conf, commit=core.commit, applied=core.applied)
+        if member.trusted:
+            self._check_recovered(view, recovered)
+        if (
+            group.crcs.get((recovered, _term(log, recovered)), log.recovered.last_crc)
+            != log.recovered.last_crc
+        ):
+            raise Violation(f"log matching: {view.name} came back with another entry at index {recovered}")
+        self.check_start(view)
         member.durable = member.handed = recovered
-        member.crcs.clear()
+        member.confs = list(log.recovered.confs)
+        member.rows = {row.index: row for row in group.log_below(recovered, log.recovered.last_crc)}
         self._count_duplicates(replica)
-        view = View(replica, group, member, last_index=recovered, last_crc=core.last_crc)
-        view.commit, view.applied = core.commit, core.applied
         if recovered:
             self.note(f"replica {spec.replica_id} is back", group)
         return view
+
+    def _check_recovered(self, view: View, recovered: int) -> None:
+        core, member = view.replica.node, view.member
+        if recovered < member.durable:
+            raise Violation(
+                f"nothing synced is lost: {view.name} came back with entries up to {recovered}, synced were "
+                f"{member.durable}"
+            )
+        term, candidate = self._last_vote.get(member.replica_id, (0, 0))
+        if core.term < term or (core.term == term and core.vote != candidate):
+            raise Violation(
+                f"one vote per term: {view.name} voted for {candidate} in term {term} and came back in term "
+                f"{core.term} with its vote for {core.vote or 'nobody'}"
+            )
+
+    def check_start(self, view: View) -> None:
+        """No replica has dropped records above the log start that somebody applied."""
+        start = view.replica.log.start_offset
+        if start > view.group.starts[-1]:
+            raise Violation(
+                f"retention: {view.name} has dropped records below {start}, the log begins at "
+                f"{view.group.starts[-1]}"
+            )
 
     def _count_duplicates(self, replica: Replica[Any]) -> None:
         """Count the batches that a partition takes without appending anything."""
@@ -327,12 +309,11 @@ class Watch:
 
     def _changed(self, view: View) -> None:
         core, group = view.replica.node, view.group
-        if core.last_crc != view.last_crc or core.last_index != view.last_index:
-            self._check_entries(view)
-        if core.role is not view.role or core.term != view.term or core.conf is not view.conf:
+        conf = view.conf
+        if core.role is not view.role or core.term != view.term or core.conf is not conf:
             self._check_role(view)
         if core.commit != view.commit:
-            self._check_commit(view)
+            self._check_commit(view, conf)
         if core.applied != view.applied:
             self._check_applied(view)
         serving = view.replica.staged is not None
@@ -341,31 +322,15 @@ class Watch:
         if serving:
             group.served = max(group.served, _next_offset(view.replica))
         view.serving = serving
-        if core.role is Role.LEADER:
-            self._check_bounds(view)
-
-    def _check_entries(self, view: View) -> None:
-        """Log matching, of all that is new in this log."""
-        core, group = view.replica.node, view.group
-        first = min(view.last_index, core.last_index)
-        entries = core.entries_in_memory(max(first, core.first_index), core.last_index + 1)
-        for entry in entries or ():
-            known = group.crcs.setdefault((entry.index, entry.term), entry.crc)
-            if known != entry.crc:
-                raise Violation(
-                    f"log matching: replica {core.id} of {group.name} has {entry.crc:08x} at index "
-                    f"{entry.index} of term {entry.term}, another has {known:08x}"
-                )
-        view.last_index, view.last_crc = core.last_index, core.last_crc
 
     def _check_role(self, view: View) -> None:
         core, group = view.replica.node, view.group
         if core.term < view.term:
-            raise Violation(f"replica {core.id} of {group.name} fell from term {view.term} to {core.term}")
+            raise Violation(f"{view.name} fell from term {view.term} to {core.term}")
         try:
             core.check_invariants()
         except AssertionError as error:
-            raise Violation(f"node: replica {core.id} of {group.name}: {error!r}") from error
+            raise Violation(f"node: {view.name}: {error!r}") from error
         if core.role is Role.LEADER and (view.role is not Role.LEADER or core.term != view.term):
             self._check_election(view)
         if core.role is not view.role or core.term != view.term:
@@ -380,75 +345,88 @@ class Watch:
         if other != core.id:
             raise Violation(f"election safety: {other} and {core.id} lead {group.name} in term {core.term}")
         wanted = group.committed.get(group.commit)
-        if wanted is not None and core.term < wanted[0]:
+        if wanted is not None and core.term < wanted.term:
             # A candidate whose votes, or whose own disk, took so long that others were elected in later terms
             # meanwhile: what these committed it need not hold (Raft figure 3), for it can commit nothing.
             return
         if group.commit > core.last_index:
             raise Violation(
-                f"leader completeness: replica {core.id} leads {group.name} in term {core.term} with entries "
-                f"up to {core.last_index}, committed are {group.commit}"
+                f"leader completeness: {view.name} leads in term {core.term} with entries up to "
+                f"{core.last_index}, committed are {group.commit}"
             )
-        if group.commit >= core.first_index:
-            entries = core.entries_in_memory(group.commit, group.commit + 1)
-            if entries and wanted is not None and (entries[0].term, entries[0].crc) != wanted:
-                raise Violation(
-                    f"leader completeness: replica {core.id} leads {group.name} in term {core.term} with "
-                    f"another entry at committed index {group.commit}"
-                )
-
-    def _check_commit(self, view: View) -> None:
-        core, group = view.replica.node, view.group
-        if core.commit < view.commit:
+        has = view.member.rows.get(group.commit)
+        if has is not None and wanted is not None and has != wanted:
             raise Violation(
-                f"high watermark: replica {core.id} of {group.name} went from {view.commit} to {core.commit}"
+                f"leader completeness: {view.name} leads in term {core.term} with another entry at committed "
+                f"index {group.commit}"
             )
-        entries = core.entries_in_memory(view.commit + 1, core.commit + 1)
-        for entry in entries or ():
-            known = group.committed.setdefault(entry.index, (entry.term, entry.crc))
-            if known != (entry.term, entry.crc):
+
+    def _check_commit(self, view: View, conf_before: ConfState) -> None:
+        core, group, member = view.replica.node, view.group, view.member
+        if core.commit < view.commit:
+            raise Violation(f"high watermark: {view.name} went from {view.commit} to {core.commit}")
+        for index in range(view.commit + 1, core.commit + 1):
+            row = member.rows.get(index)
+            if row is None:
+                continue  # it came with a snapshot
+            known = group.committed.setdefault(index, row)
+            if known != row:
                 raise Violation(
-                    f"state machine safety: replica {core.id} of {group.name} committed term {entry.term} at "
-                    f"index {entry.index}, another term {known[0]}"
+                    f"state machine safety: {view.name} committed term {row.term} at index {index}, another "
+                    f"term {known.term}"
                 )
         view.commit = core.commit
         if core.commit > group.commit:
-            self._check_quorum(view)
-            if core.role is Role.LEADER and entries and entries[-1].term != core.term:
-                raise Violation(
-                    f"commit rule: replica {core.id} of {group.name} leads in term {core.term} and committed "
-                    f"index {core.commit} of term {entries[-1].term} by counting"
-                )
-            group.commit = core.commit
+            self._check_quorum(view, conf_before)
+            self._committed(view)
 
-    def _check_quorum(self, view: View) -> None:
-        """A majority has synced what is committed for the first time (counted here, not by the core)."""
+    def _check_quorum(self, view: View, conf_before: ConfState) -> None:
+        """A majority has synced what is committed for the first time, in the configuration of before or after
+        this event."""
         core, group = view.replica.node, view.group
-        durable = {}
-        for replica_id, member in group.members.items():
+        self._settle(group)
+        if not (group.has_quorum(conf_before, core.commit) or group.has_quorum(core.conf, core.commit)):
+            durable = {replica_id: member.durable for replica_id, member in group.members.items()}
+            raise Violation(
+                f"durable before told: {view.name} committed {core.commit} in {core.conf}, synced are "
+                f"{durable}"
+            )
+
+    def _settle(self, group: Group) -> None:
+        for member in group.members.values():
             running = self._brokers.get(f"broker-{member.broker_id}")
             if running is not None:
                 member.settle(running[1].commits_done)
-            durable[replica_id] = member.durable
-        halves = [half for half in (core.conf.voters, core.conf.outgoing) if half]
-        if any(2 * sum(durable.get(each, 0) >= core.commit for each in half) <= len(half) for half in halves):
+
+    def _committed(self, view: View) -> None:
+        core, group = view.replica.node, view.group
+        last = group.committed.get(core.commit)
+        if core.role is Role.LEADER and last is not None and last.term != core.term:
             raise Violation(
-                f"durable before told: replica {core.id} of {group.name} committed {core.commit}, synced are "
-                f"{durable}"
+                f"commit rule: {view.name} leads in term {core.term} and committed index {core.commit} of "
+                f"term {last.term} by counting"
             )
+        for index in range(group.commit + 1, core.commit + 1):
+            row = group.committed.get(index)
+            if row is not None and row.kind == FrameKind.CONF and row.says.is_joint:
+                self.counts["joint changes"] += 1
+        group.commit = core.commit
 
     def _check_applied(self, view: View) -> None:
         core, group = view.replica.node, view.group
         if core.applied < view.applied or core.applied > core.commit:
             raise Violation(f"applied of {group.name} went from {view.applied} to {core.applied}")
         view.applied = core.applied
-        end = _next_offset(view.replica)
+        end = (_log_start(view.replica), _next_offset(view.replica))
         known = group.ends.setdefault(core.applied, end)
         if known != end:
             raise Violation(
-                f"state machine safety: replica {core.id} of {group.name} ends at offset {end} at index "
-                f"{core.applied}, another at {known}"
+                f"state machine safety: {view.name} holds offsets [start, end) {end} at index "
+                f"{core.applied}, another {known}"
             )
+        if end[0] > group.starts[-1]:
+            group.log_start_moved(end[0])
+            self.counts["log starts moved"] += 1
 
     def _check_serving(self, view: View) -> None:
         core, group = view.replica.node, view.group
@@ -459,19 +437,69 @@ class Watch:
             )
         self.note(f"replica {core.id} serves in term {core.term}", group)
 
-    def _check_bounds(self, view: View) -> None:
-        replica, core = view.replica, view.replica.node
-        config = replica.host.raft_config(core.id)
-        for progress in core.progress.values():
-            if progress.inflight_messages > config.inflight_messages_max:
-                raise Violation(f"bounds: {progress} of {view.group.name}")
-            # Entries that are read from storage come at least one at a time, whatever room is left for them,
-            # and a single one always goes.
-            if (
-                progress.inflight_messages > 1
-                and progress.inflight_bytes > config.inflight_bytes_max + view.group.largest
-            ):
-                raise Violation(f"bounds: {progress} of {view.group.name}")
+
+class _Ears:
+    """Hears what a broker hands to its store."""
+
+    def __init__(self, watch: Watch, broker: Broker, disk: SimDisk) -> None:
+        self._watch = watch
+        self._broker = broker
+        self._disk = disk
+        store = broker.store
+        self._append, self._begin_behind, self._truncate = (
+            store.append,
+            store.begin_behind,
+            store.truncate_prefix,
+        )
+        for name in ("append", "begin_behind", "truncate_prefix"):
+            setattr(store, name, getattr(self, name))
+
+    def _view(self, log: ReplicaLog) -> View | None:
+        return self._watch.view(self._broker.broker_id, log.spec.replica_id)
+
+    def append(self, log: ReplicaLog, append: Append, done: Any) -> None:
+        view = self._view(log)
+        if view is not None and append.entries:
+            try:
+                self._watch.appended(view, self._disk, append)
+            except Violation as violation:
+                self._watch.violated(violation)
+        self._append(log, append, done)
+
+    async def begin_behind(self, log: ReplicaLog, snapshot: LogSnapshot, accept: Accept) -> bool:
+        """A snapshot replaces a log: all below it is synced with it."""
+        view = self._view(log)
+        assert view is not None
+        member = view.member
+
+        def accepted() -> bool:
+            wanted = accept()
+            if wanted:
+                member.flights.clear()
+                member.cut(snapshot.index)
+                member.rows.clear()
+            return wanted
+
+        replaced = await self._begin_behind(log, snapshot, accepted)
+        if replaced:
+            member.durable = member.handed = snapshot.index
+            member.confs = [(snapshot.index, snapshot.conf)]
+            self._watch.counts["snapshot installs"] += 1
+            self._watch.note(f"replica {member.replica_id} begins behind {snapshot.index}", view.group)
+            self._check_start(view)
+        return replaced
+
+    async def truncate_prefix(self, log: ReplicaLog, index: int) -> None:
+        await self._truncate(log, index)
+        view = self._view(log)
+        if view is not None:
+            self._check_start(view)
+
+    def _check_start(self, view: View) -> None:
+        try:
+            self._watch.check_start(view)
+        except Violation as violation:
+            self._watch.violated(violation)
 
 
 def _check_fault(replica: Replica[Any], fault: RaftlogError) -> None:
@@ -480,8 +508,8 @@ def _check_fault(replica: Replica[Any], fault: RaftlogError) -> None:
         raise Violation(f"halted: replica {replica.replica_id} on broker {replica.host.broker_id}: {fault}")
 
 
-def _term(replica: Replica[Any], index: int) -> int:
-    terms = [term for start, term in replica.log.recovered.terms if start <= index]
+def _term(log: ReplicaLog, index: int) -> int:
+    terms = [term for start, term in log.recovered.terms if start <= index]
     return terms[-1] if terms else 0
 
 
@@ -490,19 +518,5 @@ def _next_offset(replica: Replica[Any]) -> int:
     return int(getattr(replica.machine, "next_offset", 0))
 
 
-def _column(view: View) -> str:
-    core = view.replica.node
-    letter = {Role.LEADER: "L", Role.CANDIDATE: "C", Role.PRE_CANDIDATE: "p"}.get(core.role, "f")
-    return f"{letter}{core.term} {core.applied}/{core.commit}/{core.last_index}"
-
-
-def render(events: deque[Event], brokers: int) -> str:
-    """The trace: a line an event, a column a replica, which shows role, term, applied/commit/last index."""
-    width = 18
-    head = "    seconds  " + "".join(f"broker {broker_id}".ljust(width) for broker_id in range(brokers))
-    lines = [head + "event"]
-    for event in events:
-        columns = "".join(event.columns.get(broker_id, "").ljust(width) for broker_id in range(brokers))
-        name = f"{event.group}: " if event.group else ""
-        lines.append(f"{event.seconds:11.4f}  {columns}{name}{event.what}")
-    return "\n".join(lines)
+def _log_start(replica: Replica[Any]) -> int:
+    return int(getattr(replica.machine, "log_start", 0))

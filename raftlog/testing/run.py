@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Final
 
+from raftlog.testing.books import Violation, render
 from raftlog.testing.checker import Outcome
-from raftlog.testing.invariants import Violation, render
 from raftlog.testing.loop import START_TIME, SimulationError, UnhandledError
 from raftlog.testing.swarm import Profile
 from raftlog.testing.workload import Workload

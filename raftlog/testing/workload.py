@@ -22,9 +22,9 @@ from raftlog.config import ConsumerConfig, ProducerConfig
 from raftlog.errors import RaftlogError
 from raftlog.record.codec import decode_batch
 from raftlog.record.frame import FrameKind
+from raftlog.testing.books import Violation
 from raftlog.testing.checker import History, Outcome, Read, Send, check
 from raftlog.testing.faults import Nemesis
-from raftlog.testing.invariants import Violation
 from raftlog.testing.loop import SimulationError
 from raftlog.testing.sim_cluster import SimCluster, broker_name
 from raftlog.testing.swarm import Profile

@@ -29,7 +29,6 @@ class Host:
     ) -> None:
         self.cluster = SimCluster(seed, brokers, config=BrokerConfig(**broker))
         self.loop = self.cluster.loop
-        _teach_installs(self.cluster)
         self.cluster.start()
         self._settings = {"segment_bytes": SEGMENT_BYTES, **(topic or {})}
         self.cluster.run(self._create(), node="admin")
@@ -149,6 +148,9 @@ class Host:
         replica = self.replica(broker_id)
         broker = self.cluster.brokers[broker_id]
         node = broker_name(broker_id)
+        spec = replica.log.spec
+        # Retention says nothing of this: the watch need not object.
+        self.cluster.watch.groups[spec.topic_id, spec.partition].starts.append(1 << 62)
         self.cluster.run(broker.store.flush(), node=node)
         before = replica.log.first_index
         self.cluster.run(replica.compact(replica.log.segments[-1 - keep].base_index - 1), node=node)
@@ -156,34 +158,3 @@ class Host:
 
     def close(self) -> None:
         self.cluster.close()
-
-
-def _teach_installs(cluster: SimCluster) -> None:
-    """The cluster's watch books what was synced by append; a snapshot that replaces a log is synced too."""
-    watch = getattr(cluster, "watch", None)
-    if watch is None or hasattr(watch, "installed"):
-        return
-    started = watch.started
-
-    def learn(broker: Any, disk: Any) -> None:
-        started(broker, disk)
-        begin = broker.store.begin_behind
-
-        async def begin_behind(log: Any, snapshot: Any, accept: Any) -> bool:
-            member = watch._views[broker.broker_id][log.spec.replica_id].member
-
-            def cut() -> bool:
-                wanted = bool(accept())
-                if wanted:
-                    member.cut(snapshot.index)
-                    member.flights.clear()
-                return wanted
-
-            replaced = bool(await begin(log, snapshot, cut))
-            if replaced:
-                member.durable = member.handed = snapshot.index
-            return replaced
-
-        broker.store.begin_behind = begin_behind
-
-    watch.started = learn
