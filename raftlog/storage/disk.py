@@ -2,7 +2,8 @@
 
 A Disk is rooted in one broker's data directory; paths are relative to it, with "/" between parts. Writes are
 positional. There are two lanes: ``commit`` is the journal's, served in call order by one writer thread and
-made to be short; ``write`` is for lazy work (segments, snapshots) and may run beside it.
+made to be short; ``write`` is for lazy work (segments, snapshots) and may run beside it. What was written
+without a sync survives the process, not the machine; the next sync of the same file covers it.
 
 Errors: StorageFull when the device has no room, StorageFailed for every other failure of the device,
 FileNotFoundError where a path that must exist does not. After a failed sync the caller must not trust the
@@ -37,7 +38,8 @@ class DiskFile(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Write:
-    """One gathered write of ``buffers``, one after another, from ``position`` on."""
+    """One gathered write of ``buffers``, one after another, from ``position`` on. Without buffers it only
+    names a file to sync."""
 
     file: DiskFile
     position: int
@@ -47,13 +49,18 @@ class Write:
 class Disk(Protocol):
     """A broker's directory."""
 
+    @property
+    def boot_id(self) -> str:
+        """Which boot of the operating system this is. Equal to one seen earlier only if nothing that was
+        written since can have been lost for want of a sync."""
+
     async def open(self, path: str, *, create: bool = False, allocate: int = 0) -> DiskFile:
         """Open for reading and writing. ``create`` makes it (and its folder) if missing, durably;
         ``allocate`` reserves that many bytes so that later syncs need not grow the file."""
 
-    async def commit(self, writes: Sequence[Write]) -> None:
-        """The journal's lane: all writes, in order, then one sync of each file written. First in, first
-        out."""
+    async def commit(self, writes: Sequence[Write], *, sync: bool = True) -> None:
+        """The journal's lane: all writes, in order, then (with ``sync``) one sync of each file named. First
+        in, first out."""
 
     async def write(self, writes: Sequence[Write], *, sync: bool = True) -> None:
         """The lazy lane: all writes, then (with ``sync``) a sync of each file."""

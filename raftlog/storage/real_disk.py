@@ -13,6 +13,7 @@ import fcntl
 import os
 import shutil
 import threading
+import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -31,6 +32,7 @@ _POOL_THREADS: Final = 4
 _FILE_MODE: Final = 0o600
 _FOLDER_MODE: Final = 0o700
 _NOWAIT: Final[int] = getattr(os, "RWF_NOWAIT", 0)
+_BOOT_ID_PATH: Final = Path("/proc/sys/kernel/random/boot_id")
 _READ_CHUNK: Final = 1 << 30
 """Linux moves at most 2 GiB in one call."""
 
@@ -113,6 +115,7 @@ class RealDisk:
         self._pool = ThreadPoolExecutor(_POOL_THREADS, thread_name_prefix="raftlog-disk")
         self._lock_fd = -1
         self._closed = False
+        self.boot_id: Final = _boot_id()
 
     async def _run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         assert not kwargs
@@ -122,7 +125,7 @@ class RealDisk:
         fd = await self._run(_open, self.root, path, create, allocate)
         return RealFile(path, fd, self._pool)
 
-    async def commit(self, writes: Sequence[Write]) -> None:
+    async def commit(self, writes: Sequence[Write], *, sync: bool = True) -> None:
         if self._closed:
             raise StorageFailed("the disk is closed")
         if self._writer is None:
@@ -132,7 +135,7 @@ class RealDisk:
             self._writer.start()
         loop = asyncio.get_running_loop()
         done: asyncio.Future[None] = loop.create_future()
-        self._queue.put(_Commit(writes, _acquire(writes), loop, done))
+        self._queue.put(_Commit(writes, sync, _acquire(writes), loop, done))
         await done
 
     async def write(self, writes: Sequence[Write], *, sync: bool = True) -> None:
@@ -192,16 +195,18 @@ class RealDisk:
 
 
 class _Commit:
-    __slots__ = ("done", "files", "loop", "writes")
+    __slots__ = ("done", "files", "loop", "sync", "writes")
 
     def __init__(
         self,
         writes: Sequence[Write],
+        sync: bool,
         files: list[RealFile],
         loop: asyncio.AbstractEventLoop,
         done: asyncio.Future[None],
     ) -> None:
         self.writes = writes
+        self.sync = sync
         self.files = files
         self.loop = loop
         self.done = done
@@ -222,7 +227,7 @@ def _serve_commits(queue: SimpleQueue[_Commit | None]) -> None:
     while (commit := queue.get()) is not None:
         error: BaseException | None = None
         try:
-            _write_all(commit.writes, True)
+            _write_all(commit.writes, commit.sync)
         except BaseException as caught:  # noqa: BLE001 - whatever it is, the waiter must hear of it
             error = caught
         with contextlib.suppress(RuntimeError):  # the loop was closed while the write was under way
@@ -256,6 +261,15 @@ def _release(files: list[RealFile]) -> None:
 def _real(file: DiskFile) -> RealFile:
     assert isinstance(file, RealFile), "a file of another disk"
     return file
+
+
+def _boot_id() -> str:
+    """Linux tells. Elsewhere nothing does that can be relied on: each process then takes itself for the first
+    of a new boot."""
+    try:
+        return _BOOT_ID_PATH.read_text(encoding="ascii").strip()
+    except OSError:
+        return str(uuid.uuid4())
 
 
 # -- what runs in threads ------------------------------------------------------------------------------------

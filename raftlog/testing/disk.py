@@ -105,6 +105,9 @@ class SimDisk:
         latency: seconds that a synced write takes; ``read_latency`` a read that is not cached.
         capacity: bytes it holds; None: no limit.
         record: keep ``trace``.
+
+    Attributes:
+        boot_id: a kill keeps it, a crash does not.
     """
 
     def __init__(
@@ -127,7 +130,8 @@ class SimDisk:
         self.commits = 0
         """Commits of the journal's lane that have begun, failed ones too."""
         self.commits_done = 0
-        """The last of them that was synced."""
+        """The last of them that was synced (with it, those before that were only written)."""
+        self.boot_id = "boot 1"
         self.trace: list[Step] | None = [] if record else None
         self._nodes: dict[str, _Node] = {}
         self._failing_syncs = 0
@@ -142,6 +146,7 @@ class SimDisk:
     def crash(self, mode: CrashMode = CrashMode.RANDOM) -> SimDisk:
         """Cut the power: this disk and its open files are dead; the one returned holds what survived."""
         disk = self._heir()
+        disk.boot_id = f"boot {int(self.boot_id.split()[1]) + 1}"
         budget = _prefix_budget(self._nodes, self.random) if mode is CrashMode.PREFIX else 0
         for path, node in self._nodes.items():
             content = bytearray(node.durable)
@@ -171,13 +176,15 @@ class SimDisk:
         return disk
 
     def _heir(self) -> SimDisk:
-        return SimDisk(
+        disk = SimDisk(
             self.random,
             latency=self.latency,
             read_latency=self.read_latency,
             capacity=self.capacity,
             record=self.trace is not None,
         )
+        disk.boot_id = self.boot_id
+        return disk
 
     def fail_sync(self, count: int = 1) -> None:
         """Let the next ``count`` syncs fail; what they covered is dropped from the durable layer's future."""
@@ -249,12 +256,13 @@ class SimDisk:
             node.reserved = allocate
         return SimFile(self, path, node)
 
-    async def commit(self, writes: Sequence[Write]) -> None:
+    async def commit(self, writes: Sequence[Write], *, sync: bool = True) -> None:
         async with self._lane:
             self.commits += 1
             ordinal = self.commits
-            await self._write(writes, sync=True)
-            self.commits_done = ordinal
+            await self._write(writes, sync=sync)
+            if sync:
+                self.commits_done = ordinal
 
     async def write(self, writes: Sequence[Write], *, sync: bool = True) -> None:
         await self._write(writes, sync=sync)
@@ -266,7 +274,8 @@ class SimDisk:
             file = write.file
             assert isinstance(file, SimFile)
             assert file._disk is self, "a file of an earlier incarnation"
-            self._put_pending(file, write.position, b"".join(write.buffers))
+            if write.buffers:
+                self._put_pending(file, write.position, b"".join(write.buffers))
             files[file.path] = file._node
         await self._delay(self.latency if sync else 0.0)
         if sync:
