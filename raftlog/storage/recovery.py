@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from raftlog.errors import CorruptFrame, DamagedData, IncompatibleVersion
 from raftlog.raft.types import ConfState, Entry, HardState
 from raftlog.record.frame import FrameHeader
+from raftlog.storage.damage import BrokenLog, BrokenSnapshot
 from raftlog.storage.disk import Disk
 from raftlog.storage.journal_format import (
     Checkpoint,
@@ -77,6 +78,8 @@ class RecoveredReplica:
     """Sequence of a journal file -> highest index for which this replica needs it."""
     leftovers: list[str]
     """Files in its folder that nothing refers to."""
+    damaged_snapshots: set[int]
+    """Indexes of snapshots that do not check; it can run without them."""
 
 
 def replay(scan: JournalScan) -> dict[int, Replayed]:
@@ -187,7 +190,8 @@ async def recover_replica(
     """Put one replica together.
 
     Raises:
-        DamagedData: its segments or its part of the journal do not check.
+        BrokenLog, BrokenSnapshot: its segments or snapshots do not check: peers may have the bytes.
+        DamagedData: its part of the journal does not check.
     """
     checkpoint = replayed.checkpoint
     if checkpoint is None:
@@ -211,14 +215,12 @@ async def recover_replica(
             places[header.index] = journaled.place
             frame = await source.read(spec.replica_id, journaled)
         if frame is None:
-            raise _damage(spec, f"the bytes of entry {header.index} in its segment do not check")
+            raise _broken_place(spec, journaled)
         tail.append(Entry.of(header, frame))
         needed[journaled.sequence] = max(header.index, needed.get(journaled.sequence, 0))
         last_index, last_crc, last_time = header.index, header.crc, header.leader_time_ms
-    snapshots, snapshot = await _load_snapshots(disk, spec, segments[0].base_index, flushed.index)
-    if snapshot is None and segments[0].base_index > 1:
-        raise _damage(spec, "its log begins after a snapshot, and none of its snapshots checks")
-    start = await _first_conf(disk, spec, segments[0].base_index - 1, snapshot)
+    snapshots = await _load_snapshots(disk, spec, segments[0].base_index, flushed.index)
+    start = await _first_conf(disk, spec, segments[0].base_index - 1, snapshots)
     recovered = Recovered(
         hard_state=_clamped(replayed.hard_state, flushed, last_index, tail),
         confs=_confs(segments, tail, start),
@@ -234,23 +236,47 @@ async def recover_replica(
     referred = {segment_path(spec.replica_id, p.base_index, p.base_offset) for p in places.values()}
     leftovers = [path for path in loaded.leftovers if path not in referred]
     return RecoveredReplica(
-        spec, recovered, flushed, segments, snapshot, snapshots, places, needed, leftovers
+        spec,
+        recovered,
+        flushed,
+        segments,
+        snapshots.newest,
+        snapshots.indexes,
+        places,
+        needed,
+        leftovers,
+        snapshots.damaged,
     )
 
 
-async def _load_snapshots(
-    disk: Disk, spec: ReplicaSpec, first_index: int, flushed_index: int
-) -> tuple[list[int], LogSnapshot | None]:
-    """Indexes of the snapshots that can start this log, and the newest that checks."""
+@dataclass(slots=True)
+class _Snapshots:
+    indexes: list[int]
+    """Of those that can start this log, ascending."""
+    newest: LogSnapshot | None
+    """That checks."""
+    damaged: set[int]
+
+
+async def _load_snapshots(disk: Disk, spec: ReplicaSpec, first_index: int, flushed_index: int) -> _Snapshots:
+    """The snapshots that can start this log.
+
+    Raises:
+        BrokenSnapshot: it needs one, and none checks.
+    """
     names = await disk.list(replica_folder(spec.replica_id))
     indexes = sorted(index for index in map(parse_snapshot_name, names) if index is not None)
-    indexes = [index for index in indexes if first_index - 1 <= index <= flushed_index]
-    for index in reversed(indexes):
+    found = _Snapshots([index for index in indexes if first_index - 1 <= index <= flushed_index], None, set())
+    for index in reversed(found.indexes):
         try:
-            return indexes, await read_snapshot(disk, spec.replica_id, index)
+            found.newest = await read_snapshot(disk, spec.replica_id, index)
         except DamagedData:
-            continue  # an older one and more of the log give the same state; `verify` reports it
-    return indexes, None
+            found.damaged.add(index)  # an older one and more of the log give the same state
+        else:
+            return found
+    if first_index > 1:
+        raise BrokenSnapshot.at(spec, {*found.indexes, first_index - 1})
+    return found
 
 
 def _clamped(state: HardState, flushed: Checkpoint, last_index: int, tail: list[Entry]) -> HardState:
@@ -264,17 +290,18 @@ def _clamped(state: HardState, flushed: Checkpoint, last_index: int, tail: list[
 
 
 async def _first_conf(
-    disk: Disk, spec: ReplicaSpec, index: int, newest: LogSnapshot | None
+    disk: Disk, spec: ReplicaSpec, index: int, snapshots: _Snapshots
 ) -> tuple[int, ConfState]:
     """The configuration in force before the log's first entry: what the snapshot there says, for a follower
     may need that snapshot. Should it be damaged, what the newest one says will do for everything else."""
     if index == 0:
         return 0, spec.conf
-    assert newest is not None
+    assert snapshots.newest is not None
     try:
         oldest = await read_snapshot(disk, spec.replica_id, index)
     except (DamagedData, FileNotFoundError):
-        oldest = newest
+        snapshots.damaged.add(index)
+        oldest = snapshots.newest
     return oldest.index, oldest.conf
 
 
@@ -299,6 +326,19 @@ def _term_points(segments: list[Segment], tail: list[Entry]) -> Iterator[tuple[i
         yield from segment.terms
     for entry in tail:
         yield entry.index, entry.term
+
+
+def _broken_place(spec: ReplicaSpec, entry: JournaledEntry) -> BrokenLog:
+    """The journal knows the entry's place and crc, and its bytes are not there."""
+    assert entry.place is not None
+    header, place = entry.header, entry.place
+    segment = Segment(spec, place.base_index, place.base_offset, 0, 0, 1)
+    segment.header_written = True  # the flusher sees to it
+    segment.end_position = segment.append_position = place.position
+    segment.last_index, segment.last_crc = header.index - 1, header.prev_crc
+    return BrokenLog.at(
+        segment, f"the bytes of entry {header.index} do not check", {(header.index, header.crc)}
+    )
 
 
 def _damage(spec: ReplicaSpec, what: str) -> DamagedData:
