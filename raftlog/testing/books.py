@@ -107,6 +107,7 @@ class Group:
     """What is known of one Raft group."""
 
     name: str
+    partition: int = 0
     internal: bool = False
     policy: TopicConfig = field(default_factory=TopicConfig)
     members: dict[int, Member] = field(default_factory=dict)

@@ -19,14 +19,15 @@ non-monotonic poll    a step back in what one consumer polled
 non-monotonic send    a producer's values stand in another order than it sent them
 ===================== ==================================================================================
 
-Send skips are allowed: producers interleave. The worst time from an acknowledgement to its visibility is
+Send skips are allowed: producers interleave. So are records below a log start that was committed (retention),
+and a poll that goes on exactly there. The worst time from an acknowledgement to its visibility is
 reported, not judged.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from itertools import pairwise
@@ -96,8 +97,14 @@ class History:
     """(consumer, partition) -> what it polled, in order. A consumer that starts anew has another name."""
     finals: dict[tuple[str, int], list[Read]] = field(default_factory=dict)
     """(reader, partition) -> everything from the beginning, once all has healed. Each replica is a reader."""
+    starts: dict[int, list[int]] = field(default_factory=dict)
+    """partition -> every log start that was ever committed, ascending; without one: 0 all the time."""
     seen_at: dict[bytes, float] = field(default_factory=dict)
     """Value -> when a consumer first polled it."""
+
+    def start(self, partition: int) -> int:
+        """Where the log of a partition begins in the end."""
+        return max(self.starts.get(partition, ()), default=0)
 
     def count(self, outcome: Outcome) -> int:
         """Sends that ended so."""
@@ -174,7 +181,7 @@ def _check_writes(history: History) -> list[Anomaly]:
         there = {offset for offset, _ in row}
         end = max(there, default=-1)
         for offset, value in sorted(committed[partition].items()):
-            if offset not in there:
+            if offset not in there and offset >= history.start(partition):
                 kind = Kind.LOST_WRITE if offset < end else Kind.UNSEEN
                 text = f"{_show(value)} was committed at {partition}/{offset}; {reader} read up to {end}"
                 found.append(Anomaly(kind, f"{text} without it"))
@@ -197,18 +204,26 @@ def _check_reads(history: History) -> list[Anomaly]:
 
 
 def _check_polls(history: History) -> list[Anomaly]:
-    found = []
-    rows = [*history.polls.items(), *history.finals.items()]
-    for (consumer, partition), row in rows:
-        offsets = [offset for offset, _ in row]
-        if offsets and offsets[0] != 0:
-            found.append(Anomaly(Kind.POLL_SKIP, f"{consumer} began {partition} at {offsets[0]}"))
-        for before, after in pairwise(offsets):
-            if after != before + 1:
-                kind = Kind.POLL_SKIP if after > before else Kind.NON_MONOTONIC_POLL
-                found.append(Anomaly(kind, f"{consumer} polled {partition}/{after} after {before}"))
-                break
+    found: list[Anomaly] = []
+    for (consumer, partition), row in history.polls.items():
+        found += _check_row(consumer, partition, row, {0, *history.starts.get(partition, ())})
+    for (reader, partition), row in history.finals.items():
+        # A replica drops whole segments, and some later than others.
+        found += _check_row(reader, partition, row, range(history.start(partition) + 1))
     return found
+
+
+def _check_row(who: str, partition: int, row: Sequence[Read], starts: Container[int]) -> Iterator[Anomaly]:
+    offsets = [offset for offset, _ in row]
+    if offsets and offsets[0] not in starts:
+        yield Anomaly(Kind.POLL_SKIP, f"{who} began {partition} at {offsets[0]}")
+    for before, after in pairwise(offsets):
+        if after <= before:
+            yield Anomaly(Kind.NON_MONOTONIC_POLL, f"{who} polled {partition}/{after} after {before}")
+            return
+        if after != before + 1 and after not in starts:
+            yield Anomaly(Kind.POLL_SKIP, f"{who} polled {partition}/{after} after {before}")
+            return
 
 
 def _check_send_order(history: History) -> list[Anomaly]:

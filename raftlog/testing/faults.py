@@ -38,8 +38,19 @@ CATCH_SECONDS: Final = 0.3
 """How long a power cut waits for bytes that are written and not synced, to hit them."""
 USURP_SECONDS: Final = 4.0
 """How long another leader may take to be elected."""
+FALL_BEHIND_SECONDS: Final = 12.0
+"""How long retention may take to drop what a broker that is away has not got."""
 ROOM_BYTES_MAX: Final = 96 << 10
-_ONE_AWAY: Final = ("kill", "crash twice", "power cut", "isolate", "one way", "deafen", "usurp")
+_ONE_AWAY: Final = (
+    "kill",
+    "crash twice",
+    "power cut",
+    "isolate",
+    "one way",
+    "deafen",
+    "usurp",
+    "fall behind",
+)
 """Faults that take one broker away."""
 _READ_BYTES: Final = 1 << 20
 
@@ -80,6 +91,7 @@ class Nemesis:
             "full disk": self._full_disk,
             "failed sync": self._failed_sync,
             "transfer": self._transfer,
+            "fall behind": self._fall_behind,
             "rot": self._rot,
             "wipe": self._wipe,
         }
@@ -139,6 +151,8 @@ class Nemesis:
                 victims = [broker for broker in up if broker not in self.suspect]
                 if self.spare_copies <= 0:
                     continue
+            if name == "fall behind" and not self.profile.retains:
+                continue
             if name in ("usurp", "deafen"):
                 victims = [broker for broker in up if self._leads(broker)]
             if victims:
@@ -370,6 +384,23 @@ class Nemesis:
                         continue
                     broker.mark(replica)
 
+    def _fall_behind(self, broker_id: int) -> None:
+        """A broker is away until others have dropped entries that it has not got, if that comes soon."""
+        ends = {replica.log.spec.partition: replica.log.last_index for replica in self._partitions(broker_id)}
+        self._random.choice([self._kill, self._isolate])(broker_id)
+        loop = self.cluster.loop
+        until = loop.time() + FALL_BEHIND_SECONDS
+
+        def is_behind() -> bool:
+            return loop.time() >= until or any(
+                replica.log.first_index > ends.get(replica.log.spec.partition, 1 << 62)
+                for other in self.cluster.brokers
+                if other != broker_id
+                for replica in self._partitions(other)
+            )
+
+        loop.run_until(is_behind, 10 * FALL_BEHIND_SECONDS)
+
     # -- disks -----------------------------------------------------------------------------------------------
 
     def _stall(self, broker_id: int) -> None:
@@ -378,11 +409,11 @@ class Nemesis:
 
     def _leads(self, broker_id: int) -> bool:
         """Whether the broker leads a partition and serves it."""
-        return any(
-            replica.staged is not None
-            for replica in self.cluster.brokers[broker_id].replicas()
-            if isinstance(replica, PartitionReplica)
-        )
+        return any(replica.staged is not None for replica in self._partitions(broker_id))
+
+    def _partitions(self, broker_id: int) -> list[PartitionReplica]:
+        replicas = self.cluster.brokers[broker_id].replicas()
+        return [replica for replica in replicas if isinstance(replica, PartitionReplica)]
 
     def _usurp(self, broker_id: int) -> None:
         """A leader whose disk stands still is heard no more: it takes writes that nobody else gets, and the

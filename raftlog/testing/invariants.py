@@ -249,7 +249,7 @@ class Watch:
         if group is None:
             topic = None if spec.internal else broker.metadata.image.topic_by_id(spec.topic_id)
             policy = TopicConfig() if topic is None else TopicConfig.model_validate(topic.config)
-            group = Group(f"{spec.topic}/{spec.partition}", spec.internal, policy)
+            group = Group(f"{spec.topic}/{spec.partition}", spec.partition, spec.internal, policy)
             self.groups[spec.topic_id, spec.partition] = group
         member = group.members.setdefault(spec.replica_id, Member(spec.replica_id, broker.broker_id))
         recovered = log.recovered.last_index

@@ -33,6 +33,8 @@ TWICE_EVERY: Final = 25
 EVENTS_EXPECTED: Final = (
     "elections",
     "truncations",
+    "snapshot installs",
+    "log starts moved",
     "duplicates recognised",
     "sends ok",
     "sends failed",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, field, replace
-from typing import Final
+from typing import Any, Final
 
 from raftlog.config import BrokerConfig
 from raftlog.storage.spec import StorageConfig
@@ -32,11 +32,14 @@ FAULTS: Final[dict[str, float]] = {
     "full disk": 0.7,
     "failed sync": 0.5,
     "transfer": 0.7,
+    "fall behind": 1.5,
     "client crash": 0.5,
     "rot": 0.4,
     "wipe": 0.3,
 }
 """Every fault and how often it comes, relative to the others, where a seed has it at all."""
+
+SEGMENT_BYTES_MIN: Final = 64 << 10
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,8 @@ class Profile:
     large_values: float = 0.03
     """Share of values that are padded, up to ``value_bytes_max``."""
     value_bytes_max: int = 20_000
-    segment_bytes: int = 64 << 10
+    topic: dict[str, Any] = field(default_factory=lambda: {"segment_bytes": SEGMENT_BYTES_MIN})
+    """Settings of the topic."""
     config: BrokerConfig = field(default_factory=BrokerConfig)
     storage: StorageConfig = field(
         default_factory=lambda: StorageConfig(
@@ -67,6 +71,11 @@ class Profile:
     liveness: bool = False
     """In the end only a random quorum is healed, and must make progress, before all is."""
     skip: frozenset[int] = frozenset()
+
+    @property
+    def retains(self) -> bool:
+        """Whether the topic has a retention, so that log starts move."""
+        return bool(self.topic.keys() & {"retention_bytes", "retention_ms"})
 
     def without(self, faults: frozenset[int]) -> Profile:
         """The same run without these faults as well."""
@@ -81,7 +90,8 @@ def draw(seed: int) -> Profile:
     kinds = rng.sample(sorted(FAULTS), rng.randint(4, len(FAULTS)))
     journal = rng.choice([32, 128, 256])
     sync = rng.choice([0.0005, 0.003, 0.02])
-    return Profile(
+    topic = _draw_topic(rng)
+    profile = Profile(
         seed=seed,
         brokers=brokers,
         partitions=rng.randint(1, 3),
@@ -94,7 +104,7 @@ def draw(seed: int) -> Profile:
         sync_seconds=(sync / 10, sync),
         latency=(latency / 20, latency),
         large_values=rng.choice([0.0, 0.03, 0.2]),
-        segment_bytes=rng.choice([64, 64, 1024]) << 10,
+        topic=topic,
         config=BrokerConfig(
             election_timeout_ms=rng.choice([300, 1000]),
             heartbeat_ms=rng.choice([50, 100]),
@@ -113,3 +123,17 @@ def draw(seed: int) -> Profile:
         ),
         liveness=rng.random() < 0.4,
     )
+    return replace(profile, large_values=0.4) if profile.retains else profile
+
+
+def _draw_topic(rng: random.Random) -> dict[str, Any]:
+    """Settings of the topic. With retention the segments are small, and so is what must stay."""
+    topic: dict[str, Any] = {"segment_bytes": rng.choice([1, 1, 16]) * SEGMENT_BYTES_MIN}
+    if rng.random() < 0.35:
+        topic["segment_bytes"] = SEGMENT_BYTES_MIN
+        limits = {"retention_bytes": rng.choice([0, 64, 200]) << 10, "retention_ms": rng.choice([500, 3_000])}
+        for name in rng.choice([["retention_bytes"], ["retention_ms"], list(limits)]):
+            topic[name] = limits[name]
+    if rng.random() < 0.1:
+        topic["max_message_bytes"] = 16 << 10
+    return topic

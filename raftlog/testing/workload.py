@@ -10,6 +10,7 @@ import asyncio
 import random
 from collections import Counter
 from collections.abc import Awaitable
+from contextlib import suppress
 from typing import Any, Final
 
 from raftlog.broker.partition import PartitionReplica
@@ -19,7 +20,7 @@ from raftlog.client.consumer import ConsumerCore
 from raftlog.client.delivery import Delivery
 from raftlog.client.producer import ProducerCore
 from raftlog.config import ConsumerConfig, ProducerConfig
-from raftlog.errors import RaftlogError
+from raftlog.errors import OffsetOutOfRange, RaftlogError, RecordTooLarge
 from raftlog.record.codec import decode_batch
 from raftlog.record.frame import FrameKind
 from raftlog.testing.books import Violation
@@ -88,6 +89,9 @@ class Workload:
             self._check_liveness()
         self.nemesis.heal()
         self._finish()
+        for group in cluster.watch.groups.values():
+            if not group.internal:
+                self.history.starts[group.partition] = group.starts
         anomalies = check(self.history)
         if anomalies:
             raise Violation("; ".join(str(anomaly) for anomaly in anomalies[:5]))
@@ -148,8 +152,9 @@ class Workload:
             return False
         image = next(iter(self.cluster.brokers.values())).metadata.image
         for topic in image.topics.values():
-            for members in topic.partitions:
-                if 2 * sum(1 for _, broker_id in members if broker_id in brokers) <= len(members):
+            for partition in topic.partitions:
+                hosts = [broker_id for _, broker_id in partition.replicas]
+                if 2 * len(brokers.intersection(hosts)) <= len(hosts):
                     return False
         return True
 
@@ -172,9 +177,9 @@ class Workload:
 
     async def _create(self) -> None:
         client = self._client("admin")
-        config = {"segment_bytes": self.profile.segment_bytes}
+        profile = self.profile
         await Admin(client).create_topic(
-            TOPIC, self.profile.partitions, self.profile.replication, config, False, 60.0
+            TOPIC, profile.partitions, profile.replication, profile.topic, False, 60.0
         )
         await client.close()
 
@@ -196,9 +201,13 @@ class Workload:
         for number in range(self.profile.values):
             for partition in range(self.profile.partitions):
                 value = self._value(name, partition, number)
-                delivery = producer.send(TOPIC, value, None, (), partition, None)
-                assert isinstance(delivery, Delivery), delivery
                 send = self.history.sends[value] = Send(name, partition, value)
+                try:
+                    delivery = producer.send(TOPIC, value, None, (), partition, None)
+                except RecordTooLarge:
+                    send.outcome, send.ended = Outcome.FAILED, loop.time()
+                    continue
+                assert isinstance(delivery, Delivery), delivery
                 pending.append(loop.create_task(self._note(send, delivery)))
             if rng.random() < 0.5:
                 await asyncio.sleep(rng.uniform(0, 0.3))
@@ -276,16 +285,23 @@ class Workload:
     async def _audit_broker(self, broker_id: int) -> None:
         """Read everything that the replicas of a broker hold."""
         for replica in self._replicas(broker_id):
-            partition = replica.log.spec.partition
-            row: list[Read] = []
-            index = replica.log.first_index
-            while index <= replica.node.applied:
-                for entry in await replica.log.entries(index, replica.node.applied + 1, _READ_BYTES):
-                    index = entry.index + 1
-                    if entry.kind == FrameKind.BATCH:
-                        records = decode_batch(entry.payload, TOPIC, partition)
-                        row += [(record.offset, bytes(record.value or b"")) for record in records]
-            self.history.finals[f"broker {broker_id}", partition] = row
+            while True:
+                first = replica.log.first_index
+                with suppress(OffsetOutOfRange):
+                    row = await self._read(replica, first)
+                if replica.log.first_index == first:  # else retention was quicker
+                    break
+            self.history.finals[f"broker {broker_id}", replica.log.spec.partition] = row
+
+    async def _read(self, replica: PartitionReplica, index: int) -> list[Read]:
+        row: list[Read] = []
+        while index <= replica.node.applied:
+            for entry in await replica.log.entries(index, replica.node.applied + 1, _READ_BYTES):
+                index = entry.index + 1
+                if entry.kind == FrameKind.BATCH:
+                    records = decode_batch(entry.payload, TOPIC, replica.log.spec.partition)
+                    row += [(record.offset, bytes(record.value or b"")) for record in records]
+        return row
 
     def _replicas(self, broker_id: int) -> list[PartitionReplica]:
         return [

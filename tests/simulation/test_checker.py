@@ -144,6 +144,40 @@ def test_what_is_allowed() -> None:
     assert check(history) == []
 
 
+def without_the_first_two() -> History:
+    """Retention removed offsets 0 and 1; a consumer that was at 1 goes on at 2."""
+    history = good()
+    history.starts[0] = [0, 2]
+    history.polls["c", 0] = [(0, b"a"), (2, b"c"), (3, b"d")]
+    for row in history.finals.values():
+        del row[:2]
+    return history
+
+
+def test_what_retention_removed_may_be_missing() -> None:
+    history = without_the_first_two()
+    assert check(history) == []
+    history.finals["replica 1", 0].insert(0, (1, b"b"))  # it dropped less
+    assert check(history) == []
+    history.polls["d", 0] = [(2, b"c")]
+    assert check(history) == []
+
+
+def test_above_the_log_start_nothing_may_be_missing() -> None:
+    history = without_the_first_two()
+    del history.finals["replica 2", 0][0]
+    assert kinds(history) == {Kind.LOST_WRITE, Kind.POLL_SKIP}
+    history = without_the_first_two()
+    history.starts[0] = [0, 1]
+    assert kinds(history) == {Kind.LOST_WRITE, Kind.POLL_SKIP}
+
+
+def test_a_consumer_goes_on_at_a_log_start_and_nowhere_else() -> None:
+    history = without_the_first_two()
+    history.starts[0] = [0, 3]
+    assert kinds(history) == {Kind.POLL_SKIP}
+
+
 def test_the_realtime_lag_is_reported() -> None:
     history = good()
     history.seen_at = {b"a": 1.5, b"b": 3.25}
