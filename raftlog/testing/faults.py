@@ -74,7 +74,7 @@ class Nemesis:
         self.cut: set[int] = set()
         self.lost: set[int] = set()
         self.suspect: set[int] = set()
-        """Their disk failed a sync: they run, and are not trusted."""
+        """Bits of their disk have changed: they run, and are not trusted."""
         self._crash_client = crash_client
         self._random = random.Random(0)
         self._faults: dict[str, Callable[[int], None]] = {
@@ -85,6 +85,7 @@ class Nemesis:
             "one way": self._one_way,
             "deafen": self._deafen,
             "usurp": self._usurp,
+            "slow receiver": self._slow_receiver,
             "stall": self._stall,
             "pause": self._pause,
             "clock": self._clock,
@@ -147,10 +148,6 @@ class Nemesis:
                 continue
             if name in ("rot", "wipe") and (self.spare <= 0 or self.spare_copies <= 0):
                 continue
-            if name == "failed sync":
-                victims = [broker for broker in up if broker not in self.suspect]
-                if self.spare_copies <= 0:
-                    continue
             if name == "fall behind" and not self.profile.retains:
                 continue
             if name in ("usurp", "deafen"):
@@ -238,6 +235,7 @@ class Nemesis:
     def _restore_latency(self) -> None:
         names = [broker_name(broker_id) for broker_id in self.cluster.disks]
         for a in names:
+            self.cluster.network.read_slowly(a, None)
             for b in names:
                 if a != b:
                     self.cluster.network.set_latency(a, b, *self.profile.latency)
@@ -278,6 +276,12 @@ class Nemesis:
     def _slow_link(self) -> None:
         least = self._random.uniform(0.01, 0.2)
         self.cluster.network.set_latency(*self._pair(), least, least * self._random.uniform(1.0, 3.0))
+
+    def _slow_receiver(self, broker_id: int) -> None:
+        """Its connections fill up, and those who send to it must bear that."""
+        name, network = broker_name(broker_id), self.cluster.network
+        network.read_slowly(name, self._random.choice([5e3, 50e3, 500e3]))
+        self.cluster.loop.call_later(self._random.uniform(0.5, 5.0), network.read_slowly, name, None)
 
     def _isolate(self, broker_id: int) -> None:
         self._cut_off(broker_id, both=True)
@@ -460,9 +464,9 @@ class Nemesis:
         self.cluster.disks[broker_id].capacity = None
 
     def _failed_sync(self, broker_id: int) -> None:
-        """The process ends and is started anew; what the disk has dropped may be found missing later."""
-        self.suspect.add(broker_id)
-        self.cluster.watch.distrust(broker_id)
+        """The next sync fails. What it covered can be read until the power is cut and is not on the device,
+        and no later sync says so. The process ends and is started anew: recovery writes again what it read,
+        so nothing that it vouches for depends on the sync that failed."""
         self.cluster.disks[broker_id].fail_sync(1)
 
     def _rot(self, broker_id: int) -> None:

@@ -9,6 +9,7 @@ fault              what the nodes see
 cut                a black hole, in one direction or both: nothing arrives, nobody is told, connecting hangs.
                    After ``heal`` some of the connections go on with their bytes late; some have broken
 clog               bytes of one direction arrive only after some seconds
+read_slowly        a node takes bytes off its connections at a low rate: back-pressure
 break_connections  both ends are reset
 loop.kill          peers see an end or a reset, after what was in flight; connecting is refused
 power_cut          peers hear nothing until the host is back (``for_node``); then they are reset
@@ -76,6 +77,7 @@ class SimNetwork:
         self._links: dict[tuple[str, str], Link] = {}
         self._hosts: dict[str, str] = {}
         self._down: set[str] = set()
+        self._read_rates: dict[str, float] = {}
         self._listeners: dict[Address, SimListener] = {}
         self._transports: dict[SimTransport, None] = {}
         self._next_port = FIRST_FREE_PORT
@@ -133,6 +135,16 @@ class SimNetwork:
         """Seconds that bytes travel from ``a`` to ``b``, from now on."""
         self.link(a, b).latency = (least, most)
 
+    def read_slowly(self, name: str, rate: float | None) -> None:
+        """The node reads so many bytes per second of each of its connections from now on; None: as they
+        come."""
+        self._read_rates.pop(name, None)
+        if rate is not None:
+            self._read_rates[name] = rate
+        for (_, target), link in self._links.items():
+            if target == name:
+                link.read_rate = rate
+
     def break_connections(self, a: str, b: str) -> int:
         """Reset all connections between ``a`` and ``b``; returns how many."""
         broken = [
@@ -154,6 +166,7 @@ class SimNetwork:
         link = self._links.get((a, b))
         if link is None:
             link = self._links[a, b] = Link(self._latency)
+            link.read_rate = self._read_rates.get(b)
         return link
 
     def _forget_gone(self) -> None:

@@ -24,6 +24,7 @@ FAULTS: Final[dict[str, float]] = {
     "split": 1.0,
     "clog": 0.7,
     "slow link": 0.7,
+    "slow receiver": 0.7,
     "deafen": 0.5,
     "usurp": 2.0,
     "stall": 1.0,

@@ -40,14 +40,16 @@ class Link:
         latency: (least, most) seconds that bytes travel.
         is_cut: nothing arrives.
         clogged_until: loop time before which nothing arrives.
+        read_rate: bytes per second that the receiver reads of each connection; None: all at once.
     """
 
-    __slots__ = ("clogged_until", "is_cut", "latency")
+    __slots__ = ("clogged_until", "is_cut", "latency", "read_rate")
 
     def __init__(self, latency: tuple[float, float]) -> None:
         self.latency = latency
         self.is_cut = False
         self.clogged_until = 0.0
+        self.read_rate: float | None = None
 
 
 class Signal:
@@ -235,10 +237,19 @@ class Pipe:
     def has_arrivals(self) -> bool:
         return bool(self._arrived)
 
+    @property
+    def read_seconds(self) -> float:
+        """How long the receiver takes to read what is next."""
+        item = self._arrived[0]
+        rate = self.forth.read_rate
+        return 0.0 if rate is None or isinstance(item, Signal) else len(item) / rate
+
     def take_arrived(self) -> bytes | Signal:
         """The next news, or bytes: sometimes joined with what came after them."""
         item = self._arrived.popleft()
-        if isinstance(item, Signal) or not self._arrived or self._random.random() < 0.5:
+        if isinstance(item, Signal) or not self._arrived or self.forth.read_rate is not None:
+            return item
+        if self._random.random() < 0.5:
             return item
         parts = [item]
         while self._arrived and not isinstance(self._arrived[0], Signal):
@@ -378,7 +389,10 @@ class SimTransport(asyncio.Transport):
         self._urgent |= even_if_paused
         if not self._wake_scheduled and self._can_deliver():
             self._wake_scheduled = True
-            self._loop.call_soon(self._deliver, context=self.context)
+            if self.incoming.forth.read_rate is None:
+                self._loop.call_soon(self._deliver, context=self.context)
+            else:
+                self._loop.call_later(self.incoming.read_seconds, self._deliver, context=self.context)
 
     def _can_deliver(self) -> bool:
         """False also between the news that the connection is open and its protocol's making."""

@@ -259,6 +259,25 @@ def test_clog_delays_and_keeps_order(world: World) -> None:
     assert world.loop.time() - start >= 7.0
 
 
+def test_a_slow_reader_holds_the_writer_back(world: World) -> None:
+    here, there = world.pair()
+    world.network.read_slowly("b", 100_000.0)
+    start, data = world.loop.time(), random.Random(2).randbytes(1_000_000)
+    here.transport.write(data)
+    assert here.write_paused == 1
+    world.loop.run_for(1.0)
+    assert 50_000 < len(there.received) <= 110_000
+    world.until(lambda: len(there.received) == len(data))
+    assert there.received == data
+    assert world.loop.time() - start == pytest.approx(10.0, rel=0.1)
+    assert here.write_resumed == 1
+    world.network.read_slowly("b", None)
+    here.transport.write(data)
+    before = world.loop.time()
+    world.until(lambda: len(there.received) == 2 * len(data))
+    assert world.loop.time() - before < 1.0
+
+
 def test_broken_connections_reset_both_ends_and_new_ones_work(world: World) -> None:
     here, there = world.pair()
     assert world.network.break_connections("a", "b") == 1
