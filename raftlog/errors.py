@@ -170,6 +170,12 @@ class IncompatibleVersion(RaftlogError):
     hint = "install the same raftlog release on both sides"
 
 
+class NeedsUpgrade(RaftlogError):
+    """The cluster runs at a feature level that does not have this yet. Details: level, needed."""
+
+    hint = "when every broker runs the new release, run `raftlog upgrade`"
+
+
 class AuthenticationFailed(RaftlogError):
     """The peer does not know the cluster's secret."""
 
@@ -308,6 +314,33 @@ class LogTruncated(RaftlogError):
 
 class ConcurrentUse(RaftlogError, RuntimeError):
     """A consumer was used from two threads at once."""
+
+
+# -- groups --------------------------------------------------------------------------------------------------
+
+
+class StaleMember(RaftlogError):
+    """The group does not know this member, knows it at another epoch, or has given the partition to somebody
+    else. Nothing happened. Details: member_epoch (where the member is now, -1: it is out of the group)."""
+
+    hint = "a member that is out joins again; work on partitions it lost is dropped, its successor repeats it"
+
+
+class UnknownGroup(RaftlogError):
+    """No group of that name."""
+
+
+class GroupNotEmpty(RaftlogError):
+    """The group has members, and what was asked for is for groups without. Details: members."""
+
+    hint = "close its consumers first"
+
+
+class UnstableOffsets(RaftlogError):
+    """A transaction that is under way is about to commit offsets of these partitions: their position is
+    known when it has ended."""
+
+    retriable = True
 
 
 # -- handles -------------------------------------------------------------------------------------------------

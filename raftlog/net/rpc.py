@@ -146,6 +146,8 @@ class PartitionRow(Struct, frozen=True):
     """Broker id as far as the answering broker knows; -1: unknown."""
     term: int = 0
     replica_ids: list[int] = []
+    leaving: list[int] = []
+    """Broker ids whose replicas are to go; until they have, one of them may lead."""
 
 
 class TopicRow(Struct, frozen=True):
@@ -281,6 +283,178 @@ class BrokerStatusRequest(Request[BrokerStatusResponse], frozen=True):
     response = BrokerStatusResponse
 
 
+# -- groups --------------------------------------------------------------------------------------------------
+
+# All go to the leader of the ``__groups`` partition (topic_id, partition) that the group's name hashes to.
+
+
+JOIN_EPOCH: Final = 0
+LEAVE_EPOCH: Final = -1
+NO_MEMBER: Final = ""
+
+
+class GroupHeartbeatResponse(Struct, frozen=True):
+    member_epoch: int
+    """What commits of offsets name from now on; LEAVE_EPOCH: the member is out, as it asked."""
+    revision: int
+    """Number of the assignment: the member echoes it once it has carried the assignment out."""
+    assigned: dict[bytes, tuple[int, ...]] | None
+    """topic id -> partitions, everything the member holds; None: the same as before."""
+    heartbeat_ms: int
+    """Heartbeat again within this time."""
+
+
+class GroupHeartbeatRequest(Request[GroupHeartbeatResponse], frozen=True):
+    """Join (JOIN_EPOCH), stay in, or leave (LEAVE_EPOCH) a group (KIP-848). Everything a member wants is in
+    every heartbeat, so that one which is lost, late or doubled does no harm."""
+
+    topic_id: bytes
+    partition: int
+    group_id: str
+    member_id: str
+    """Made by the client, unique; a new one for each time it joins afresh."""
+    member_epoch: int
+    """Of the newest answer."""
+    revision: int
+    """Of the newest assignment that the member has carried out: it neither reads nor commits any partition
+    outside of it any more."""
+    topics: tuple[str, ...]
+    """Names, sorted."""
+    session_timeout_ms: int
+    rebalance_timeout_ms: int
+    client_id: str = ""
+    assignor: str = "uniform"
+    """Taken from the newest member that joins."""
+    wait_ms: int = 0
+    """The answer may wait so long for news."""
+
+    api = 40
+    response = GroupHeartbeatResponse
+
+
+class GroupOffset(Struct, frozen=True):
+    """A position in one partition."""
+
+    topic_id: bytes
+    partition: int
+    offset: int
+    """Of the next record to read."""
+    leader_epoch: int = -1
+    """Of the last record read; -1: unknown."""
+    metadata: str = ""
+
+
+class OffsetCommitRequest(Request[Empty], frozen=True):
+    """By a member, of partitions it holds; or by NO_MEMBER with LEAVE_EPOCH, for a group without members."""
+
+    topic_id: bytes
+    partition: int
+    group_id: str
+    member_id: str
+    member_epoch: int
+    offsets: list[GroupOffset]
+
+    api = 41
+    response = Empty
+
+
+class OffsetFetchResponse(Struct, frozen=True):
+    offsets: list[GroupOffset]
+    """Partitions without a committed offset are left out."""
+
+
+class OffsetFetchRequest(Request[OffsetFetchResponse], frozen=True):
+    """``partitions``: (topic id, partition) wanted; None for all."""
+
+    topic_id: bytes
+    partition: int
+    group_id: str
+    partitions: list[tuple[bytes, int]] | None = None
+
+    api = 42
+    response = OffsetFetchResponse
+
+
+class MemberRow(Struct, frozen=True):
+    member_id: str
+    client_id: str
+    host: str
+    epoch: int
+    state: str
+    """"stable", "unrevoked" (has partitions to give up) or "unreleased" (waits for some)."""
+    topics: tuple[str, ...]
+    assigned: dict[bytes, tuple[int, ...]]
+    target: dict[bytes, tuple[int, ...]]
+
+
+class GroupRow(Struct, frozen=True):
+    group_id: str
+    state: str
+    """"empty", "reconciling" or "stable"."""
+    epoch: int
+    assignor: str
+    members: list[MemberRow]
+    offsets: list[GroupOffset]
+    pending: list[tuple[bytes, int]] = []
+    """(topic id, partition) whose offsets an open transaction holds."""
+
+
+class DescribeGroupsResponse(Struct, frozen=True):
+    groups: list[GroupRow]
+    """Groups that this partition does not know are left out."""
+
+
+class DescribeGroupsRequest(Request[DescribeGroupsResponse], frozen=True):
+    """``groups``: names wanted; None for all of this partition, without their offsets."""
+
+    topic_id: bytes
+    partition: int
+    groups: list[str] | None = None
+
+    api = 43
+    response = DescribeGroupsResponse
+
+
+class DeleteGroupRequest(Request[Empty], frozen=True):
+    """Forget a group without members, and its offsets."""
+
+    topic_id: bytes
+    partition: int
+    group_id: str
+
+    api = 44
+    response = Empty
+
+
+class StageOffsetsRequest(Request[Empty], frozen=True):
+    """Offsets that become visible when the transaction of (producer_id, producer_epoch) commits (Kafka's
+    TxnOffsetCommit). The group must be enlisted in it."""
+
+    topic_id: bytes
+    partition: int
+    group_id: str
+    member_id: str
+    member_epoch: int
+    producer_id: int
+    producer_epoch: int
+    offsets: list[GroupOffset]
+
+    api = 45
+    response = Empty
+
+
+class DeleteOffsetsRequest(Request[Empty], frozen=True):
+    """Forget committed offsets of (topic id, partition) each; not of topics that a member reads."""
+
+    topic_id: bytes
+    partition: int
+    group_id: str
+    partitions: list[tuple[bytes, int]]
+
+    api = 46
+    response = Empty
+
+
 class OneWay(Protocol):
     """A message that is not answered: its class is in ``ONE_WAY``."""
 
@@ -331,6 +505,13 @@ REQUESTS: Final[dict[int, type[Request[Any]]]] = {
         InitProducerRequest,
         MetadataCommandRequest,
         BrokerStatusRequest,
+        GroupHeartbeatRequest,
+        OffsetCommitRequest,
+        OffsetFetchRequest,
+        DescribeGroupsRequest,
+        DeleteGroupRequest,
+        StageOffsetsRequest,
+        DeleteOffsetsRequest,
     )
 }
 ONE_WAY: Final[dict[int, type[Struct]]] = {
