@@ -87,6 +87,19 @@ class FrameHeader:
             self.leader_time_ms,
         ) = _HEADER.unpack_from(buffer, position)
 
+    def encode(self) -> bytes:
+        """The bytes it was parsed from."""
+        return _HEADER.pack(
+            self.length,
+            self.crc,
+            self.prev_crc,
+            self.kind,
+            self.version,
+            self.term,
+            self.index,
+            self.leader_time_ms,
+        )
+
     def __repr__(self) -> str:
         return (
             f"FrameHeader(index={self.index}, term={self.term}, kind={self.kind}, length={self.length}, "

@@ -1,29 +1,46 @@
-"""Reading frames back from segment files, through the sparse index."""
+"""Reading frames back from segment files, through the sparse index.
+
+Every frame is checked each time it is read: what a disk has spoiled since it was written is never handed out.
+Reading then ends before the frame that does not check, and fails once it is the first one wanted.
+"""
 
 from __future__ import annotations
 
 import struct
 from collections import OrderedDict
+from collections.abc import Callable, Iterator
 from typing import Final
 
-from raftlog.errors import CorruptFrame, DamagedData
+from crc32c import crc32c
+
+from raftlog.errors import DamagedData
 from raftlog.raft.types import Entry
-from raftlog.record.frame import FRAME_BYTES_MAX, FRAME_HEADER_BYTES, FrameKind
+from raftlog.record.frame import FRAME_HEADER_BYTES, FrameKind
 from raftlog.storage.disk import Disk, DiskFile
 from raftlog.storage.segment import Segment, batch_base_offset, batch_fields
 from raftlog.storage.segment_index import SparseIndex, read_index
 from raftlog.storage.segment_recovery import rescan
 from raftlog.storage.spec import StorageConfig
 
-_LENGTH_KIND_INDEX: Final = struct.Struct(">I8xB9xQ8x")
-assert _LENGTH_KIND_INDEX.size == FRAME_HEADER_BYTES
+_LENGTH_CRC_KIND_INDEX: Final = struct.Struct(">II4xB9xQ8x")
+assert _LENGTH_CRC_KIND_INDEX.size == FRAME_HEADER_BYTES
 
 
 class SegmentReader:
-    """Shared by all logs of a broker: bounds how many indexes are in memory and how many files are open."""
+    """Shared by all logs of a broker: bounds how many indexes are in memory and how many files are open.
 
-    def __init__(self, disk: Disk, config: StorageConfig) -> None:
+    Args:
+        on_damage: told of each segment in which something did not check.
+    """
+
+    def __init__(
+        self,
+        disk: Disk,
+        config: StorageConfig,
+        on_damage: Callable[[Segment], None] = lambda segment: None,
+    ) -> None:
         self._disk = disk
+        self._on_damage = on_damage
         self._config = config
         self._indexed: OrderedDict[str, Segment] = OrderedDict()
         self._opened: OrderedDict[str, Segment] = OrderedDict()
@@ -37,57 +54,107 @@ class SegmentReader:
         index, file = segment.index, segment.file
         if index is None or file is None:
             return None
-        start, size, last_index = _range(segment, index, index.slot_of_offset(offset), bytes_max)
+        slot = index.slot_of_offset(offset)
+        start, size = _range(segment, index, slot, bytes_max)
         data = file.try_read(start, size)
         if data is None:
             return None
-        return _cut(
-            segment, index, start, _whole(segment, start, size, data), offset, limit_index, last_index
-        )
+        return self._cut(segment, start, size, data, index.indexes[slot], offset, limit_index)
 
     async def read(self, segment: Segment, offset: int, limit_index: int, bytes_max: int) -> list[memoryview]:
         """The same, waiting for the device."""
         index = await self.load_index(segment)
-        start, size, last_index = _range(segment, index, index.slot_of_offset(offset), bytes_max)
+        slot = index.slot_of_offset(offset)
+        start, size = _range(segment, index, slot, bytes_max)
         data = await self._read(segment, start, size)
-        return _cut(segment, index, start, data, offset, limit_index, last_index)
+        return self._cut(segment, start, size, data, index.indexes[slot], offset, limit_index)
+
+    def _cut(
+        self,
+        segment: Segment,
+        start: int,
+        size: int,
+        data: bytes,
+        index: int,
+        offset: int,
+        limit_index: int,
+    ) -> list[memoryview]:
+        """Of whole granules, the first of which begins with entry ``index``: from the batch that holds
+        ``offset`` to ``limit_index``, or to where something does not check."""
+        begin, end = -1, 0
+        try:
+            for at, after, kind, found in self._checked(segment, start, size, data, index):
+                if found > limit_index:
+                    break
+                if begin < 0:
+                    if kind != FrameKind.BATCH or batch_fields(data, at)[0] <= offset:
+                        continue
+                    begin = at
+                end = after
+        except DamagedData:
+            if begin < 0:
+                raise
+        return [memoryview(data)[begin:end]] if begin >= 0 else []
+
+    def _checked(
+        self, segment: Segment, start: int, size: int, data: bytes, index: int
+    ) -> Iterator[tuple[int, int, int, int]]:
+        """(position, end, kind, index) of the frames that were read from ``start`` on.
+
+        Raises:
+            DamagedData: at the first that does not check, or is not the entry ``index`` or what follows it.
+        """
+        view = memoryview(data)
+        at, have = 0, len(data)
+        while at < size:
+            if have - at < FRAME_HEADER_BYTES:
+                raise self._damaged(segment, start + at, "the file ends early")
+            length, crc, kind, found = _LENGTH_CRC_KIND_INDEX.unpack_from(data, at)
+            end = at + length
+            if (
+                not FRAME_HEADER_BYTES <= length <= have - at
+                or crc32c(view[at + 8 : end]) != crc
+                or found != index
+            ):
+                raise self._damaged(segment, start + at, f"entry {index} does not check")
+            yield at, end, kind, index
+            at = end
+            index += 1
 
     # -- by log index and time -------------------------------------------------------------------------------
 
     async def entries(self, segment: Segment, lo: int, hi: int, bytes_max: int) -> list[Entry]:
         """Entries [lo, hi) as far as this segment holds them; at least one. Each frame's crc is checked."""
         index = await self.load_index(segment)
-        start, size, _ = _range(segment, index, index.slot_of_index(lo), bytes_max)
+        slot = index.slot_of_index(lo)
+        start, size = _range(segment, index, slot, bytes_max)
         data = await self._read(segment, start, size)
         found: list[Entry] = []
-        at = total = 0
-        while at < len(data):
-            try:
-                entry = Entry.parse(data, at)
-            except CorruptFrame as error:
-                raise _damaged(segment, start + at, str(error)) from error
-            at += entry.size
-            if entry.index >= hi or (found and total + entry.size > bytes_max):
-                break
-            if entry.index >= lo:
-                found.append(entry)
-                total += entry.size
+        total = 0
+        try:
+            for at, end, _, entry_index in self._checked(segment, start, size, data, index.indexes[slot]):
+                if entry_index >= hi or (found and total + end - at > bytes_max):
+                    break
+                if entry_index >= lo:
+                    found.append(Entry.parse(data, at, check=False))
+                    total += end - at
+        except DamagedData:
+            if not found:
+                raise
         return found
 
     async def find_time(self, segment: Segment, timestamp_ms: int, limit_index: int) -> int | None:
         """Base offset of the segment's first batch that reaches ``timestamp_ms``; None if above
         ``limit_index``."""
         index = await self.load_index(segment)
-        start, size, _ = _range(segment, index, index.slot_of_time(timestamp_ms), 1)
+        slot = index.slot_of_time(timestamp_ms)
+        start, size = _range(segment, index, slot, 1)
         data = await self._read(segment, start, size)
-        at = 0
-        while at < len(data):
-            length, kind, entry_index = _LENGTH_KIND_INDEX.unpack_from(data, at)
+        for at, _, kind, entry_index in self._checked(segment, start, size, data, index.indexes[slot]):
             if entry_index > limit_index:
                 return None
             if kind == FrameKind.BATCH and batch_fields(data, at)[1] >= timestamp_ms:
                 return batch_base_offset(data, at)
-            at += _checked_length(segment, start + at, length)
         return None
 
     # -- files and indexes -----------------------------------------------------------------------------------
@@ -115,7 +182,13 @@ class SegmentReader:
             segment.prev_crc,
             segment.interval,
         )
-        await rescan(await self.open(segment), fresh, segment.last_index)
+        try:
+            await rescan(await self.open(segment), fresh, segment.last_index)
+        except DamagedData:
+            self._on_damage(segment)
+            raise
+        if fresh.last_index < segment.last_index:
+            raise self._damaged(segment, fresh.end_position, "the file ends early")
         assert fresh.index is not None
         return fresh.index
 
@@ -126,7 +199,7 @@ class SegmentReader:
             try:
                 file = await self._disk.open(segment.path)
             except FileNotFoundError as error:
-                raise _damaged(segment, 0, "the file is missing") from error
+                raise self._damaged(segment, 0, "the file is missing") from error
             if segment.file is not None:  # another read was faster
                 file.close()
                 file = segment.file
@@ -161,7 +234,17 @@ class SegmentReader:
         data = file.try_read(start, size)
         if data is None:
             data = await file.read(start, size)
-        return _whole(segment, start, size, data)
+        return data
+
+    def _damaged(self, segment: Segment, position: int, what: str) -> DamagedData:
+        self._on_damage(segment)
+        return DamagedData(
+            f"{segment.path}: {what} at byte {position}: this replica of {segment.spec.topic}-"
+            f"{segment.spec.partition} is repaired from others",
+            path=segment.path,
+            position=position,
+            replica_id=segment.spec.replica_id,
+        )
 
 
 def _touch(cache: OrderedDict[str, Segment], segment: Segment) -> None:
@@ -175,65 +258,9 @@ def _close(segment: Segment) -> None:
         segment.file = None
 
 
-def _range(segment: Segment, index: SparseIndex, slot: int, bytes_max: int) -> tuple[int, int, int]:
-    """(position, size, last index) of whole granules from ``slot`` on that hold at least ``bytes_max``
-    bytes."""
+def _range(segment: Segment, index: SparseIndex, slot: int, bytes_max: int) -> tuple[int, int]:
+    """(position, size) of whole granules from ``slot`` on that hold at least ``bytes_max`` bytes."""
     start = index.positions[slot]
     behind = index.slot_behind(slot, start + bytes_max)
-    if behind < len(index.positions):
-        return start, index.positions[behind] - start, index.indexes[behind] - 1
-    return start, segment.end_position - start, segment.last_index
-
-
-def _whole(segment: Segment, start: int, size: int, data: bytes) -> bytes:
-    if len(data) < size:
-        raise _damaged(segment, start + len(data), "the file ends early")
-    return data
-
-
-def _cut(
-    segment: Segment,
-    index: SparseIndex,
-    start: int,
-    data: bytes,
-    offset: int,
-    limit_index: int,
-    last_index: int,
-) -> list[memoryview]:
-    """Of whole granules: from the batch that holds ``offset`` to ``limit_index``."""
-    at = 0
-    while True:
-        if at >= len(data):
-            return []
-        length, kind, entry_index = _LENGTH_KIND_INDEX.unpack_from(data, at)
-        if entry_index > limit_index:
-            return []
-        if kind == FrameKind.BATCH and batch_fields(data, at)[0] > offset:
-            break
-        at += _checked_length(segment, start + at, length)
-    end = len(data)
-    if last_index > limit_index:
-        # Every frame before the granule that begins at or below limit_index + 1 is wanted; then walk.
-        end = max(at, index.positions[index.slot_of_index(limit_index + 1)] - start)
-        while end < len(data):
-            length, _, entry_index = _LENGTH_KIND_INDEX.unpack_from(data, end)
-            if entry_index > limit_index:
-                break
-            end += _checked_length(segment, start + end, length)
-    return [memoryview(data)[at:end]]
-
-
-def _checked_length(segment: Segment, position: int, length: int) -> int:
-    if not FRAME_HEADER_BYTES <= length <= FRAME_BYTES_MAX:
-        raise _damaged(segment, position, f"impossible frame length {length}")
-    return length
-
-
-def _damaged(segment: Segment, position: int, what: str) -> DamagedData:
-    return DamagedData(
-        f"{segment.path}: {what} at byte {position}: this replica of {segment.spec.topic}-"
-        f"{segment.spec.partition} must be replaced from its peers",
-        path=segment.path,
-        position=position,
-        replica_id=segment.spec.replica_id,
-    )
+    end = index.positions[behind] if behind < len(index.positions) else segment.end_position
+    return start, end - start
