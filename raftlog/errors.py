@@ -1,9 +1,11 @@
 """Every error that raftlog raises.
 
-Each class answers four questions, as class attributes that an instance may override:
+Each class answers five questions, as class attributes that an instance may override:
 
 ``retriable``
     the same call may succeed later without anything being changed by the caller;
+``abortable``
+    a transaction in which it happens cannot commit any more: abort it, and the next one may go well;
 ``fatal``
     this handle will not work again: close it and open another;
 ``indeterminate``
@@ -30,6 +32,7 @@ class RaftlogError(Exception):
     """
 
     retriable: ClassVar[bool] = False
+    abortable: ClassVar[bool] = False
     fatal: ClassVar[bool] = False
     indeterminate: bool = False
     hint: ClassVar[str] = ""
@@ -272,6 +275,8 @@ class DamagedData(DataDirError):
 class DeliveryTimeout(RaftlogError, TimeoutError):
     """Not acknowledged within delivery_timeout_ms. ``indeterminate``: it may have been written."""
 
+    abortable = True
+
 
 class DeliveryFailed(RaftlogError):
     """Deliveries failed that nobody had looked at; details: failures, one text each."""
@@ -286,9 +291,13 @@ class BufferFull(RaftlogError, TimeoutError):
 class OutOfOrderSequence(RaftlogError):
     """A producer's batch does not follow its last one: one in between is missing. Nothing was appended."""
 
+    abortable = True
+
 
 class DuplicateSequence(RaftlogError):
     """The batch was written before, too long ago for its offset to be known."""
+
+    abortable = True
 
 
 class ProducerFenced(RaftlogError):
@@ -299,6 +308,8 @@ class ProducerFenced(RaftlogError):
 
 class UnknownProducer(RaftlogError):
     """The partition knows nothing of this producer id, yet the sequence is not 0 (its state expired)."""
+
+    abortable = True
 
 
 # -- consuming -----------------------------------------------------------------------------------------------
@@ -314,6 +325,49 @@ class LogTruncated(RaftlogError):
 
 class ConcurrentUse(RaftlogError, RuntimeError):
     """A consumer was used from two threads at once."""
+
+
+# -- transactions --------------------------------------------------------------------------------------------
+
+
+class ConcurrentTransactions(RaftlogError):
+    """The transaction before, of the same transactional id, is still being ended; nothing happened."""
+
+    retriable = True
+
+
+class InvalidTransaction(RaftlogError):
+    """The transaction is not in a state in which this can be done: it has not begun, or has ended (in the
+    other way, where its end was asked for). Nothing happened."""
+
+    abortable = True
+    hint = "abort it and begin the next one"
+
+
+class TransactionAborted(RaftlogError):
+    """The transaction was aborted; nothing of it will be read."""
+
+    abortable = True
+    hint = "abort it here too, begin the next one and do its work again"
+
+
+class TransactionTimedOut(TransactionAborted, TimeoutError):
+    """The transaction was open for longer than its timeout, and so was aborted."""
+
+    hint = "begin the next one and do its work again; give it more time with transaction_timeout_ms"
+
+
+class UnknownTransactionalId(RaftlogError):
+    """Nobody has this transactional id: it was never used, or not for so long that it expired."""
+
+    fatal = True
+    hint = "open a new producer"
+
+
+class StaleCoordinator(RaftlogError):
+    """A later coordinator of the transaction has taken over. Details: epoch, its term."""
+
+    fatal = True
 
 
 # -- groups --------------------------------------------------------------------------------------------------

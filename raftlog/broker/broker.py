@@ -17,14 +17,15 @@ from typing import Any, Final
 
 import msgspec
 
+from raftlog.broker.hosting import Hosting
 from raftlog.broker.metadata import MetadataReplica, MetadataService, metadata_spec
 from raftlog.broker.partition import PartitionReplica
 from raftlog.broker.peers import Address, Peers
 from raftlog.broker.pulse import Pulse
 from raftlog.broker.replica import Replica
-from raftlog.broker.retention import Retention, keep_house
+from raftlog.broker.retention import keep_house
 from raftlog.broker.service import Service
-from raftlog.config import BrokerConfig, TopicConfig
+from raftlog.config import BrokerConfig
 from raftlog.errors import DamagedData, RaftlogError, StaleIncarnation, StorageFull, UnknownReplica
 from raftlog.net.handshake import Local
 from raftlog.net.network import Seams
@@ -32,16 +33,15 @@ from raftlog.net.rpc import BrokerRow, MetadataCommandRequest, ReplicaRow
 from raftlog.net.server import RpcServer
 from raftlog.net.stream import Limits
 from raftlog.raft.config import RaftConfig
-from raftlog.raft.types import ConfState, Message, Role, SoftState, VoteRequest
-from raftlog.state.metadata import RegisterBroker, Topic
+from raftlog.raft.types import Message, Role, SoftState, VoteRequest
+from raftlog.state.metadata import MetadataState
+from raftlog.state.metadata_commands import RegisterBroker
 from raftlog.storage.disk import Disk
 from raftlog.storage.identity import Identity, load_identity, store_identity
-from raftlog.storage.spec import ReplicaSpec, StorageConfig
+from raftlog.storage.spec import StorageConfig
 from raftlog.storage.store import BrokerStore
 
 logger = logging.getLogger("raftlog.broker")
-
-_RECONCILE_AGAIN_S: Final = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,17 +89,15 @@ class Broker:
         self.started_ms: Final = seams.wall_ms()
         self.failed: asyncio.Future[RaftlogError] = asyncio.get_running_loop().create_future()
         """Done when the broker cannot go on (its storage failed): whoever hosts it should end the process."""
-        self._metadata_replica_id: Final = dict(identity.metadata_voters)[identity.broker_id]
+        self._metadata_replica_id: Final = identity.metadata_replica
         self._disk = disk
         self._loop = asyncio.get_running_loop()
-        self._by_id: dict[int, Replica[Any]] = {}
-        self._partitions: dict[tuple[bytes, int], PartitionReplica] = {}
+        self.hosting = Hosting(self)
         self._dirty: list[Replica[Any]] = []
         self._pump_scheduled = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._closed = False
         self._saving = asyncio.Lock()
-        self._reconcile_wanted = asyncio.Event()
         local = Local(
             cluster_id=identity.cluster_id,
             role="broker",
@@ -160,19 +158,25 @@ class Broker:
     async def _begin(self) -> None:
         address = await self._listen()
         self.peers.local = self.server.local
-        members = self.identity.metadata_voters
         own = self._metadata_replica_id
-        replica = await MetadataReplica.open(self, self.store.logs[own], members, self._metadata_changed)
-        self._by_id[own] = replica
+        replica = await MetadataReplica.open(
+            self, self.store.logs[own], self.identity.metadata_voters, self.hosting.image_changed
+        )
+        self.hosting.by_id[own] = replica
         self.pulse.watch(replica)
         registration = RegisterBroker(
-            self.broker_id, self.identity.disk_id, self.place.node_id, self.place.zone
+            self.broker_id,
+            self.identity.disk_id,
+            self.place.node_id,
+            self.place.zone,
+            own,
+            MetadataState.level_max,
         )
-        self.metadata = MetadataService(self, replica, self.identity.cluster_id, registration)
-        await self._open_partitions()
+        self.metadata = MetadataService(self, replica, self.identity, registration)
+        await self.hosting.open()
         self.peers.learn({**self.identity.addresses, self.broker_id: (self.identity.incarnation, *address)})
         self.pulse.start()
-        self.spawn(self._reconcile_forever())
+        self.spawn(self.hosting.follow())
         self.spawn(keep_house(self))
         self._registered = self.spawn(self.metadata.register())
 
@@ -271,11 +275,11 @@ class Broker:
     # -- peers -----------------------------------------------------------------------------------------------
 
     def _peer_up(self, broker_id: int) -> None:
-        for replica in self._by_id.values():
+        for replica in self.hosting.by_id.values():
             replica.peer_up(broker_id)
 
     def _peer_down(self, broker_id: int) -> None:
-        for replica in self._by_id.values():
+        for replica in self.hosting.by_id.values():
             replica.peer_down(broker_id)
 
     def alive_brokers(self) -> set[int]:
@@ -306,10 +310,12 @@ class Broker:
         response, _ = await self.peers.connection(broker_id).call(request, (payload,), timeout=timeout)
         return response.result
 
-    def step(self, message: Message) -> None:
-        """Take a Raft message from a peer; one for a replica that is not here is dropped."""
-        replica = self._by_id.get(message.to)
+    def step(self, message: Message, sender: int) -> None:
+        """Take a Raft message from the broker ``sender``; one for a replica that is not here is dropped."""
+        replica = self.hosting.by_id.get(message.to)
         if replica is not None:
+            if message.sender not in replica.hosts:
+                replica.hosts[message.sender] = sender  # a member that the image here does not name yet
             if type(message) is VoteRequest and replica.node.quiet:
                 self.pulse.refresh_lease(replica)
             replica.step(message)
@@ -317,10 +323,10 @@ class Broker:
     # -- which replicas are here -----------------------------------------------------------------------------
 
     def replica(self, replica_id: int) -> Replica[Any] | None:
-        return self._by_id.get(replica_id)
+        return self.hosting.by_id.get(replica_id)
 
     def replicas(self) -> Iterable[Replica[Any]]:
-        return self._by_id.values()
+        return self.hosting.by_id.values()
 
     def partition(self, topic_id: bytes, partition: int) -> PartitionReplica:
         """The replica of a partition on this broker.
@@ -328,90 +334,12 @@ class Broker:
         Raises:
             UnknownReplica: there is none (any more, or yet).
         """
-        found = self._partitions.get((topic_id, partition))
+        found = self.hosting.by_place.get((topic_id, partition))
         if found is None:
             topic = self.metadata.image.topic_by_id(topic_id)
             name = topic.name if topic is not None else topic_id.hex()
             raise UnknownReplica(f"broker {self.broker_id} has no replica of {name}/{partition}")
         return found
-
-    def _metadata_changed(self) -> None:
-        self._reconcile_wanted.set()
-
-    async def _reconcile_forever(self) -> None:
-        """Make the replicas here what the image says."""
-        while not self._closed:
-            await self._reconcile_wanted.wait()
-            self._reconcile_wanted.clear()
-            try:
-                await self._drop_partitions()
-                await self._create_partitions()
-                await self._open_partitions()
-            except RaftlogError as error:
-                logger.warning("broker %d: cannot follow the metadata now: %s", self.broker_id, error)
-                await asyncio.sleep(_RECONCILE_AGAIN_S)
-                self._reconcile_wanted.set()
-
-    def _assigned(self) -> dict[int, tuple[Topic, int]]:
-        return {
-            replica_id: (topic, partition)
-            for topic, partition, replica_id in self.metadata.image.replicas_on(self.broker_id)
-        }
-
-    async def _drop_partitions(self) -> None:
-        """Remove replicas whose creation this image knows of and that it does not assign here (any more)."""
-        assigned = self._assigned()
-        known_below = self.metadata.image.next_replica_id
-        own = self.metadata.replica.replica_id
-        for replica_id in [*self.store.logs, *self.store.out_of_service]:
-            if replica_id in assigned or replica_id == own or replica_id >= known_below:
-                continue
-            replica = self._by_id.pop(replica_id, None)
-            if isinstance(replica, PartitionReplica):
-                spec = replica.log.spec
-                self._partitions.pop((spec.topic_id, spec.partition), None)
-                replica.retire(UnknownReplica(f"{replica.name} was deleted"))
-            await self.store.remove(replica_id)
-
-    async def _create_partitions(self) -> None:
-        specs = []
-        for replica_id, (topic, partition) in self._assigned().items():
-            if replica_id in self.store.logs or replica_id in self.store.out_of_service:
-                continue
-            settings = TopicConfig.model_validate(topic.config)
-            specs.append(
-                ReplicaSpec(
-                    replica_id=replica_id,
-                    topic=topic.name,
-                    topic_id=topic.topic_id,
-                    partition=partition,
-                    conf=ConfState(voters=tuple(member for member, _ in topic.partitions[partition])),
-                    segment_bytes=settings.segment_bytes,
-                    internal=topic.internal,
-                )
-            )
-        if specs:
-            await self.store.create_many(specs)
-
-    async def _open_partitions(self) -> None:
-        """Bring to life what is on the disk and in the image."""
-        for replica_id, (topic, partition) in self._assigned().items():
-            if replica_id in self._by_id or replica_id not in self.store.logs:
-                continue
-            members = topic.partitions[partition]
-            settings = TopicConfig.model_validate(topic.config)
-            replica = await PartitionReplica.open(
-                self,
-                self.store.logs[replica_id],
-                dict(members),
-                preferred=members[0][0] == replica_id,
-                batch_bytes_max=settings.max_message_bytes,
-                retention=Retention.of(settings),
-            )
-            self._by_id[replica_id] = replica
-            self._partitions[(topic.topic_id, partition)] = replica
-            replica.tick(self.now_ms())
-            self.pulse.watch(replica)
 
     # -- trouble and the end ---------------------------------------------------------------------------------
 
@@ -429,7 +357,7 @@ class Broker:
         self._fail(error)
 
     def _fail(self, error: RaftlogError) -> None:
-        for replica in self._by_id.values():
+        for replica in self.hosting.by_id.values():
             replica.retire(error)
         if not self.failed.done():
             self.failed.set_result(error)
@@ -480,10 +408,10 @@ class Broker:
         lagging = []
         if node.role is Role.LEADER:
             lagging = sorted(
-                replica.hosts[member]
+                host
                 for member, progress in node.progress.items()
-                if member != node.id
-                and (progress.match < node.commit or not self.peers.is_up(replica.hosts[member]))
+                if (host := replica.hosts.get(member)) is not None
+                and (progress.match < node.commit or not self.peers.is_up(host))
             )
         leader = replica.leader_broker
         return ReplicaRow(
@@ -509,7 +437,7 @@ class Broker:
 async def _found_metadata_replica(identity: Identity, store: BrokerStore) -> None:
     """A directory that never ran (incarnation 0) gets its replica of the metadata group; any other must have
     it."""
-    spec = metadata_spec(identity.metadata_voters, identity.broker_id)
+    spec = metadata_spec(identity.metadata_voters, identity.metadata_replica)
     if spec.replica_id in store.logs:
         return
     if spec.replica_id in store.damaged:

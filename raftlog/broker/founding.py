@@ -125,6 +125,7 @@ async def found(disk: Disk, plan: FoundingPlan, broker_id: int, random: Random |
         disk_id=_source(random).randbytes(16),
         incarnation=0,
         secret=plan.secret,
+        metadata_replica=dict(plan.metadata_members)[broker_id],
         metadata_voters=plan.metadata_members,
         addresses={},
     )

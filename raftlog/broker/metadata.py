@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any, Final, Protocol
 
+import msgspec
+
+from raftlog.broker.membership import Wanted
 from raftlog.broker.replica import Done, Host, Replica, recover
 from raftlog.config import TopicConfig, validate_topic_name
 from raftlog.controller.placement import BrokerInfo, place
@@ -36,17 +39,17 @@ from raftlog.net.rpc import (
 from raftlog.raft.config import RecoveredLog
 from raftlog.raft.types import ConfState, Entry
 from raftlog.record.frame import FrameKind
-from raftlog.state.metadata import (
+from raftlog.state.image import Topic
+from raftlog.state.metadata import MetadataState
+from raftlog.state.metadata_commands import (
     AllocateProducerIds,
     Command,
     CreateTopic,
     DeleteTopic,
     FoundCluster,
-    MetadataState,
     RegisterBroker,
-    Topic,
-    encode_command,
 )
+from raftlog.storage.identity import Identity
 from raftlog.storage.replica_log import ReplicaLog
 from raftlog.storage.spec import ReplicaSpec
 
@@ -63,17 +66,18 @@ _FORWARD_TIMEOUT_S: Final = 5.0
 _RETRY_S: Final = 0.03
 
 
-def metadata_spec(members: Sequence[tuple[int, int]], broker_id: int) -> ReplicaSpec:
+def metadata_spec(members: Sequence[tuple[int, int]], own: int) -> ReplicaSpec:
     """The metadata group's replica on one broker.
 
     Args:
         members: (broker id, replica id) of the founding brokers; the first five vote.
-        broker_id: which of them.
+        own: id of this broker's replica: one of those, or of a broker that was added later. That one begins
+            in no configuration.
     """
     voters = tuple(replica_id for _, replica_id in members[:METADATA_VOTERS_MAX])
     learners = tuple(replica_id for _, replica_id in members[METADATA_VOTERS_MAX:])
     return ReplicaSpec(
-        replica_id=dict(members)[broker_id],
+        replica_id=own,
         topic=METADATA_TOPIC,
         topic_id=METADATA_TOPIC_ID,
         partition=0,
@@ -101,8 +105,10 @@ class MetadataReplica(Replica[MetadataState]):
         changed: Callable[[], None],
     ) -> None:
         hosts = {replica_id: broker_id for broker_id, replica_id in members}
+        hosts |= {broker.metadata_replica: broker.broker_id for broker in machine.brokers.values()}
         super().__init__(host, log, machine, recovered, hosts, preferred=members[0][0] == host.broker_id)
         self._changed = changed
+        self._brokers = dict(machine.brokers)
 
     @classmethod
     async def open(
@@ -124,13 +130,34 @@ class MetadataReplica(Replica[MetadataState]):
         refusal = staged.check(command)
         if refusal is not None:
             raise refusal
-        self.propose(staged, FrameKind.COMMAND, encode_command(command), done)
+        self.propose(staged, FrameKind.COMMAND, staged.codec.encode(command), done)
 
     def applied(self, entry: Entry, result: object) -> object:
         return result
 
     def applied_all(self) -> None:
+        brokers = self.machine.brokers
+        if brokers != self._brokers:
+            self._brokers = dict(brokers)
+            self.hosts |= {broker.metadata_replica: broker.broker_id for broker in brokers.values()}
+            self.membership.due = True
         self._changed()
+
+    def wanted_members(self, able: Set[int]) -> Wanted | None:
+        """Every broker takes part. Voters stay voters, and up to five are made of the others, as they are up
+        to date."""
+        image = self.machine
+        members = {broker.metadata_replica for broker in image.brokers.values()}
+        members |= {member for broker_id, member in image.founders if broker_id not in image.removed}
+        voters = [member for member in self.node.conf.voters if member in members]
+        for member in sorted(members & able):
+            if member not in voters and len(voters) < METADATA_VOTERS_MAX:
+                voters.append(member)
+        return Wanted(tuple(voters), frozenset(members.difference(voters))) if voters else None
+
+    def members_reached(self) -> bool:
+        conf = self.node.conf
+        return len(conf.voters) == METADATA_VOTERS_MAX or not conf.learners
 
 
 def check_topic(name: str, partitions: int, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -173,16 +200,16 @@ class MetadataService:
     Args:
         host: the broker.
         replica: its replica of the metadata group.
-        cluster_id: what the group's first leader founds.
+        identity: this broker's; the group's first leader founds what it says.
         registration: how this broker presents itself.
     """
 
     def __init__(
-        self, host: MetadataHost, replica: MetadataReplica, cluster_id: str, registration: RegisterBroker
+        self, host: MetadataHost, replica: MetadataReplica, identity: Identity, registration: RegisterBroker
     ) -> None:
         self._host = host
         self.replica = replica
-        self._cluster_id = cluster_id
+        self._identity = identity
         self._registration = registration
         self._producer_ids = range(0)
         self._filling = asyncio.Lock()
@@ -233,7 +260,7 @@ class MetadataService:
         leaders: dict[int, int] = dict.fromkeys(staged.brokers, 0)
         for topic in staged.topics.values():
             for partition in topic.partitions:
-                for position, (_, broker_id) in enumerate(partition):
+                for position, (_, broker_id) in enumerate(partition.replicas):
                     replicas[broker_id] = replicas.get(broker_id, 0) + 1
                     if position == 0:
                         leaders[broker_id] = leaders.get(broker_id, 0) + 1
@@ -275,16 +302,17 @@ class MetadataService:
         for partition in topic.partitions:
             leader, term = -1, 0
             if leader_of is not None:
-                for replica_id, _ in partition:
+                for replica_id, _ in partition.members:
                     found = leader_of(replica_id)
                     if found[1] > term:
                         leader, term = found
             rows.append(
                 PartitionRow(
-                    replicas=[broker_id for _, broker_id in partition],
+                    replicas=[broker_id for _, broker_id in partition.replicas],
                     leader=leader,
                     term=term,
-                    replica_ids=[replica_id for replica_id, _ in partition],
+                    replica_ids=[replica_id for replica_id, _ in partition.replicas],
+                    leaving=[broker_id for _, broker_id in partition.leaving],
                 )
             )
         return TopicRow(topic.name, topic.topic_id, rows, dict(topic.config), topic.internal)
@@ -305,9 +333,9 @@ class MetadataService:
             raise NotLeader(
                 "the metadata group has no leader that serves yet", leader=None, term=replica.node.term
             )
-        return await self._host.call_broker(
-            leader, MetadataCommandRequest(), encode_command(command), _FORWARD_TIMEOUT_S
-        )
+        encoded = self.image.codec.encode(command)
+        result = await self._host.call_broker(leader, MetadataCommandRequest(), encoded, _FORWARD_TIMEOUT_S)
+        return msgspec.convert(result, command.result)
 
     async def apply_here(self, command: Command) -> Any:
         """The same on the leader."""
@@ -335,13 +363,13 @@ class MetadataService:
             try:
                 if not image.cluster_id:
                     if self.replica.staged is not None:
-                        await self.apply_here(FoundCluster(self._cluster_id))
+                        await self.apply_here(
+                            FoundCluster(self._identity.cluster_id, self._identity.metadata_voters)
+                        )
                 else:
                     known = image.brokers.get(wanted.broker_id)
-                    if known is not None and (known.disk_id, known.node_id, known.zone) == (
-                        wanted.disk_id,
-                        wanted.node_id,
-                        wanted.zone,
+                    if known is not None and msgspec.structs.astuple(known) == msgspec.structs.astuple(
+                        wanted
                     ):
                         return
                     await self.call(wanted)

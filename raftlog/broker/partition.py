@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Set
 from typing import Any, Final, Protocol
 
+from raftlog.broker.membership import Wanted
 from raftlog.broker.replica import Done, Host, Replica, recover
 from raftlog.broker.retention import EXPIRY_INTERVAL_MS, Retention, last_index_below
 from raftlog.errors import OffsetOutOfRange, RaftlogError
@@ -15,13 +16,13 @@ from raftlog.raft.config import RecoveredLog
 from raftlog.raft.types import Entry
 from raftlog.record.batch import check_batch, stamped
 from raftlog.record.frame import Buffer, FrameKind
+from raftlog.state.image import Partition
 from raftlog.state.partition import Command, ExpireProducers, PartitionState, SetLogStart, encode_command
 from raftlog.storage.replica_log import ReplicaLog
 
 logger = logging.getLogger("raftlog.broker")
 
 _BASE_OFFSET: Final = struct.Struct(">Q")
-KEEP_ALL: Final = Retention()
 
 
 class Waiter(Protocol):
@@ -34,8 +35,11 @@ class PartitionReplica(Replica[PartitionState]):
     """One replica of one partition of a topic.
 
     Args:
+        assignment: who holds the partition, now and when all moves are done.
         batch_bytes_max: a batch above this is refused (topic setting ``max_message_bytes``).
         retention: what must be kept.
+        complete: called on a leader whose configuration is what ``assignment`` wants, again and again until
+            that shows nobody leaving.
     """
 
     def __init__(
@@ -44,13 +48,16 @@ class PartitionReplica(Replica[PartitionState]):
         log: ReplicaLog,
         machine: PartitionState,
         recovered: RecoveredLog,
-        hosts: Mapping[int, int],
+        assignment: Partition,
         *,
-        preferred: bool,
         batch_bytes_max: int,
-        retention: Retention = KEEP_ALL,
+        retention: Retention,
+        complete: Callable[[PartitionReplica], None],
     ) -> None:
-        super().__init__(host, log, machine, recovered, hosts, preferred=preferred)
+        preferred = assignment.founders[0] == log.spec.replica_id
+        super().__init__(host, log, machine, recovered, assignment.hosts, preferred=preferred)
+        self.assignment = assignment
+        self._complete = complete
         self.batch_bytes_max = batch_bytes_max
         self.retention = retention
         self._expired_ms = 0
@@ -65,11 +72,11 @@ class PartitionReplica(Replica[PartitionState]):
         cls,
         host: Host,
         log: ReplicaLog,
-        hosts: Mapping[int, int],
+        assignment: Partition,
         *,
-        preferred: bool,
         batch_bytes_max: int,
-        retention: Retention = KEEP_ALL,
+        retention: Retention,
+        complete: Callable[[PartitionReplica], None],
     ) -> PartitionReplica:
         """Restore the machine from the newest snapshot and the committed log above it."""
         machine = PartitionState.restore(log.snapshot.data) if log.snapshot is not None else PartitionState()
@@ -79,11 +86,29 @@ class PartitionReplica(Replica[PartitionState]):
             log,
             machine,
             recovered,
-            hosts,
-            preferred=preferred,
+            assignment,
             batch_bytes_max=batch_bytes_max,
             retention=retention,
+            complete=complete,
         )
+
+    # -- members ---------------------------------------------------------------------------------------------
+
+    def assign(self, assignment: Partition) -> bool:
+        """Take in who should hold the partition; returns whether that is news."""
+        news = assignment.version != self.assignment.version
+        self.assignment = assignment
+        self.hosts = assignment.hosts
+        self.membership.due = self.membership.due or news
+        return news
+
+    def wanted_members(self, able: Set[int]) -> Wanted:
+        return Wanted(self.assignment.wanted)
+
+    def members_reached(self) -> bool:
+        if self.assignment.leaving:
+            self._complete(self)
+        return not self.assignment.leaving
 
     # -- produce ---------------------------------------------------------------------------------------------
 

@@ -15,10 +15,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence, Set
 from functools import partial
 from typing import Any, Final, Generic, Protocol, Self, TypeVar
 
+from raftlog.broker.membership import Membership, Wanted
 from raftlog.broker.snapshots import SnapshotExchange
 from raftlog.config import BrokerConfig
 from raftlog.errors import LeadershipLost, NotLeader, RaftlogError, StorageFailed, UnknownReplica
@@ -49,6 +50,8 @@ _RECOVERY_CHUNK_BYTES: Final = 8 << 20
 
 class StateMachine(Protocol):
     """A replicated state machine (see ``raftlog.state``)."""
+
+    applied_index: int
 
     def apply(self, entry: Entry) -> object: ...
 
@@ -132,6 +135,7 @@ class Replica(Generic[M]):
         self._soft: SoftState | None = None
         self._campaign_at = 0
         self._exchange = SnapshotExchange(self)
+        self.membership = Membership(self)
         self.node = RawNode(
             host.raft_config(self.replica_id), recovered, host.random_for(self.replica_id), host.now_ms()
         )
@@ -171,6 +175,8 @@ class Replica(Generic[M]):
             self.host.mark(self)
         if self._exchange.active:
             self._exchange.tick(now_ms)
+        if self.membership.due:
+            self.membership.tick(now_ms)
         if self.preferred and node.term == 0 and now_ms >= self._campaign_at and not self._is_stalled(now_ms):
             # A brand-new group: nobody has voted yet, so its first replica need not wait for a timeout. It
             # asks again until a majority of the others have come into being.
@@ -261,6 +267,10 @@ class Replica(Generic[M]):
         """
         node = self.node
         entry = node.propose(kind, payload, max(self.host.wall_ms(), node.last_leader_time_ms))
+        if staged.applied_index < entry.index - 1:
+            own = node.entries_in_memory(staged.applied_index + 1, entry.index)
+            assert own is not None, "what was not handed to storage is in memory"
+            _stage(staged, own)
         staged.apply(entry)
         self._waiters[entry.index] = [done]
         self.host.mark(self)
@@ -298,6 +308,8 @@ class Replica(Generic[M]):
             ready = node.ready()
             if ready.append is not None:
                 host.store.append(self.log, ready.append, partial(self._durable, ready.append.sequence))
+                if self.staged is not None:
+                    _stage(self.staged, ready.append.entries)
             hosts = self.hosts
             for message in ready.messages:
                 broker_id = hosts.get(message.to)
@@ -357,6 +369,19 @@ class Replica(Generic[M]):
     def replaced(self) -> None:
         """A snapshot from the leader has replaced log and state machine (for subclasses)."""
         self.applied_all()
+
+    def wanted_members(self, able: Set[int]) -> Wanted | None:
+        """What the metadata wants the group's configuration to be, None if it says nothing (for subclasses).
+
+        Args:
+            able: members that are up to date and answer.
+        """
+        return None
+
+    def members_reached(self) -> bool:
+        """On a leader: the configuration is what is wanted, and committed. Returns False while something is
+        yet to be done about it (for subclasses)."""
+        return True
 
     def stopped_serving(self) -> None:
         """This replica served as leader and does no longer (for subclasses)."""
@@ -475,6 +500,15 @@ class Replica(Generic[M]):
     def leader_broker(self) -> int | None:
         """Broker id of the leader as far as this replica knows."""
         return self.hosts.get(self.node.leader)
+
+
+def _stage(staged: StateMachine, entries: Sequence[Entry]) -> None:
+    """Advance ``staged`` by those of the entries that it has not seen: what the core appends by itself (a
+    configuration) does not come through ``propose``."""
+    if entries and staged.applied_index < entries[-1].index:
+        for entry in entries:
+            if entry.index > staged.applied_index:
+                staged.apply(entry)
 
 
 async def recover(log: ReplicaLog, machine: StateMachine) -> RecoveredLog:

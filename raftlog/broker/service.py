@@ -16,7 +16,7 @@ from raftlog.errors import Busy, ConfigError, ProtocolError, RaftlogError
 from raftlog.net import rpc
 from raftlog.net.server import Reply, ServerConnection
 from raftlog.state.command import UnknownCommand
-from raftlog.state.metadata import CreateTopic, decode_command
+from raftlog.state.metadata_commands import CreateTopic
 from raftlog.version import software_version
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ class Service:
             raise ProtocolError(f"{type(message).__name__} from a {connection.peer.role}")
         if type(message) is rpc.RaftMessages:
             for raft_message in decode_messages(message, payload):
-                broker.step(raft_message)
+                broker.step(raft_message, connection.peer.broker_id)
         elif type(message) is rpc.BrokerHeartbeat:
             broker.pulse.heard(connection.peer.broker_id, connection.peer.incarnation, message)
         elif type(message) is rpc.Addresses:
@@ -194,7 +194,7 @@ class Service:
                 reply.ok(rpc.MetadataCommandResponse(result, self._broker.metadata.image.applied_index))
 
         try:
-            command = decode_command(payload)
+            command = self._broker.metadata.image.codec.decode(payload)
         except UnknownCommand as error:
             raise ProtocolError(str(error)) from error
         if isinstance(command, CreateTopic):

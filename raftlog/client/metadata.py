@@ -24,7 +24,8 @@ class PartitionView:
         self.topic = topic
         self.topic_id = topic_id
         self.index = index
-        self.replicas: list[int] = list(row.replicas)
+        self.replicas: list[int] = [*row.replicas, *row.leaving]
+        """Brokers that may know who leads."""
         self.leader = row.leader
         """Broker id, or NO_LEADER."""
         self.term = row.term
@@ -71,7 +72,7 @@ class TopicView:
             self.version = version
             self.config = row.config
             for view, each in zip(self.partitions, row.partitions, strict=False):
-                view.replicas = list(each.replicas)
+                view.replicas = [*each.replicas, *each.leaving]
             for index in range(len(self.partitions), len(row.partitions)):
                 self.partitions.append(PartitionView(self.name, self.topic_id, index, row.partitions[index]))
         return [

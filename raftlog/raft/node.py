@@ -156,6 +156,11 @@ class Node:
         """
         return any(is_voter(conf, self.id) for conf in self.confs.possible(self.log.commit))
 
+    @property
+    def conf_settled(self) -> bool:
+        """Whether the configuration in force is committed and no joint one."""
+        return self.log.commit >= self.confs.current_index and not self.confs.current.is_joint
+
     def rank(self, lost: int) -> int:
         """Position of this node by id among the voters without ``lost``."""
         return sum(1 for voter in voter_ids(self.confs.current) if voter < self.id and voter != lost)

@@ -49,7 +49,7 @@ def propose_conf(node: Node, voters: Iterable[int], learners: Iterable[int], lea
         raise Busy(f"leadership is being transferred to replica {node.transfer_to}")
     if node.log.commit < node.term_start:
         raise Busy("this leader has committed nothing in its term yet")
-    if node.log.commit < node.confs.current_index or node.confs.current.is_joint:
+    if not node.conf_settled:
         raise Busy("a configuration change is under way")
     conf = enter(node.confs.current, voters, learners)
     return append_entry(node, FrameKind.CONF, encode_conf(conf), leader_time_ms)

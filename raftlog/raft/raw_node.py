@@ -498,6 +498,11 @@ class RawNode:
         return self._node.confs.current
 
     @property
+    def conf_settled(self) -> bool:
+        """Whether that configuration is committed and no joint one: the next change may begin."""
+        return self._node.conf_settled
+
+    @property
     def progress(self) -> Mapping[int, Progress]:
         """On a leader, every other member by replica id; empty elsewhere. Only for reading."""
         return self._node.progress

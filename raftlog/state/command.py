@@ -36,6 +36,10 @@ class CommandStruct(msgspec.Struct, frozen=True, array_like=True, forbid_unknown
 
     type: ClassVar[int]
     version: ClassVar[int] = 1
+    needs_level: ClassVar[int] = 1
+    """The feature level from which on leaders may propose it."""
+    result: ClassVar[Any] = None
+    """The type of what applying it gives, for whoever asked from another broker."""
 
 
 C = TypeVar("C", bound=CommandStruct)

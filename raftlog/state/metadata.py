@@ -10,17 +10,20 @@ differ between releases, the state may not.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar, Final, TypeAlias
+from typing import ClassVar, Final, TypeAlias
 
 import msgspec
 
 from raftlog.errors import (
     ConfigError,
     ForeignDataDir,
+    IncompatibleVersion,
+    NeedsUpgrade,
     RaftlogError,
     StaleController,
     TopicExists,
     UnknownPartition,
+    UnknownReplica,
     UnknownTopic,
 )
 from raftlog.raft.types import Entry
@@ -33,146 +36,38 @@ from raftlog.state.command import (
     UnknownCommand,
     decode_snapshot,
 )
+from raftlog.state.image import Broker, Member, Partition, Topic
+from raftlog.state.metadata_commands import (
+    CODEC,
+    AddBroker,
+    AllocateProducerIds,
+    AlterPartition,
+    Command,
+    CompletePartition,
+    CreateTopic,
+    DeleteTopic,
+    FoundCluster,
+    RegisterBroker,
+    RemoveBroker,
+    ReplaceReplica,
+    SetFeatureLevel,
+    TakeControl,
+)
 
 FIRST_REPLICA_ID: Final = 1000
 """Replica ids below belong to the metadata group's own replicas, which its founder numbers."""
 FEATURE_LEVEL_MAX: Final = 1
 """The newest level this release can run at."""
 PRODUCER_ID_BLOCK_MAX: Final = 1_000_000
-_SNAPSHOT_VERSION: Final = 1
-
-Partition: TypeAlias = tuple[tuple[int, int], ...]
-"""(replica id, broker id) of each replica, the preferred leader first."""
-
-
-class Broker(msgspec.Struct, frozen=True, array_like=True):
-    """A registered broker. Its address is not here: that is soft state."""
-
-    broker_id: int
-    disk_id: bytes
-    """Random, made with the data directory: a broker whose disk was wiped is a new broker."""
-    node_id: str
-    zone: str
-
-
-class Topic(msgspec.Struct, frozen=True, array_like=True):
-    name: str
-    topic_id: bytes
-    """16 random bytes: a topic deleted and made again under its name is another topic."""
-    config: dict[str, Any]
-    """What was set explicitly, by the names of ``raftlog.config.TopicConfig``."""
-    internal: bool
-    partitions: tuple[Partition, ...]
-
-
-# -- commands ------------------------------------------------------------------------------------------------
-
-
-class FoundCluster(CommandStruct, frozen=True):
-    """Give the cluster its id, once."""
-
-    type = 1
-    cluster_id: str
-
-
-class RegisterBroker(CommandStruct, frozen=True):
-    """Make a broker known, or tell that it moved to another node."""
-
-    type = 2
-    broker_id: int
-    disk_id: bytes
-    node_id: str
-    zone: str = ""
-
-
-class CreateTopic(CommandStruct, frozen=True):
-    """``assignment``: for each partition the broker ids, the preferred leader first. Replica ids are
-    allotted by apply. Result: the Topic."""
-
-    type = 3
-    name: str
-    topic_id: bytes
-    config: dict[str, Any]
-    internal: bool
-    assignment: list[list[int]]
-
-
-class DeleteTopic(CommandStruct, frozen=True):
-    type = 4
-    name: str
-    topic_id: bytes
-
-
-class AllocateProducerIds(CommandStruct, frozen=True):
-    """Result: the first of ``count`` ids that nobody had before."""
-
-    type = 5
-    count: int
-
-
-class TakeControl(CommandStruct, frozen=True):
-    """Result: the new controller's epoch. Commands of earlier controllers are refused from here on."""
-
-    type = 6
-
-
-class RemoveBroker(CommandStruct, frozen=True):
-    """Forget a broker that holds no replica any more. From a controller."""
-
-    type = 7
-    controller_epoch: int
-    broker_id: int
-
-
-class SetFeatureLevel(CommandStruct, frozen=True):
-    """Let leaders propose commands of this level: every broker runs a release that knows them. It never goes
-    down. From a controller."""
-
-    type = 8
-    controller_epoch: int
-    level: int
-
-
-Command: TypeAlias = (
-    FoundCluster
-    | RegisterBroker
-    | CreateTopic
-    | DeleteTopic
-    | AllocateProducerIds
-    | TakeControl
-    | RemoveBroker
-    | SetFeatureLevel
-)
-
-_codec: Final[CommandCodec[Command]] = CommandCodec(
-    "metadata",
-    FoundCluster,
-    RegisterBroker,
-    CreateTopic,
-    DeleteTopic,
-    AllocateProducerIds,
-    TakeControl,
-    RemoveBroker,
-    SetFeatureLevel,
-)
-
-
-def encode_command(command: Command) -> bytes:
-    """The command as the payload of an entry of kind COMMAND, or of a MetadataCommandRequest."""
-    return _codec.encode(command)
-
-
-def decode_command(payload: Buffer) -> Command:
-    """The command in such a payload; UnknownCommand if this release does not know it."""
-    return _codec.decode(payload)
-
-
-# -- the machine ---------------------------------------------------------------------------------------------
+_SNAPSHOT_VERSION: Final = 2
 
 
 class _Snapshot(SnapshotStruct, frozen=True):
     applied_index: int
     cluster_id: str
+    founders: tuple[tuple[int, int], ...]
+    next_broker_id: int
+    removed: tuple[int, ...]
     next_replica_id: int
     next_producer_id: int
     controller_epoch: int
@@ -192,6 +87,9 @@ class MetadataState:
     dicts hold is immutable.
     """
 
+    codec: ClassVar[CommandCodec[Command]] = CODEC
+    level_max: ClassVar[int] = FEATURE_LEVEL_MAX
+
     __slots__ = (
         "_topics_by_id",
         "applied_index",
@@ -199,14 +97,22 @@ class MetadataState:
         "cluster_id",
         "controller_epoch",
         "feature_level",
+        "founders",
+        "next_broker_id",
         "next_producer_id",
         "next_replica_id",
+        "removed",
         "topics",
     )
 
     def __init__(self) -> None:
         self.applied_index = 0
         self.cluster_id = ""
+        self.founders: tuple[tuple[int, int], ...] = ()
+        """(broker id, replica id) of the metadata group's first configuration."""
+        self.next_broker_id = 0
+        self.removed: tuple[int, ...] = ()
+        """Brokers that belong to the cluster no more; their ids are not used again."""
         self.next_replica_id = FIRST_REPLICA_ID
         self.next_producer_id = 0
         self.controller_epoch = 0
@@ -246,10 +152,11 @@ class MetadataState:
         return topic.partitions[index]
 
     def replicas_on(self, broker_id: int) -> Iterator[tuple[Topic, int, int]]:
-        """(topic, partition, replica id) of everything that a broker should hold."""
+        """(topic, partition, replica id) of everything that a broker should hold, or hold until it has left
+        its group."""
         for topic in self.topics.values():
             for index, partition in enumerate(topic.partitions):
-                for replica_id, holder in partition:
+                for replica_id, holder in partition.members:
                     if holder == broker_id:
                         yield topic, index, replica_id
 
@@ -257,12 +164,20 @@ class MetadataState:
 
     def check(self, command: Command) -> RaftlogError | None:
         """Why the command would be refused in this state, or None. The leader asks before it proposes."""
-        if isinstance(command, SetFeatureLevel) and command.level > FEATURE_LEVEL_MAX:
+        refusal = self._refusal(command)
+        if refusal is None and isinstance(command, SetFeatureLevel) and command.level > self.level_max:
             # not in _refusal: a newer release would carry it out, so replicas of this one must halt at it
-            return ConfigError(f"feature level {command.level}; this release has {FEATURE_LEVEL_MAX}")
-        return self._refusal(command)
+            return ConfigError(f"feature level {command.level}; this release has {self.level_max}")
+        return refusal
 
     def _refusal(self, command: Command) -> RaftlogError | None:
+        if command.needs_level > self.feature_level:
+            return NeedsUpgrade(
+                f"{type(command).__name__} needs feature level {command.needs_level}; the cluster runs at "
+                f"{self.feature_level}",
+                level=self.feature_level,
+                needed=command.needs_level,
+            )
         epoch = getattr(command, "controller_epoch", None)
         if epoch is not None and epoch != self.controller_epoch:
             return StaleController(
@@ -288,7 +203,7 @@ class MetadataState:
             raise ApplyMismatch(f"entry {entry.index} does not follow {self.applied_index}")
         result: object = None
         if entry.kind == FrameKind.COMMAND:
-            result = self._apply_command(decode_command(entry.payload))
+            result = self._apply_command(self.codec.decode(entry.payload))
         elif entry.kind not in (FrameKind.NOOP, FrameKind.CONF):
             raise UnknownCommand(f"metadata entry {entry.index} is of kind {entry.kind}")
         self.applied_index = entry.index
@@ -308,6 +223,8 @@ class MetadataState:
 
     def _found(self, command: FoundCluster) -> str:
         self.cluster_id = command.cluster_id
+        self.founders = command.members
+        self.next_broker_id = max((broker_id for broker_id, _ in command.members), default=-1) + 1
         return self.cluster_id
 
     def _check_register(self, command: RegisterBroker) -> RaftlogError | None:
@@ -320,12 +237,58 @@ class MetadataState:
         for broker in self.brokers.values():
             if broker.disk_id == command.disk_id and broker.broker_id != command.broker_id:
                 return ForeignDataDir(f"disk {broker.disk_id.hex()} is that of broker {broker.broker_id}")
-        return None
+        if command.broker_id in self.removed:
+            return ForeignDataDir(
+                f"broker {command.broker_id} was removed from the cluster: move its data directory away, an "
+                "empty one joins as a new broker"
+            )
+        replica_id = dict(self.founders).get(command.broker_id) if known is None else known.metadata_replica
+        if command.metadata_replica != replica_id:
+            return ForeignDataDir(
+                f"no broker {command.broker_id} with metadata replica {command.metadata_replica} was founded "
+                "or added"
+            )
+        return self._too_old(command.level)
+
+    def _too_old(self, level: int) -> RaftlogError | None:
+        if level >= self.feature_level:
+            return None
+        return IncompatibleVersion(
+            f"the cluster runs at feature level {self.feature_level}, and the release of this broker knows "
+            f"levels up to {level}"
+        )
 
     def _register(self, command: RegisterBroker) -> None:
         self.brokers[command.broker_id] = Broker(
-            command.broker_id, command.disk_id, command.node_id, command.zone
+            command.broker_id,
+            command.disk_id,
+            command.node_id,
+            command.zone,
+            command.metadata_replica,
+            command.level,
         )
+
+    def _check_add(self, command: AddBroker) -> RaftlogError | None:
+        if not self.cluster_id:
+            return ConfigError("the cluster is not founded yet")
+        return self._too_old(command.level)
+
+    def _add(self, command: AddBroker) -> tuple[Broker, tuple[tuple[int, int], ...]]:
+        for broker in self.brokers.values():
+            if broker.disk_id == command.disk_id:
+                return broker, self.founders
+        added = Broker(
+            self.next_broker_id,
+            command.disk_id,
+            command.node_id,
+            command.zone,
+            self.next_replica_id,
+            command.level,
+        )
+        self.next_broker_id += 1
+        self.next_replica_id += 1
+        self.brokers[added.broker_id] = added
+        return added, self.founders
 
     def _check_create(self, command: CreateTopic) -> RaftlogError | None:
         if command.name in self.topics:
@@ -347,7 +310,7 @@ class MetadataState:
         for holders in command.assignment:
             first = self.next_replica_id
             self.next_replica_id = first + len(holders)
-            partitions.append(tuple(enumerate(holders, first)))
+            partitions.append(Partition.founded(tuple(enumerate(holders, first))))
         topic = Topic(command.name, command.topic_id, command.config, command.internal, tuple(partitions))
         self.topics[topic.name] = self._topics_by_id[topic.topic_id] = topic
         return topic
@@ -363,6 +326,74 @@ class MetadataState:
     def _delete(self, command: DeleteTopic) -> None:
         del self.topics[command.name]
         del self._topics_by_id[command.topic_id]
+
+    def _check_alter(self, command: AlterPartition) -> RaftlogError | None:
+        partition = self._find_partition(command.topic_id, command.partition)
+        if isinstance(partition, RaftlogError):
+            return partition
+        holders = [broker_id for broker_id, _ in command.replicas]
+        unknown = [each for each in holders if each not in self.brokers]
+        if not holders or unknown or len(set(holders)) != len(holders):
+            return ConfigError(
+                f"replicas on brokers {holders}: a partition needs at least one, each known and none twice"
+            )
+        for broker_id, replica_id in command.replicas:
+            here = [member for member, holder in partition.members if holder == broker_id]
+            if replica_id not in here and (replica_id or here):
+                return ConfigError(
+                    f"broker {broker_id} has replicas {here} of this partition, not {replica_id}"
+                )
+        return None
+
+    def _alter(self, command: AlterPartition) -> Partition:
+        replicas: list[Member] = []
+        for broker_id, replica_id in command.replicas:
+            replicas.append((replica_id or self.next_replica_id, broker_id))
+            self.next_replica_id += not replica_id
+        partition = self.partition(command.topic_id, command.partition)
+        if partition.replicas == tuple(replicas):
+            return partition
+        return self._set_partition(command.topic_id, command.partition, partition.altered(tuple(replicas)))
+
+    def _check_replace(self, command: ReplaceReplica) -> RaftlogError | None:
+        partition = self._find_partition(command.topic_id, command.partition)
+        if isinstance(partition, RaftlogError):
+            return partition
+        if command.replica_id not in partition.wanted:
+            return UnknownReplica(f"replica {command.replica_id} is not wanted any more")
+        return None
+
+    def _replace(self, command: ReplaceReplica) -> int:
+        new = self.next_replica_id
+        self.next_replica_id += 1
+        partition = self.partition(command.topic_id, command.partition)
+        self._set_partition(command.topic_id, command.partition, partition.replaced(command.replica_id, new))
+        return new
+
+    def _check_complete(self, command: CompletePartition) -> RaftlogError | None:
+        partition = self._find_partition(command.topic_id, command.partition)
+        if isinstance(partition, RaftlogError):
+            return partition
+        if partition.version != command.assignment:
+            return UnknownReplica(
+                f"the assignment has version {partition.version} by now, not {command.assignment}"
+            )
+        return None
+
+    def _complete(self, command: CompletePartition) -> Partition:
+        partition = self.partition(command.topic_id, command.partition)
+        return self._set_partition(command.topic_id, command.partition, partition.completed())
+
+    def _find_partition(self, topic_id: bytes, index: int) -> Partition | RaftlogError:
+        try:
+            return self.partition(topic_id, index)
+        except (UnknownTopic, UnknownPartition) as error:
+            return error
+
+    def _set_partition(self, topic_id: bytes, index: int, partition: Partition) -> Partition:
+        topic = self._topics_by_id[topic_id].with_partition(index, partition)
+        self.topics[topic.name] = self._topics_by_id[topic_id] = topic
+        return partition
 
     def _check_allocate(self, command: AllocateProducerIds) -> RaftlogError | None:
         if 1 <= command.count <= PRODUCER_ID_BLOCK_MAX:
@@ -381,6 +412,8 @@ class MetadataState:
     def _check_remove(self, command: RemoveBroker) -> RaftlogError | None:
         if command.broker_id not in self.brokers:
             return ConfigError(f"no broker {command.broker_id}")
+        if len(self.brokers) == 1:
+            return ConfigError(f"broker {command.broker_id} is the last one")
         held = next(self.replicas_on(command.broker_id), None)
         if held is not None:
             topic, index, _ = held
@@ -389,15 +422,19 @@ class MetadataState:
 
     def _remove(self, command: RemoveBroker) -> None:
         del self.brokers[command.broker_id]
+        self.removed = (*self.removed, command.broker_id)
 
     def _check_level(self, command: SetFeatureLevel) -> RaftlogError | None:
         if command.level < self.feature_level:
             return ConfigError(f"feature level {command.level} is below the present {self.feature_level}")
+        behind = [broker.broker_id for broker in self.brokers.values() if broker.level < command.level]
+        if behind:
+            return ConfigError(f"brokers {behind} run a release that does not know level {command.level}")
         return None
 
     def _set_level(self, command: SetFeatureLevel) -> int:
-        if command.level > FEATURE_LEVEL_MAX:
-            raise UnknownCommand(f"feature level {command.level}; this release has {FEATURE_LEVEL_MAX}")
+        if command.level > self.level_max:
+            raise UnknownCommand(f"feature level {command.level}; this release has {self.level_max}")
         self.feature_level = command.level
         return self.feature_level
 
@@ -410,6 +447,10 @@ class MetadataState:
         TakeControl: (None, _take_control),
         RemoveBroker: (_check_remove, _remove),
         SetFeatureLevel: (_check_level, _set_level),
+        AlterPartition: (_check_alter, _alter),
+        ReplaceReplica: (_check_replace, _replace),
+        CompletePartition: (_check_complete, _complete),
+        AddBroker: (_check_add, _add),
     }
 
     # -- copies ----------------------------------------------------------------------------------------------
@@ -429,6 +470,9 @@ class MetadataState:
                 version=_SNAPSHOT_VERSION,
                 applied_index=self.applied_index,
                 cluster_id=self.cluster_id,
+                founders=self.founders,
+                next_broker_id=self.next_broker_id,
+                removed=self.removed,
                 next_replica_id=self.next_replica_id,
                 next_producer_id=self.next_producer_id,
                 controller_epoch=self.controller_epoch,
@@ -449,6 +493,9 @@ class MetadataState:
         restored = cls()
         restored.applied_index = state.applied_index
         restored.cluster_id = state.cluster_id
+        restored.founders = state.founders
+        restored.next_broker_id = state.next_broker_id
+        restored.removed = state.removed
         restored.next_replica_id = state.next_replica_id
         restored.next_producer_id = state.next_producer_id
         restored.controller_epoch = state.controller_epoch

@@ -16,7 +16,7 @@ from raftlog.storage.disk import Disk
 
 IDENTITY_PATH: Final = "IDENTITY"
 _MAGIC: Final = b"RLOGIDNT"
-_VERSION: Final = 1
+_VERSION: Final = 2
 
 
 class Identity(msgspec.Struct, frozen=True, array_like=True):
@@ -30,8 +30,10 @@ class Identity(msgspec.Struct, frozen=True, array_like=True):
     incarnation: int
     """Grows by one with each start of the broker."""
     secret: bytes
+    metadata_replica: int
+    """Id of this broker's replica of the metadata group."""
     metadata_voters: tuple[tuple[int, int], ...] = ()
-    """(broker id, replica id) of the metadata group's first voters."""
+    """(broker id, replica id) of the metadata group's first configuration, learners included."""
     addresses: dict[int, tuple[int, str, int]] = {}
     """Broker id -> (incarnation, host, port), as last heard of."""
 

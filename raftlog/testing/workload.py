@@ -153,7 +153,7 @@ class Workload:
         image = next(iter(self.cluster.brokers.values())).metadata.image
         for topic in image.topics.values():
             for partition in topic.partitions:
-                hosts = [broker_id for _, broker_id in getattr(partition, "replicas", partition)]
+                hosts = [broker_id for _, broker_id in partition.replicas]
                 if 2 * len(brokers.intersection(hosts)) <= len(hosts):
                     return False
         return True

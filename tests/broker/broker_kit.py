@@ -116,7 +116,7 @@ class World:
 
     def committed(self, broker_id: int) -> int:
         """Where a broker's replica of the topic's partition 0 ends; -1 while it has not opened it."""
-        found = self.broker(broker_id)._partitions.get((self.topic_id, 0))
+        found = self.broker(broker_id).hosting.by_place.get((self.topic_id, 0))
         return -1 if found is None else found.committed_offset
 
     def replica(self, broker_id: int, partition: int = 0) -> PartitionReplica:

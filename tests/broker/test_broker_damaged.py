@@ -39,7 +39,7 @@ def test_a_damaged_replica_is_out_of_service_and_its_broker_is_not() -> None:
         world.create("new", 1, 3)
         new = world.broker(victim).metadata.image.topics
         world.until(lambda: "new" in new)
-        world.until(lambda: (new["new"].topic_id, 0) in world.broker(victim)._partitions)
+        world.until(lambda: (new["new"].topic_id, 0) in world.broker(victim).hosting.by_place)
         assert disk.content(paths[1]), "what is damaged is not touched"
         world.call(world.dial(world.metadata_leader()), DeleteTopicRequest(TOPIC))
         world.until(lambda: not store.damaged)

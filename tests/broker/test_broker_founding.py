@@ -26,6 +26,7 @@ def identity(broker_id: int, plan: FoundingPlan = PLAN, **changes: Any) -> Ident
         disk_id=bytes([broker_id]) * 16,
         incarnation=0,
         secret=plan.secret,
+        metadata_replica=dict(plan.metadata_members).get(broker_id, 0),
         metadata_voters=plan.metadata_members,
     )
     return msgspec.structs.replace(made, **changes)

@@ -33,7 +33,8 @@ from raftlog.net.rpc import (
     MetadataRequest,
     MetadataResponse,
 )
-from raftlog.state.metadata import (
+from raftlog.state.metadata_commands import (
+    CODEC,
     AllocateProducerIds,
     Command,
     CreateTopic,
@@ -42,7 +43,6 @@ from raftlog.state.metadata import (
     RemoveBroker,
     SetFeatureLevel,
     TakeControl,
-    encode_command,
 )
 
 
@@ -200,7 +200,7 @@ def test_a_command_that_nobody_knows_is_a_typed_error(world: World, case: str) -
         world.call(connection, MetadataCommandRequest(), (UNKNOWN_COMMANDS[case],))
     assert replica.node.last_index == before
     assert replica.fault is None
-    response, _ = world.call(connection, MetadataCommandRequest(), (encode_command(AllocateProducerIds(10)),))
+    response, _ = world.call(connection, MetadataCommandRequest(), (CODEC.encode(AllocateProducerIds(10)),))
     assert isinstance(response.result, int)
 
 
@@ -209,8 +209,8 @@ def creation(name: str = "new", assignment: Any = ((0, 1),), **config: Any) -> C
 
 
 REFUSED_COMMANDS: dict[str, tuple[Command, type[RaftlogError]]] = {
-    "another cluster": (FoundCluster("another"), ForeignDataDir),
-    "another disk": (RegisterBroker(0, b"d" * 16, "n"), ForeignDataDir),
+    "another cluster": (FoundCluster("another", ()), ForeignDataDir),
+    "another disk": (RegisterBroker(0, b"d" * 16, "n", "", 1, 1), ForeignDataDir),
     "too many ids": (AllocateProducerIds(10**9), ConfigError),
     "no ids": (AllocateProducerIds(0), ConfigError),
     "an old controller": (RemoveBroker(-1, 0), StaleController),
@@ -233,10 +233,10 @@ def test_a_command_that_cannot_be_carried_out_changes_nothing(world: World, case
     replica = world.broker(world.metadata_leader()).metadata.replica
     before = replica.node.last_index
     with pytest.raises(expected) as caught:
-        world.call(connection, MetadataCommandRequest(), (encode_command(command),))
+        world.call(connection, MetadataCommandRequest(), (CODEC.encode(command),))
     assert type(caught.value) is expected
     assert replica.node.last_index == before
-    response, _ = world.call(connection, MetadataCommandRequest(), (encode_command(TakeControl()),))
+    response, _ = world.call(connection, MetadataCommandRequest(), (CODEC.encode(TakeControl()),))
     assert response.result == 1
     assert world.call(connection, create_request("valid", 1, 3))[0].created
     world.until(lambda: all("valid" in each.metadata.image.topics for each in world.cluster.brokers.values()))
@@ -245,7 +245,7 @@ def test_a_command_that_cannot_be_carried_out_changes_nothing(world: World, case
 def test_clients_have_no_commands(world: World) -> None:
     connection = world.dial(world.metadata_leader())
     with pytest.raises(ProtocolError, match="clients"):
-        world.call(connection, MetadataCommandRequest(), (encode_command(TakeControl()),))
+        world.call(connection, MetadataCommandRequest(), (CODEC.encode(TakeControl()),))
     assert world.broker(world.metadata_leader()).metadata.image.controller_epoch == 0
     assert world.call(connection, create_request("valid"))[0].created
 
@@ -306,7 +306,7 @@ def test_a_transactional_id_is_refused_as_long_as_there_are_no_transactions(worl
 
 def test_the_sixth_broker_learns_and_does_not_vote() -> None:
     members = [(broker, broker + 1) for broker in range(METADATA_VOTERS_MAX + 2)]
-    spec = metadata_spec(members, 6)
+    spec = metadata_spec(members, 7)
     assert (spec.replica_id, spec.conf.voters, spec.conf.learners) == (7, (1, 2, 3, 4, 5), (6, 7))
     with World(brokers=METADATA_VOTERS_MAX + 1) as world:
         learner = METADATA_VOTERS_MAX

@@ -127,10 +127,13 @@ def test_one_change_at_a_time_and_none_before_the_no_op() -> None:
     cluster, leader = with_spares(4)
     with pytest.raises(NotLeader):
         cluster.nodes[2].propose_conf([1, 2, 3], [4], 0)
+    assert leader.conf_settled
     leader.propose_conf([1, 2, 3], [4], 0)
+    assert not leader.conf_settled
     with pytest.raises(Busy, match="under way"):
         leader.propose_conf([1, 2, 3], [], 0)
     cluster.settle()
+    assert leader.conf_settled
     leader.propose_conf([1, 2], [], 0)
     with pytest.raises(Busy, match="under way"):
         leader.propose_conf([1, 2, 3], [], 0)

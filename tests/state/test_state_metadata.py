@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import msgspec
 import pytest
@@ -16,6 +17,7 @@ from raftlog.errors import (
     StaleController,
     TopicExists,
     UnknownPartition,
+    UnknownReplica,
     UnknownTopic,
     from_wire,
     to_wire,
@@ -23,27 +25,33 @@ from raftlog.errors import (
 from raftlog.raft.types import Entry
 from raftlog.record.frame import FrameKind
 from raftlog.state.command import ApplyMismatch, UnknownCommand, UnknownSnapshot
+from raftlog.state.image import Broker, Partition, Topic
 from raftlog.state.metadata import (
     FEATURE_LEVEL_MAX,
     FIRST_REPLICA_ID,
     PRODUCER_ID_BLOCK_MAX,
+    MetadataState,
+)
+from raftlog.state.metadata_commands import (
+    CODEC,
+    COMMANDS,
+    AddBroker,
     AllocateProducerIds,
-    Broker,
+    AlterPartition,
     Command,
+    CompletePartition,
     CreateTopic,
     DeleteTopic,
     FoundCluster,
-    MetadataState,
     RegisterBroker,
     RemoveBroker,
+    ReplaceReplica,
     SetFeatureLevel,
     TakeControl,
-    Topic,
-    decode_command,
-    encode_command,
 )
 
 ID_A, ID_B = b"a" * 16, b"b" * 16
+FOUNDERS = ((1, 11), (2, 12), (3, 13))
 
 
 class Metadata:
@@ -57,7 +65,7 @@ class Metadata:
         """Apply the command; what the leader's check says must be what apply does."""
         refusal = self.state.check(command)
         before = self.state.copy()
-        result = self.append(FrameKind.COMMAND, encode_command(command))
+        result = self.append(FrameKind.COMMAND, CODEC.encode(command))
         if refusal is None:
             assert not isinstance(result, RaftlogError)
         else:
@@ -88,13 +96,19 @@ def create(
     return CreateTopic(name, topic_id, {"retention_ms": 5}, False, [list(each) for each in assignment])
 
 
+def register(broker_id: int, disk_id: bytes | None = None, **changes: Any) -> RegisterBroker:
+    disk_id = disk_id or b"disk%d" % broker_id
+    row = RegisterBroker(broker_id, disk_id, f"node{broker_id}", "zone", broker_id + 10, 1)
+    return msgspec.structs.replace(row, **changes)
+
+
 @pytest.fixture
 def metadata() -> Metadata:
     """A founded cluster with brokers 1, 2 and 3."""
     made = Metadata()
-    made.do(FoundCluster("c1"))
+    made.do(FoundCluster("c1", FOUNDERS))
     for broker_id in (1, 2, 3):
-        made.do(RegisterBroker(broker_id, b"disk%d" % broker_id, f"node{broker_id}", "zone"))
+        made.do(register(broker_id))
     return made
 
 
@@ -103,9 +117,9 @@ def metadata() -> Metadata:
 
 def test_a_cluster_is_founded_once() -> None:
     metadata = Metadata()
-    assert metadata.do(FoundCluster("c1")) == "c1"
-    assert metadata.do(FoundCluster("c1")) == "c1", "its retry finds it founded"
-    refusal = metadata.do(FoundCluster("c2"))
+    assert metadata.do(FoundCluster("c1", FOUNDERS)) == "c1"
+    assert metadata.do(FoundCluster("c1", FOUNDERS)) == "c1", "its retry finds it founded"
+    refusal = metadata.do(FoundCluster("c2", FOUNDERS))
     assert isinstance(refusal, ForeignDataDir)
     assert "c1" in refusal.message
     assert "c2" in refusal.message
@@ -113,15 +127,39 @@ def test_a_cluster_is_founded_once() -> None:
 
 
 def test_a_broker_registers_again_after_moving_to_another_node(metadata: Metadata) -> None:
-    metadata.do(RegisterBroker(2, b"disk2", "node9", "other"))
-    assert metadata.state.brokers[2] == Broker(2, b"disk2", "node9", "other")
+    metadata.do(register(2, node_id="node9", zone="other"))
+    assert metadata.state.brokers[2] == Broker(2, b"disk2", "node9", "other", 12)
     assert list(metadata.state.brokers) == [1, 2, 3]
 
 
 def test_a_wiped_disk_is_not_the_broker_it_was(metadata: Metadata) -> None:
-    assert isinstance(metadata.do(RegisterBroker(2, b"new disk", "node2", "zone")), ForeignDataDir)
-    assert isinstance(metadata.do(RegisterBroker(4, b"disk2", "node2", "zone")), ForeignDataDir)
-    assert metadata.do(RegisterBroker(4, b"new disk", "node2", "zone")) is None
+    assert isinstance(metadata.do(register(2, b"new disk")), ForeignDataDir)
+    assert isinstance(metadata.do(register(4, b"disk2")), ForeignDataDir)
+    assert isinstance(metadata.do(register(4, b"new disk")), ForeignDataDir), "nobody was added under that id"
+    added = metadata.do(AddBroker(b"new disk", "node2", "zone", 1))
+    assert added == (Broker(4, b"new disk", "node2", "zone", FIRST_REPLICA_ID), FOUNDERS)
+    assert metadata.do(AddBroker(b"new disk", "node2", "zone", 1)) == added, "its retry gives the same broker"
+    assert metadata.do(register(4, b"new disk", metadata_replica=FIRST_REPLICA_ID, node_id="node9")) is None
+    assert isinstance(metadata.do(register(4, b"new disk")), ForeignDataDir), "another metadata replica"
+    other = metadata.do(AddBroker(b"another disk", "node3", "zone", 1))
+    assert isinstance(other, tuple)
+    assert other[0].broker_id == 5
+
+
+def test_a_removed_broker_does_not_come_back_and_its_id_is_not_given_again(metadata: Metadata) -> None:
+    metadata.do(TakeControl())
+    for broker_id in (3, 2):
+        assert metadata.do(RemoveBroker(1, broker_id)) is None
+    assert isinstance(metadata.do(RemoveBroker(1, 1)), ConfigError), "the last one"
+    assert isinstance(metadata.do(register(3)), ForeignDataDir)
+    added = metadata.do(AddBroker(b"disk3", "node3", "zone", 1))
+    assert isinstance(added, tuple)
+    assert added[0].broker_id == 4
+    assert metadata.replay(snapshot_at=5) == metadata.state
+
+
+def test_no_broker_is_added_before_the_cluster_is_founded() -> None:
+    assert isinstance(Metadata().do(AddBroker(b"d", "n", "z", 1)), ConfigError)
 
 
 # -- topics --------------------------------------------------------------------------------------------------
@@ -131,12 +169,15 @@ def test_a_topic_gets_replica_ids_that_are_never_used_twice(metadata: Metadata) 
     topic = metadata.do(create())
     assert isinstance(topic, Topic)
     first = FIRST_REPLICA_ID
-    assert topic.partitions == (((first, 1), (first + 1, 2)), ((first + 2, 2), (first + 3, 3)))
+    assert topic.partitions == (
+        Partition(((first, 1), (first + 1, 2)), (), (first, first + 1)),
+        Partition(((first + 2, 2), (first + 3, 3)), (), (first + 2, first + 3)),
+    )
     assert topic.config == {"retention_ms": 5}
     metadata.do(DeleteTopic("t", ID_A))
     again = metadata.do(create(topic_id=ID_B))
     assert isinstance(again, Topic)
-    assert again.partitions[0] == ((first + 4, 1), (first + 5, 2))
+    assert again.partitions[0].replicas == ((first + 4, 1), (first + 5, 2))
 
 
 def test_topics_are_found_by_name_by_id_and_by_broker(metadata: Metadata) -> None:
@@ -145,7 +186,7 @@ def test_topics_are_found_by_name_by_id_and_by_broker(metadata: Metadata) -> Non
     state = metadata.state
     assert state.topic("t") is state.topic_by_id(ID_A) is topic
     assert state.topic_by_id(b"?" * 16) is None
-    assert state.partition(ID_A, 1) == ((FIRST_REPLICA_ID + 2, 2), (FIRST_REPLICA_ID + 3, 3))
+    assert state.partition(ID_A, 1).replicas == ((FIRST_REPLICA_ID + 2, 2), (FIRST_REPLICA_ID + 3, 3))
     assert list(state.replicas_on(2)) == [(topic, 0, FIRST_REPLICA_ID + 1), (topic, 1, FIRST_REPLICA_ID + 2)]
     assert list(state.replicas_on(3)) == [(topic, 1, FIRST_REPLICA_ID + 3), (other, 0, FIRST_REPLICA_ID + 4)]
     assert list(state.replicas_on(9)) == []
@@ -184,6 +225,79 @@ def test_deleting_names_the_topic_that_was_meant(metadata: Metadata) -> None:
     metadata.do(create(topic_id=ID_B))
     assert isinstance(metadata.do(DeleteTopic("t", ID_A)), UnknownTopic)
     assert "t" in metadata.state.topics
+
+
+# -- moves ---------------------------------------------------------------------------------------------------
+
+
+def moved(metadata: Metadata, *replicas: tuple[int, int]) -> Partition:
+    """The first partition, wanted on these (broker id, replica id or 0)."""
+    result = metadata.do(AlterPartition(metadata.state.controller_epoch, ID_A, 0, list(replicas)))
+    assert isinstance(result, Partition)
+    assert metadata.state.partition(ID_A, 0) is result
+    return result
+
+
+def test_a_replica_moves_in_two_steps(metadata: Metadata) -> None:
+    """Wanted elsewhere, it stays until the group's leader says that the configuration has followed."""
+    metadata.do(TakeControl())
+    topic = metadata.do(create(assignment=[[1, 2]]))
+    a, b, c = FIRST_REPLICA_ID, FIRST_REPLICA_ID + 1, FIRST_REPLICA_ID + 2
+    assert moved(metadata, (3, 0), (2, b)) == Partition(((c, 3), (b, 2)), ((a, 1),), (a, b), 2)
+    state = metadata.state
+    assert [next(state.replicas_on(broker))[2] for broker in (1, 2, 3)] == [a, b, c]
+    assert state.topic("t") is state.topic_by_id(ID_A) is not topic
+    assert isinstance(metadata.do(RemoveBroker(1, 1)), ConfigError), "its replica has not left yet"
+    assert isinstance(metadata.do(CompletePartition(ID_A, 0, 1)), UnknownReplica), "of an older assignment"
+    done = metadata.do(CompletePartition(ID_A, 0, 2))
+    assert done == Partition(((c, 3), (b, 2)), (), (a, b), 3)
+    assert list(metadata.state.replicas_on(1)) == []
+    assert metadata.do(RemoveBroker(1, 1)) is None
+
+
+def test_a_move_may_be_called_off_and_asked_for_twice(metadata: Metadata) -> None:
+    metadata.do(TakeControl())
+    metadata.do(create(assignment=[[1, 2]]))
+    a, b, c = FIRST_REPLICA_ID, FIRST_REPLICA_ID + 1, FIRST_REPLICA_ID + 2
+    moving = moved(metadata, (1, a), (3, 0))
+    assert moved(metadata, (1, a), (3, c)) is moving, "nothing new"
+    assert moved(metadata, (1, a), (2, b)) == Partition(((a, 1), (b, 2)), ((c, 3),), (a, b), 3)
+    assert moved(metadata, (2, b), (1, a)).version == 4, "another preferred leader"
+
+
+def test_a_lost_replica_is_replaced_on_its_broker(metadata: Metadata) -> None:
+    metadata.do(create(assignment=[[1, 2]]))
+    a, b, c = FIRST_REPLICA_ID, FIRST_REPLICA_ID + 1, FIRST_REPLICA_ID + 2
+    assert metadata.do(ReplaceReplica(ID_A, 0, b)) == c
+    assert metadata.state.partition(ID_A, 0) == Partition(((a, 1), (c, 2)), ((b, 2),), (a, b), 2)
+    assert isinstance(metadata.do(ReplaceReplica(ID_A, 0, b)), UnknownReplica), "its retry"
+
+
+def test_what_is_wrong_with_a_move(metadata: Metadata) -> None:
+    metadata.do(TakeControl())
+    metadata.do(create(assignment=[[1, 2]]))
+    a, b = FIRST_REPLICA_ID, FIRST_REPLICA_ID + 1
+    for replicas, complaint in (
+        ([], "at least one"),
+        ([(1, a), (9, 0)], "each known"),
+        ([(1, a), (1, a)], "none twice"),
+        ([(1, 0), (2, b)], "broker 1 has replicas"),
+        ([(1, a), (3, b)], "broker 3 has replicas"),
+        ([(1, b)], "broker 1 has replicas"),
+    ):
+        refusal = metadata.do(AlterPartition(1, ID_A, 0, replicas))
+        with pytest.raises(ConfigError, match=complaint):
+            raise refusal  # type: ignore[misc]
+    assert isinstance(metadata.do(AlterPartition(0, ID_A, 0, [(1, a)])), StaleController)
+    for command in (
+        AlterPartition(1, ID_B, 0, [(1, a)]),
+        ReplaceReplica(ID_B, 0, a),
+        CompletePartition(ID_B, 0, 1),
+    ):
+        assert isinstance(metadata.do(command), UnknownTopic)
+        other = msgspec.structs.replace(command, topic_id=ID_A, partition=7)
+        assert isinstance(metadata.do(other), UnknownPartition)
+    assert metadata.state.partition(ID_A, 0).version == 1
 
 
 # -- counters ------------------------------------------------------------------------------------------------
@@ -228,9 +342,13 @@ def test_the_feature_level_never_goes_down(metadata: Metadata) -> None:
 def test_a_level_above_this_release_is_not_proposed_and_halts_if_it_comes(metadata: Metadata) -> None:
     metadata.do(TakeControl())
     command = SetFeatureLevel(1, FEATURE_LEVEL_MAX + 1)
+    refusal = metadata.do(command)
+    assert isinstance(refusal, ConfigError), "brokers do not know it"
+    for broker_id in (1, 2, 3):
+        metadata.do(register(broker_id, level=FEATURE_LEVEL_MAX + 1))
     assert isinstance(metadata.state.check(command), ConfigError)
     with pytest.raises(UnknownCommand, match="feature level"):
-        metadata.append(FrameKind.COMMAND, encode_command(command))
+        metadata.append(FrameKind.COMMAND, CODEC.encode(command))
 
 
 # -- entries, encoding, copies -------------------------------------------------------------------------------
@@ -253,27 +371,32 @@ def test_entries_that_are_not_commands_count_and_unknown_ones_halt(metadata: Met
     assert metadata.state.applied_index == before + 2
 
 
-COMMANDS: list[Command] = [
-    FoundCluster("c"),
-    RegisterBroker(1, b"d", "n", "z"),
+EXAMPLES: list[Command] = [
+    FoundCluster("c", FOUNDERS),
+    register(1),
     create(),
     DeleteTopic("t", ID_A),
     AllocateProducerIds(5),
     TakeControl(),
     RemoveBroker(1, 2),
     SetFeatureLevel(1, 2),
+    AlterPartition(1, ID_A, 0, [(1, 0)]),
+    ReplaceReplica(ID_A, 0, 1000),
+    CompletePartition(ID_A, 0, 2),
+    AddBroker(b"d", "n", "z", 1),
 ]
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: type(command).__name__)
+@pytest.mark.parametrize("command", EXAMPLES, ids=lambda command: type(command).__name__)
 def test_commands_are_arrays_of_type_version_and_fields(command: Command) -> None:
-    encoded = encode_command(command)
-    assert decode_command(memoryview(encoded)) == command
-    assert msgspec.msgpack.decode(encoded) == [command.type, 1, *msgspec.structs.astuple(command)]
+    encoded = CODEC.encode(command)
+    assert CODEC.decode(memoryview(encoded)) == command
+    fields = msgspec.msgpack.decode(msgspec.msgpack.encode(msgspec.structs.astuple(command)))
+    assert msgspec.msgpack.decode(encoded) == [command.type, 1, *fields]
 
 
 def test_the_numbers_of_commands_are_on_disk_for_ever() -> None:
-    assert [(type(command).__name__, command.type, command.version) for command in COMMANDS] == [
+    assert [(type(command).__name__, command.type, command.version) for command in EXAMPLES] == [
         ("FoundCluster", 1, 1),
         ("RegisterBroker", 2, 1),
         ("CreateTopic", 3, 1),
@@ -282,7 +405,12 @@ def test_the_numbers_of_commands_are_on_disk_for_ever() -> None:
         ("TakeControl", 6, 1),
         ("RemoveBroker", 7, 1),
         ("SetFeatureLevel", 8, 1),
+        ("AlterPartition", 9, 1),
+        ("ReplaceReplica", 10, 1),
+        ("CompletePartition", 11, 1),
+        ("AddBroker", 12, 1),
     ]
+    assert tuple(type(command) for command in EXAMPLES) == COMMANDS
 
 
 def test_results_travel_to_whoever_asked(metadata: Metadata) -> None:
@@ -299,7 +427,7 @@ def test_a_copy_is_independent(metadata: Metadata) -> None:
     before = copied.snapshot()
     metadata.do(DeleteTopic("t", ID_A))
     metadata.do(create("u", ID_B))
-    metadata.do(RegisterBroker(4, b"disk4", "n"))
+    metadata.do(AddBroker(b"disk4", "n", "", 1))
     assert copied.snapshot() == before
     assert copied.topic_by_id(ID_A) is copied.topic("t")
     assert copied.topic_by_id(ID_B) is None
@@ -308,7 +436,7 @@ def test_a_copy_is_independent(metadata: Metadata) -> None:
 def test_snapshots_of_other_versions_are_refused(metadata: Metadata) -> None:
     snapshot = metadata.state.snapshot()
     fields = msgspec.msgpack.decode(snapshot)
-    for wrong in ([2, *fields[1:]], [1], [*fields, 0]):
+    for wrong in ([1, *fields[1:]], [2], [*fields, 0]):
         with pytest.raises(UnknownSnapshot):
             MetadataState.restore(msgspec.msgpack.encode(wrong))
 
@@ -316,11 +444,12 @@ def test_snapshots_of_other_versions_are_refused(metadata: Metadata) -> None:
 names = st.sampled_from(["a", "b", "c"])
 ids = st.sampled_from([ID_A, ID_B, b"c" * 16])
 brokers = st.integers(1, 4)
+disks = st.sampled_from([b"d1", b"d2", b"d3", b"d4"])
+replica_ids = st.integers(FIRST_REPLICA_ID, FIRST_REPLICA_ID + 6)
 commands = st.one_of(
-    st.builds(FoundCluster, st.sampled_from(["c1", "c2"])),
-    st.builds(
-        RegisterBroker, brokers, st.sampled_from([b"d1", b"d2", b"d3", b"d4"]), st.just("n"), st.just("z")
-    ),
+    st.builds(FoundCluster, st.sampled_from(["c1", "c2"]), st.just(FOUNDERS)),
+    st.builds(register, brokers, disks),
+    st.builds(AddBroker, disks, st.just("n"), st.just("z"), st.just(1)),
     st.builds(
         CreateTopic,
         names,
@@ -334,6 +463,15 @@ commands = st.one_of(
     st.builds(TakeControl),
     st.builds(RemoveBroker, st.integers(0, 3), brokers),
     st.builds(SetFeatureLevel, st.integers(0, 3), st.integers(0, FEATURE_LEVEL_MAX)),
+    st.builds(
+        AlterPartition,
+        st.integers(0, 3),
+        ids,
+        st.integers(0, 1),
+        st.lists(st.tuples(brokers, replica_ids | st.just(0)), max_size=3),
+    ),
+    st.builds(ReplaceReplica, ids, st.integers(0, 1), replica_ids),
+    st.builds(CompletePartition, ids, st.integers(0, 1), st.integers(1, 4)),
 )
 
 
@@ -341,13 +479,15 @@ commands = st.one_of(
 @given(script=st.lists(commands, max_size=40), at=st.integers(0, 40))
 def test_replay_through_a_snapshot_gives_an_equal_state(script: list[Command], at: int) -> None:
     metadata = Metadata()
+    metadata.do(FoundCluster("c1", FOUNDERS))
     for broker_id in (1, 2):
-        metadata.do(RegisterBroker(broker_id, b"d%d" % broker_id, "n", "z"))
+        metadata.do(register(broker_id, b"d%d" % broker_id))
     for command in script:
         metadata.do(command)
     state = metadata.state
     assert metadata.replay() == metadata.replay(snapshot_at=at) == state == state.copy()
-    replica_ids = [rid for topic in state.topics.values() for each in topic.partitions for rid, _ in each]
-    assert len(set(replica_ids)) == len(replica_ids)
-    assert all(FIRST_REPLICA_ID <= rid < state.next_replica_id for rid in replica_ids)
+    given = [rid for topic in state.topics.values() for each in topic.partitions for rid, _ in each.members]
+    given += [each.metadata_replica for each in state.brokers.values() if each.broker_id not in (1, 2, 3)]
+    assert len(set(given)) == len(given)
+    assert all(FIRST_REPLICA_ID <= rid < state.next_replica_id for rid in given)
     assert {topic.topic_id for topic in state.topics.values()} == set(state._topics_by_id)

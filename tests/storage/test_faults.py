@@ -177,7 +177,7 @@ def test_a_failed_lazy_flush_fails_the_store() -> None:
 async def _filled() -> tuple[SimDisk, dict[int, list[bytes]]]:
     """A stopped broker with something of everything, and a journal with entries that are in no segment."""
     disk = SimDisk()
-    await store_identity(disk, Identity("cluster", "name", 1, DISK_ID, 1, b"secret"))
+    await store_identity(disk, Identity("cluster", "name", 1, DISK_ID, 1, b"secret", 1))
     store = await BrokerStore.open(disk, SMALL, disk_id=DISK_ID)
     first, second = await store.create_many([spec(1), spec(2)])
     await grow(store, first, 33)

@@ -141,7 +141,7 @@ def test_files_and_names(tmp_path: Path) -> None:
 def test_the_identity_is_for_its_owner_only(tmp_path: Path) -> None:
     async def main() -> None:
         disk = RealDisk(tmp_path)
-        await store_identity(disk, Identity("c", "name", 1, DISK_ID, 1, b"secret"))
+        await store_identity(disk, Identity("c", "name", 1, DISK_ID, 1, b"secret", 1))
         await disk.close()
 
     run(main())
