@@ -74,9 +74,9 @@ def compression_named(name: str | None) -> Compression:
 
 _READABLE: Final = frozenset({Compression.NONE, Compression.LZ4, Compression.ZSTD})
 _READABLE_NAMES: Final = {kind.name.lower(): kind for kind in sorted(_READABLE)}
-_ATTRIBUTES_ACCEPTED: Final = COMPRESSION_MASK
-"""What a producer may set outside of a transaction. In particular no control bit (markers are the brokers'
-own) and no log-append timestamps (the records' timestamps are the producer's)."""
+_ATTRIBUTES_ACCEPTED: Final = COMPRESSION_MASK | TRANSACTIONAL
+"""What a producer may set. In particular no control bit (markers are the brokers' own) and no log-append
+timestamps (the records' timestamps are the producer's)."""
 
 
 class BatchHeader(msgspec.Struct, frozen=True, gc=False):
@@ -196,7 +196,6 @@ def _check_attributes(attributes: int) -> None:
             name
             for bit, name in (
                 (TIMESTAMP_TYPE, "log append time"),
-                (TRANSACTIONAL, "transactional"),
                 (CONTROL, "control"),
             )
             if attributes & bit
@@ -205,15 +204,18 @@ def _check_attributes(attributes: int) -> None:
         raise CorruptBatch(
             f"record batch attributes {attributes & 0xFFFF:#06x} are not accepted here: {what}"
         )
-    if attributes not in _READABLE:
-        raise CorruptBatch(f"record batch compression {attributes} is not supported; use lz4, zstd or none")
+    compression = attributes & COMPRESSION_MASK
+    if compression not in _READABLE:
+        raise CorruptBatch(f"record batch compression {compression} is not supported; use lz4, zstd or none")
 
 
 def _check_producer(header: BatchHeader) -> None:
-    """Id, epoch and sequence come all three or not at all."""
+    """Id, epoch and sequence come all three or not at all; a transaction has a producer."""
     if header.producer_id == NO_PRODUCER:
         if header.base_sequence != NO_SEQUENCE:
             raise CorruptBatch(f"record batch has sequence {header.base_sequence} but no producer id")
+        if header.attributes & TRANSACTIONAL:
+            raise CorruptBatch("record batch is transactional but has no producer id")
     elif header.producer_id < 0 or header.producer_epoch < 0 or header.base_sequence < 0:
         raise CorruptBatch(
             f"record batch has producer id {header.producer_id}, epoch {header.producer_epoch}, "

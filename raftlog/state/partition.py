@@ -1,4 +1,9 @@
-"""The state machine of a topic's partition: where its log starts and ends, and what its producers wrote last.
+"""The state machine of a topic's partition: where its log starts and ends, what its producers wrote last, and
+which transactions are open in it.
+
+A transaction is open here from its first batch to its marker. Readers of committed records read up to the
+*last stable offset*, where the first open transaction begins; below it every transaction has ended, and what
+the aborted ones wrote is known by :meth:`PartitionState.aborted_in`.
 
 The leader asks ``check`` of its staged state before it appends a batch; every replica repeats the check
 when it applies the entry, and halts when the answers differ: better one replica out of service than two
@@ -11,10 +16,12 @@ from typing import ClassVar, Final, TypeAlias
 
 import msgspec
 
-from raftlog.errors import OffsetOutOfRange, RaftlogError
+from raftlog.errors import InvalidTransaction, OffsetOutOfRange, RaftlogError
 from raftlog.raft.types import Entry
-from raftlog.record.batch import BatchHeader
+from raftlog.record.batch import CONTROL, TRANSACTIONAL, BatchHeader
+from raftlog.record.control import Marker, decode_marker
 from raftlog.record.frame import Buffer, FrameKind
+from raftlog.state.aborted import AbortedRange, AbortedRanges
 from raftlog.state.command import (
     ApplyMismatch,
     CommandCodec,
@@ -23,9 +30,17 @@ from raftlog.state.command import (
     UnknownCommand,
     decode_snapshot,
 )
-from raftlog.state.producers import Duplicate, ProducerState, check_sequence, record_batch
+from raftlog.state.producers import (
+    Duplicate,
+    ProducerState,
+    check_marker,
+    check_sequence,
+    find_duplicate,
+    record_batch,
+    record_marker,
+)
 
-_SNAPSHOT_VERSION: Final = 1
+_SNAPSHOT_VERSION: Final = 2
 
 
 class SetLogStart(CommandStruct, frozen=True):
@@ -36,7 +51,8 @@ class SetLogStart(CommandStruct, frozen=True):
 
 
 class ExpireProducers(CommandStruct, frozen=True):
-    """Forget producers whose last batch has a leader time below ``before_ms``."""
+    """Forget producers whose last batch has a leader time below ``before_ms``, but for those with an open
+    transaction."""
 
     type = 2
     before_ms: int
@@ -57,26 +73,38 @@ def decode_command(payload: Buffer) -> Command:
     return _codec.decode(payload)
 
 
+class OpenTransaction(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """A transaction that has written here and not ended here. Its epoch is the one its producer has here."""
+
+    epoch: int
+    first_offset: int
+    start_ms: int
+    """Leader's time of its first batch."""
+
+
 class _Snapshot(SnapshotStruct, frozen=True):
     applied_index: int
     next_offset: int
     log_start: int
     producers: list[tuple[int, ProducerState]]
     """In order of last use: the order is state, since it decides whom eviction takes."""
+    open: list[tuple[int, OpenTransaction]]
+    aborted: bytes
 
 
 class PartitionState:
     """A partition after the entry at ``applied_index``.
 
     ``producers`` maps producer id to state, the one that wrote longest ago first. Leader times never decrease
-    along the log, so this is also the order of ``last_time_ms``.
+    along the log, so this is also the order of ``last_time_ms``. ``open`` maps producer id to transaction, in
+    order of ``first_offset``.
     """
 
     PRODUCERS_MAX: ClassVar[int] = 100_000
-    """Above this the idlest producer is forgotten. Part of the state machine: to change it takes a new
-    feature level, or replicas of two releases would forget different producers."""
+    """Above this the idlest producer without an open transaction is forgotten. Part of the state machine: to
+    change it takes a new feature level, or replicas of two releases would forget different producers."""
 
-    __slots__ = ("applied_index", "log_start", "next_offset", "producers")
+    __slots__ = ("aborted", "applied_index", "log_start", "next_offset", "open", "producers")
 
     def __init__(self) -> None:
         self.applied_index = 0
@@ -85,6 +113,33 @@ class PartitionState:
         self.log_start = 0
         """The lowest offset that can still be read."""
         self.producers: dict[int, ProducerState] = {}
+        self.open: dict[int, OpenTransaction] = {}
+        self.aborted = AbortedRanges()
+
+    # -- look up ---------------------------------------------------------------------------------------------
+
+    @property
+    def last_stable_offset(self) -> int:
+        """All transactions with a record below it have ended: what readers of committed records may read up
+        to. Never moves back."""
+        for first in self.open.values():
+            return max(first.first_offset, self.log_start)
+        return self.next_offset
+
+    def aborted_in(self, start: int, end: int) -> list[tuple[int, int, int]]:
+        """What a reader of ``[start, end)``, with ``end`` at most the last stable offset, has to hide.
+
+        Returns:
+            (producer id, first offset, offset of the marker): batches of that producer between the two.
+        """
+        return [
+            (each.producer_id, each.first_offset, each.marker_offset)
+            for each in self.aborted.overlapping(start, end)
+        ]
+
+    def open_transactions(self) -> list[tuple[int, OpenTransaction]]:
+        """(producer id, transaction), the one that holds back the last stable offset first."""
+        return list(self.open.items())
 
     # -- decide (leader, on its staged state) ----------------------------------------------------------------
 
@@ -95,11 +150,56 @@ class PartitionState:
             None: append it at ``next_offset``. A Duplicate: it is in the log already, there.
 
         Raises:
-            UnknownProducer, ProducerFenced, OutOfOrderSequence, DuplicateSequence: refuse it.
+            UnknownProducer, ProducerFenced, OutOfOrderSequence, DuplicateSequence, TransactionAborted,
+            InvalidTransaction: refuse it.
         """
-        if header.producer_id < 0:
+        producer_id = header.producer_id
+        if producer_id < 0:
             return None
-        return check_sequence(self.producers.get(header.producer_id), header)
+        known = self.producers.get(producer_id)
+        if producer_id in self.open:
+            return self._check_while_open(self.open[producer_id], known, header)
+        return check_sequence(known, header)
+
+    def _check_while_open(
+        self, opened: OpenTransaction, known: ProducerState | None, header: BatchHeader
+    ) -> Duplicate | None:
+        """In this order: duplicate, open transaction, epoch, sequence."""
+        assert known is not None, "a producer with an open transaction is never forgotten"
+        if header.attributes & TRANSACTIONAL and header.producer_epoch <= opened.epoch:
+            return check_sequence(known, header)
+        duplicate = find_duplicate(known, header)
+        if duplicate is None:
+            raise InvalidTransaction(
+                f"producer {header.producer_id} has a transaction of epoch {opened.epoch} open here since "
+                f"offset {opened.first_offset}: no other batch of it is taken before that has ended"
+            )
+        return duplicate
+
+    def check_marker(self, marker: Marker) -> bool:
+        """Decide about a marker. A producer that has written nothing here gets one too: it refuses what may
+        come late.
+
+        Returns:
+            True: append it, as :func:`~raftlog.record.control.encode_marker` makes it. False: its transaction
+            has ended so here already. Answer success, once that other marker is committed: at the latest when
+            everything that is staged now has been applied.
+
+        Raises:
+            StaleCoordinator: a later coordinator has sent a marker before.
+            ProducerFenced: a later epoch of the producer has been here, so this transaction is long over.
+            InvalidTransaction: the transaction has ended in the other way, or one before it is still open
+                here and must not be committed with it.
+        """
+        if not check_marker(self.producers.get(marker.producer_id), marker):
+            return False
+        opened = self.open.get(marker.producer_id)
+        if marker.commit and opened is not None and opened.epoch != marker.epoch:
+            raise InvalidTransaction(
+                f"commit of epoch {marker.epoch} of producer {marker.producer_id} meets its transaction of "
+                f"epoch {opened.epoch}, open here since offset {opened.first_offset}"
+            )
+        return True
 
     def check_command(self, command: Command) -> RaftlogError | None:
         """Why the command would be refused, or None."""
@@ -143,7 +243,9 @@ class PartitionState:
                 f"batch at index {entry.index} has base offset {header.base_offset} and epoch "
                 f"{header.leader_epoch}; offset {base_offset} and epoch {entry.term} are due"
             )
-        if header.producer_id >= 0:
+        if header.attributes & CONTROL:
+            self._apply_marker(entry, header)
+        elif header.producer_id >= 0:
             try:
                 duplicate = self.check(header)
             except RaftlogError as error:
@@ -155,12 +257,39 @@ class PartitionState:
         return base_offset
 
     def _remember(self, header: BatchHeader, base_offset: int, time_ms: int) -> None:
+        producer_id = header.producer_id
+        known = self._take_out(producer_id)
+        self.producers[producer_id] = record_batch(known, header, base_offset, time_ms)
+        if header.attributes & TRANSACTIONAL and producer_id not in self.open:
+            self.open[producer_id] = OpenTransaction(header.producer_epoch, base_offset, time_ms)
+
+    def _take_out(self, producer_id: int) -> ProducerState | None:
+        """Out of the producers, to be put in again at the end of the order; a new one makes room."""
         producers = self.producers
-        # taken out and put in again, so that it moves to the end of the order
-        known = producers.pop(header.producer_id, None)
+        known = producers.pop(producer_id, None)
         if known is None and len(producers) >= self.PRODUCERS_MAX:
-            del producers[next(iter(producers))]
-        producers[header.producer_id] = record_batch(known, header, base_offset, time_ms)
+            idlest = next((each for each in producers if each not in self.open), None)
+            if idlest is not None:
+                del producers[idlest]
+        return known
+
+    def _apply_marker(self, entry: Entry, header: BatchHeader) -> None:
+        try:
+            marker = decode_marker(entry.payload, header)
+            due = self.check_marker(marker)
+        except RaftlogError as error:
+            raise ApplyMismatch(f"marker at index {entry.index} is refused: {error}") from error
+        if not due:
+            raise ApplyMismatch(f"marker at index {entry.index} doubles an earlier one")
+        producer_id, offset = marker.producer_id, self.next_offset
+        known = self._take_out(producer_id)
+        self.producers[producer_id] = record_marker(known, marker, entry.leader_time_ms)
+        opened = self.open.pop(producer_id, None)
+        self.next_offset = offset + 1
+        if opened is not None and not marker.commit:
+            self.aborted.append(
+                AbortedRange(producer_id, opened.epoch, opened.first_offset, offset, self.last_stable_offset)
+            )
 
     def _apply_command(self, command: Command) -> object:
         refusal = self.check_command(command)
@@ -168,6 +297,7 @@ class PartitionState:
             return refusal
         if isinstance(command, SetLogStart):
             self.log_start = max(self.log_start, command.offset)
+            self.aborted.drop_below(self.log_start)
             return self.log_start
         return self._expire(command.before_ms)
 
@@ -176,7 +306,8 @@ class PartitionState:
         for producer_id, state in self.producers.items():
             if state.last_time_ms >= before_ms:
                 break
-            expired.append(producer_id)
+            if producer_id not in self.open:
+                expired.append(producer_id)
         for producer_id in expired:
             del self.producers[producer_id]
         return len(expired)
@@ -184,12 +315,14 @@ class PartitionState:
     # -- copies ----------------------------------------------------------------------------------------------
 
     def copy(self) -> PartitionState:
-        """An independent copy; cheap, since everything below the dict is immutable."""
+        """An independent copy; cheap, since everything below the dicts is immutable or packed."""
         copied = type(self)()
         copied.applied_index = self.applied_index
         copied.next_offset = self.next_offset
         copied.log_start = self.log_start
         copied.producers = self.producers.copy()
+        copied.open = self.open.copy()
+        copied.aborted = self.aborted.copy()
         return copied
 
     def snapshot(self) -> bytes:
@@ -200,6 +333,8 @@ class PartitionState:
             self.next_offset,
             self.log_start,
             list(self.producers.items()),
+            list(self.open.items()),
+            self.aborted.packed(),
         )
         return msgspec.msgpack.encode(state)
 
@@ -216,6 +351,8 @@ class PartitionState:
         restored.next_offset = state.next_offset
         restored.log_start = state.log_start
         restored.producers = dict(state.producers)
+        restored.open = dict(state.open)
+        restored.aborted = AbortedRanges(state.aborted)
         return restored
 
     def __eq__(self, other: object) -> bool:

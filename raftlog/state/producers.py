@@ -13,6 +13,11 @@ sequence after the last one, a batch [first, last] of the same epoch is::
 where "less" is on the circle of 2^31 numbers: up to half of it behind. An older epoch is fenced; a newer one
 begins at 0, and so does a producer that the partition does not know.
 
+A transactional producer has a new epoch for each transaction (KIP-890), so the marker that ends one ends its
+epoch: what comes of it afterwards is refused, even where the transaction had written nothing. Only a resend
+of a batch that is in the window is told its offset still. Otherwise a late append would open a transaction
+that nobody ends.
+
 Everything here is immutable, so that copying all producers is a shallow copy of one dict. The window is
 packed in bytes, 24 per batch: a full one takes 153 bytes where tuples take 1.2 KB, and there may be 100,000
 of them.
@@ -21,12 +26,22 @@ of them.
 from __future__ import annotations
 
 import struct
-from typing import Final, NamedTuple
+from enum import IntEnum
+from typing import Final, NamedTuple, NoReturn
 
 import msgspec
 
-from raftlog.errors import DuplicateSequence, OutOfOrderSequence, ProducerFenced, UnknownProducer
+from raftlog.errors import (
+    DuplicateSequence,
+    InvalidTransaction,
+    OutOfOrderSequence,
+    ProducerFenced,
+    StaleCoordinator,
+    TransactionAborted,
+    UnknownProducer,
+)
 from raftlog.record.batch import SEQUENCE_MODULUS, BatchHeader
+from raftlog.record.control import Marker
 
 WINDOW_BATCHES: Final = 5
 """Batches remembered per producer; also the most that an idempotent producer may have in flight."""
@@ -53,14 +68,27 @@ class Duplicate(msgspec.Struct, frozen=True, gc=False):
     timestamp_ms: int
 
 
+class Outcome(IntEnum):
+    """How the transaction of an epoch ended at a partition."""
+
+    NONE = 0
+    """It has not, or there is none."""
+    COMMITTED = 1
+    ABORTED = 2
+
+
 class ProducerState(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """One producer at one partition. Invariant: ``window`` holds 1 to 5 batches of ``epoch``, the newest
-    last."""
+    """One producer at one partition. Invariant: ``window`` holds at most 5 batches of ``epoch``, the newest
+    last; it is empty only when that epoch has ended without any."""
 
     epoch: int
     window: bytes
     last_time_ms: int
-    """Leader's time of its last batch: what expiry goes by."""
+    """Leader's time of its last batch or marker: what expiry goes by."""
+    coordinator_epoch: int = -1
+    """The highest of its markers; -1: there was none."""
+    outcome: Outcome = Outcome.NONE
+    """If not NONE, ``epoch`` has ended: it takes no more batches."""
 
     @property
     def batches(self) -> tuple[BatchTrace, ...]:
@@ -69,7 +97,8 @@ class ProducerState(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
     @property
     def expected_sequence(self) -> int:
-        """The only first sequence with which a new batch of this epoch is accepted."""
+        """The only first sequence with which a new batch of this epoch is accepted, while it has not
+        ended."""
         last: int = _BATCH.unpack_from(self.window, len(self.window) - _BATCH.size)[1]
         return (last + 1) % SEQUENCE_MODULUS
 
@@ -85,7 +114,8 @@ def check_sequence(known: ProducerState | None, header: BatchHeader) -> Duplicat
         None: append it. A Duplicate: do not, and answer with what it says.
 
     Raises:
-        UnknownProducer, ProducerFenced, OutOfOrderSequence, DuplicateSequence: refuse it.
+        UnknownProducer, ProducerFenced, OutOfOrderSequence, DuplicateSequence, TransactionAborted,
+        InvalidTransaction: refuse it.
     """
     first = header.base_sequence
     if known is None:
@@ -97,9 +127,11 @@ def check_sequence(known: ProducerState | None, header: BatchHeader) -> Duplicat
     if header.producer_epoch != known.epoch:
         _check_epoch(known, header)
         return None
+    if known.outcome:
+        return _find_in_ended(known, header)
     if first == known.expected_sequence:
         return None
-    return _find_duplicate(known, header)
+    return find_duplicate(known, header) or _refuse(known, header)
 
 
 def _check_epoch(known: ProducerState, header: BatchHeader) -> None:
@@ -116,11 +148,28 @@ def _check_epoch(known: ProducerState, header: BatchHeader) -> None:
         )
 
 
-def _find_duplicate(known: ProducerState, header: BatchHeader) -> Duplicate:
+def find_duplicate(known: ProducerState, header: BatchHeader) -> Duplicate | None:
+    """Where the batch was appended, if it is one of those remembered."""
+    if header.producer_epoch == known.epoch:
+        first, last = header.base_sequence, header.last_sequence
+        for each in known.batches:
+            if each.first_sequence == first and each.last_sequence == last:
+                return Duplicate(each.base_offset, each.timestamp_ms)
+    return None
+
+
+def _find_in_ended(known: ProducerState, header: BatchHeader) -> Duplicate:
+    duplicate = find_duplicate(known, header)
+    if duplicate is not None:
+        return duplicate
+    late = f"producer {header.producer_id}: its transaction of epoch {known.epoch} was"
+    if known.outcome is Outcome.ABORTED:
+        raise TransactionAborted(f"{late} aborted here")
+    raise InvalidTransaction(f"{late} committed here: it takes no more batches")
+
+
+def _refuse(known: ProducerState, header: BatchHeader) -> NoReturn:
     first, last, expected = header.base_sequence, header.last_sequence, known.expected_sequence
-    for each in known.batches:
-        if each.first_sequence == first and each.last_sequence == last:
-            return Duplicate(each.base_offset, each.timestamp_ms)
     behind = (expected - first) % SEQUENCE_MODULUS
     if behind > _HALF:
         problem = f"sequence {first} leaves a gap after"
@@ -134,11 +183,57 @@ def _find_duplicate(known: ProducerState, header: BatchHeader) -> Duplicate:
     raise OutOfOrderSequence(f"producer {header.producer_id}: {problem} {expected}", expected=expected)
 
 
+def check_marker(known: ProducerState | None, marker: Marker) -> bool:
+    """Decide about a marker.
+
+    Returns:
+        True: append it. False: its transaction has ended so already; success, and nothing to append.
+
+    Raises:
+        StaleCoordinator: a later coordinator has sent a marker before.
+        ProducerFenced: a later epoch of the producer has been here, so this one is over.
+        InvalidTransaction: the transaction has ended in the other way.
+    """
+    if known is None:
+        return True
+    if marker.coordinator_epoch < known.coordinator_epoch:
+        raise StaleCoordinator(
+            f"marker for producer {marker.producer_id} comes from coordinator epoch "
+            f"{marker.coordinator_epoch}; that of {known.coordinator_epoch} has taken over",
+            epoch=known.coordinator_epoch,
+        )
+    if marker.epoch < known.epoch:
+        raise ProducerFenced(
+            f"marker for epoch {marker.epoch} of producer {marker.producer_id}, which is at {known.epoch}",
+            epoch=known.epoch,
+        )
+    if marker.epoch > known.epoch or not known.outcome:
+        return True
+    if known.outcome is not _outcome(marker):
+        raise InvalidTransaction(
+            f"transaction {marker.epoch} of producer {marker.producer_id} is {known.outcome.name.lower()} "
+            "here: it cannot end in the other way"
+        )
+    return False
+
+
 def record_batch(
     known: ProducerState | None, header: BatchHeader, base_offset: int, timestamp_ms: int
 ) -> ProducerState:
     """The producer's state after a batch that :func:`check_sequence` let pass was appended."""
     packed = _BATCH.pack(header.base_sequence, header.last_sequence, base_offset, timestamp_ms)
-    if known is not None and known.epoch == header.producer_epoch:
+    if known is None:
+        return ProducerState(header.producer_epoch, packed, timestamp_ms)
+    if known.epoch == header.producer_epoch:
         packed = known.window[_BATCH.size - _WINDOW_BYTES :] + packed
-    return ProducerState(header.producer_epoch, packed, timestamp_ms)
+    return ProducerState(header.producer_epoch, packed, timestamp_ms, known.coordinator_epoch)
+
+
+def record_marker(known: ProducerState | None, marker: Marker, timestamp_ms: int) -> ProducerState:
+    """The producer's state after a marker that :func:`check_marker` let pass was appended."""
+    window = known.window if known is not None and known.epoch == marker.epoch else b""
+    return ProducerState(marker.epoch, window, timestamp_ms, marker.coordinator_epoch, _outcome(marker))
+
+
+def _outcome(marker: Marker) -> Outcome:
+    return Outcome.COMMITTED if marker.commit else Outcome.ABORTED

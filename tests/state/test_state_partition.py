@@ -157,7 +157,7 @@ def test_a_copy_is_independent(group: Group) -> None:
 def test_snapshots_of_other_versions_are_refused() -> None:
     snapshot = PartitionState().snapshot()
     fields = msgspec.msgpack.decode(snapshot)
-    for wrong in ([2, *fields[1:]], [1], [*fields, 0], [], {"version": 1}):
+    for wrong in ([fields[0] + 1, *fields[1:]], [1], [*fields, 0], [], {"version": 1}):
         with pytest.raises(UnknownSnapshot):
             PartitionState.restore(msgspec.msgpack.encode(wrong))
     with pytest.raises(UnknownSnapshot):
