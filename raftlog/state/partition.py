@@ -258,20 +258,19 @@ class PartitionState:
 
     def _remember(self, header: BatchHeader, base_offset: int, time_ms: int) -> None:
         producer_id = header.producer_id
-        known = self._take_out(producer_id)
+        # taken out and put in again, so that it moves to the end of the order
+        known = self.producers.pop(producer_id, None)
+        if known is None:
+            self._make_room()
         self.producers[producer_id] = record_batch(known, header, base_offset, time_ms)
         if header.attributes & TRANSACTIONAL and producer_id not in self.open:
             self.open[producer_id] = OpenTransaction(header.producer_epoch, base_offset, time_ms)
 
-    def _take_out(self, producer_id: int) -> ProducerState | None:
-        """Out of the producers, to be put in again at the end of the order; a new one makes room."""
-        producers = self.producers
-        known = producers.pop(producer_id, None)
-        if known is None and len(producers) >= self.PRODUCERS_MAX:
-            idlest = next((each for each in producers if each not in self.open), None)
+    def _make_room(self) -> None:
+        if len(self.producers) >= self.PRODUCERS_MAX:
+            idlest = next((each for each in self.producers if each not in self.open), None)
             if idlest is not None:
-                del producers[idlest]
-        return known
+                del self.producers[idlest]
 
     def _apply_marker(self, entry: Entry, header: BatchHeader) -> None:
         try:
@@ -282,7 +281,9 @@ class PartitionState:
         if not due:
             raise ApplyMismatch(f"marker at index {entry.index} doubles an earlier one")
         producer_id, offset = marker.producer_id, self.next_offset
-        known = self._take_out(producer_id)
+        known = self.producers.pop(producer_id, None)
+        if known is None:
+            self._make_room()
         self.producers[producer_id] = record_marker(known, marker, entry.leader_time_ms)
         opened = self.open.pop(producer_id, None)
         self.next_offset = offset + 1
