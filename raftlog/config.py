@@ -302,6 +302,8 @@ class BrokerConfig(Settings):
     """Requests under way of one connection; it is not read above."""
     broker_bytes_max: Annotated[int, Field(ge=1 * MIB)] = 512 * MIB
     """The same for all connections together."""
+    snapshots_sent_max: Annotated[int, Field(ge=1)] = 2
+    """Snapshots that a broker sends to others at the same time."""
     producer_expiry_ms: Annotated[int, Field(ge=1000)] = DAY_MS
     """A partition forgets a producer that has not written to it for this long."""
 

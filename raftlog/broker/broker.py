@@ -25,6 +25,7 @@ from raftlog.broker.pulse import Pulse
 from raftlog.broker.replica import Replica
 from raftlog.broker.retention import keep_house
 from raftlog.broker.service import Service
+from raftlog.broker.snapshots import SnapshotSlots
 from raftlog.config import BrokerConfig
 from raftlog.errors import DamagedData, RaftlogError, StaleIncarnation, StorageFull, UnknownReplica
 from raftlog.net.handshake import Local
@@ -117,6 +118,7 @@ class Broker:
             on_replaced=self._replaced,
         )
         self.pulse = Pulse(self)
+        self.snapshot_slots = SnapshotSlots(config.snapshots_sent_max)
         self.metadata: MetadataService
         self._registered: asyncio.Task[None]
         store.on_fault = self._store_fault

@@ -20,7 +20,7 @@ from functools import partial
 from typing import Any, Final, Generic, Protocol, Self, TypeVar
 
 from raftlog.broker.membership import Membership, Wanted
-from raftlog.broker.snapshots import SnapshotExchange
+from raftlog.broker.snapshots import SnapshotExchange, SnapshotSlots
 from raftlog.config import BrokerConfig
 from raftlog.errors import LeadershipLost, NotLeader, RaftlogError, StorageFailed, UnknownReplica
 from raftlog.raft.config import RaftConfig, RecoveredLog
@@ -77,6 +77,9 @@ class Host(Protocol):
 
     @property
     def config(self) -> BrokerConfig: ...
+
+    @property
+    def snapshot_slots(self) -> SnapshotSlots: ...
 
     def raft_config(self, replica_id: int) -> RaftConfig: ...
 
@@ -427,6 +430,8 @@ class Replica(Generic[M]):
 
     def _leadership(self, soft: SoftState) -> None:
         before, self._soft = self._soft, soft
+        if soft.role is not Role.LEADER:
+            self._exchange.stop_sending()
         if self.staged is not None and (
             soft.role is not Role.LEADER or before is None or soft.term != before.term
         ):
@@ -484,6 +489,7 @@ class Replica(Generic[M]):
         if self.fault is None:
             self.fault = error
             self.staged = None
+            self._exchange.stop_sending()
             self._fail_waiters()
             self._fail_reads()
             self.stopped_serving()

@@ -15,12 +15,15 @@ The bytes are those of the leader's snapshot file at the oldest kept segment's b
 segments begin where the leader's do. The leader always goes on from where the follower says it is: a
 transfer that was cut off, or a new leader with the same snapshot (replicas in the same state write the same
 bytes, and the file's checksum settles it), resumes by itself. One chunk is under way at a time; it is sent
-again when no answer comes, for links drop messages.
+again when no answer comes, for links drop messages. A broker sends few snapshots at a time: when many
+replicas move, the others wait their turn.
 """
 
 from __future__ import annotations
 
 import logging
+from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
@@ -38,6 +41,8 @@ SNAPSHOT_BYTES_MAX: Final = 512 << 20
 """A snapshot above this is refused: no length field of a peer asks for more memory."""
 RESEND_MS: Final = 1_000
 COMPLAIN_MS: Final = 10_000
+GIVE_UP_MS: Final = 10_000
+"""A follower that takes nothing for so long makes room for another one."""
 FORGET_MS: Final = 60_000
 """A transfer of which no chunk has come for so long is forgotten."""
 
@@ -55,6 +60,44 @@ class _Outgoing:
     position: int
     total: int
     sent_ms: int
+    moved_ms: int
+    """When the follower last took something."""
+    begun: bool = False
+
+
+class SnapshotSlots:
+    """How many snapshots a broker sends at the same time.
+
+    Args:
+        count: at least 1.
+
+    Attributes:
+        free: how many more could be sent now.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.free = count
+        self._waiting: deque[tuple[_Outgoing, Callable[[_Outgoing], None]]] = deque()
+
+    def ask(self, out: _Outgoing, begin: Callable[[_Outgoing], None]) -> None:
+        """Have ``begin`` called once there is room."""
+        self._waiting.append((out, begin))
+        self._admit()
+
+    def give_back(self, out: _Outgoing) -> None:
+        """The transfer is over, or never began."""
+        if out.begun:
+            self.free += 1
+            self._admit()
+        else:
+            self._waiting = deque(each for each in self._waiting if each[0] is not out)
+
+    def _admit(self) -> None:
+        while self.free and self._waiting:
+            out, begin = self._waiting.popleft()
+            self.free -= 1
+            out.begun = True
+            begin(out)
 
 
 @dataclass(slots=True)
@@ -100,11 +143,18 @@ class SnapshotExchange:
         log, node = replica.log, replica.node
         index = log.first_index - 1
         header = Snapshot(index, log.prev_term, log.prev_crc, ConfState())  # the bytes hold the configuration
-        out = _Outgoing(to, node.term, header, 0, 0, replica.host.now_ms())
-        self._outgoing[to] = out
+        now_ms = replica.host.now_ms()
+        before = self._outgoing.get(to)
+        if before is not None:
+            self._end(before)
+        out = self._outgoing[to] = _Outgoing(to, node.term, header, 0, 0, now_ms, now_ms)
         self.active = True
         logger.debug("broker %d: %s: replica %d needs the snapshot at %d", *self._names, to, index)
-        replica.host.spawn(self._send(out))
+        replica.host.snapshot_slots.ask(out, self._begin)
+
+    def _begin(self, out: _Outgoing) -> None:
+        out.moved_ms = self._replica.host.now_ms()
+        self._replica.host.spawn(self._send(out))
 
     async def _send(self, out: _Outgoing) -> None:
         replica = self._replica
@@ -137,12 +187,13 @@ class SnapshotExchange:
         if message.rejected:
             self._fail(out)
         elif out.total and message.position >= out.total:
-            del self._outgoing[out.to]
+            self._end(out)
             self._replica.snapshots_sent += 1
             self._replica.node.on_snapshot_sent(out.to, message.index)
             self._replica.host.mark(self._replica)
         elif message.position != out.position:  # else it is the answer to a chunk that was sent twice
             out.position = message.position
+            out.moved_ms = self._replica.host.now_ms()
             self._replica.host.spawn(self._send(out))
 
     def peer_lost(self, replica_id: int) -> None:
@@ -153,9 +204,18 @@ class SnapshotExchange:
 
     def _fail(self, out: _Outgoing) -> None:
         if self._is_current(out):
-            del self._outgoing[out.to]
+            self._end(out)
             self._replica.node.on_snapshot_failed(out.to)
             self._replica.host.mark(self._replica)
+
+    def _end(self, out: _Outgoing) -> None:
+        del self._outgoing[out.to]
+        self._replica.host.snapshot_slots.give_back(out)
+
+    def stop_sending(self) -> None:
+        """This replica leads no more."""
+        for out in list(self._outgoing.values()):
+            self._end(out)
 
     def _is_current(self, out: _Outgoing) -> bool:
         node = self._replica.node
@@ -270,8 +330,10 @@ class SnapshotExchange:
         """Send again what was not answered; forget what is over."""
         for out in list(self._outgoing.values()):
             if not self._is_current(out):
-                del self._outgoing[out.to]
-            elif now_ms - out.sent_ms >= RESEND_MS:
+                self._end(out)
+            elif out.begun and now_ms - out.moved_ms >= GIVE_UP_MS:
+                self._fail(out)
+            elif out.begun and now_ms - out.sent_ms >= RESEND_MS:
                 self._replica.host.spawn(self._send(out))
         incoming = self._incoming
         if incoming is not None and (

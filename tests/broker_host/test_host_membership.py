@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 from host_kit import TOPIC, Host
 
+from raftlog.broker import snapshots
 from raftlog.broker.membership import LEARNERS_AT_ONCE, Change, Step, Transfer, Wanted, next_step
 from raftlog.broker.partition import PartitionReplica
+from raftlog.broker.snapshots import SnapshotExchange, SnapshotSlots
 from raftlog.client.producer import ProducerCore
 from raftlog.config import ProducerConfig
-from raftlog.raft.types import ConfState
+from raftlog.raft.types import ConfState, InstallSnapshot
 from raftlog.state.image import Partition
 from raftlog.state.metadata_commands import AlterPartition, Command, TakeControl
 from raftlog.testing.disk import CrashMode
@@ -385,3 +387,72 @@ def test_replicas_go_round_and_round(host: Moving) -> None:
     host.wait(host.has_settled)
     assert len(ids) > 10
     check_records(host, count)
+
+
+@pytest.mark.parametrize("host", [3], indirect=True)
+def test_snapshots_are_sent_a_few_at_a_time(host: Moving, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(snapshots, "CHUNK_BYTES", 20)
+    host.alter(host.holders[0])
+    host.wait(host.has_settled)
+    host.produce(90)
+    host.compact(host.holders[0])
+    slots = SnapshotSlots(1)
+    for broker in host.cluster.brokers.values():
+        broker.snapshot_slots = slots
+    sending = host.leader._exchange._outgoing
+    most: list[int] = []
+    host.alter(*host.holders, *host.others()[:2])
+
+    def is_done() -> bool:
+        most.append(sum(out.begun for out in sending.values()))
+        return host.has_settled() and len(host.holders) == 3
+
+    host.wait(is_done)
+    assert max(most) == 1
+    assert host.leader.snapshots_sent == 2
+    assert slots.free == 1
+
+
+def test_a_follower_that_takes_nothing_makes_room_for_others(
+    host: Moving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its broker answers heartbeats and no chunk."""
+    host.alter(host.holders[0])
+    host.wait(host.has_settled)
+    host.produce(90)
+    host.compact(host.holders[0])
+    stuck, well = host.others()[:2]
+    for broker in host.cluster.brokers.values():
+        broker.snapshot_slots = SnapshotSlots(1)
+    deaf = SnapshotExchange.chunk
+
+    def chunk(exchange: SnapshotExchange, message: InstallSnapshot) -> None:
+        if exchange._replica.host.broker_id != stuck:
+            deaf(exchange, message)
+
+    monkeypatch.setattr(SnapshotExchange, "chunk", chunk)
+    host.alter(*host.holders, stuck, well)
+    host.wait(lambda: (found := host.find(well)) is not None and found.snapshots_installed == 1)
+    assert host.replica(stuck).snapshots_installed == 0
+    monkeypatch.undo()
+    host.wait(host.has_settled)
+
+
+def test_slots_come_back_whatever_ends_a_transfer(host: Moving, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(snapshots, "CHUNK_BYTES", 10)
+    host.produce(90)
+    for broker_id in host.holders:
+        host.compact(broker_id)
+    comes = host.others()[0]
+    host.alter(*host.holders, comes)
+    leader = host.leader
+    slots = host.cluster.brokers[leader.host.broker_id].snapshot_slots
+    host.wait(lambda: any(out.begun for out in leader._exchange._outgoing.values()))
+    assert slots.free == 1
+    leader.node.step_down(leader.host.now_ms())
+    leader.host.mark(leader)
+    host.wait(lambda: leader.staged is None)
+    host.loop.run_for(0.1)
+    assert slots.free == 2 or leader.staged is not None
+    host.wait(host.has_settled)
+    assert all(broker.snapshot_slots.free == 2 for broker in host.cluster.brokers.values())
