@@ -174,6 +174,11 @@ class Nemesis:
                 self.cluster.kill_broker(broker_id)
                 self.start(broker_id)
 
+    @property
+    def anyone_ended(self) -> bool:
+        """Whether a broker that should run has ended by itself."""
+        return any(broker.failed.done() for broker in self.cluster.brokers.values())
+
     def start(self, broker_id: int) -> None:
         """Start a broker. One whose data recovery refuses is lost, if a fault explains it."""
         self.down.discard(broker_id)
@@ -228,6 +233,7 @@ class Nemesis:
         self.revive()
         for disk in self.cluster.disks.values():
             disk.capacity = None
+            disk.fail_sync(0)
         self.cluster.network.heal()
         self.recover()
         self._restore_latency()
@@ -254,6 +260,7 @@ class Nemesis:
         self._restore_latency()
         for broker_id in sorted(chosen):
             self.cluster.disks[broker_id].capacity = None
+            self.cluster.disks[broker_id].fail_sync(0)
             self.cut.discard(broker_id)
             if broker_id in self.down:
                 self.start(broker_id)

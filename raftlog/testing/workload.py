@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import Counter
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import Any, Final
 
@@ -105,11 +105,10 @@ class Workload:
         """Let everything come to rest, and read it all."""
         loop = self.cluster.loop
         producers = [task for name, task in self._clients.items() if name.startswith("client")]
-        loop.run_until(lambda: all(task.done() for task in producers), QUIET_SECONDS)
+        self._wait_until(lambda: all(task.done() for task in producers))
         for task in producers:
             task.result()
-        self.nemesis.revive()  # what went out of service late
-        loop.run_until(self._all_equal, QUIET_SECONDS)
+        self._wait_until(self._all_equal)
         self._check_calm()
         self.cluster.run(self._audit(), node="auditor", seconds=QUIET_SECONDS)
         for broker_id in sorted(self.cluster.brokers):
@@ -117,8 +116,18 @@ class Workload:
         reader = self._clients["reader"]
         assert not reader.done() or reader.exception() is None, reader.exception()
         loop.kill("reader")
-        loop.run_until(self._all_equal, QUIET_SECONDS)  # again: an election may have come in between
+        self._wait_until(self._all_equal)  # again: an election may have come in between
         self._check_replicas()
+
+    def _wait_until(self, condition: Callable[[], bool]) -> None:
+        """Run until then; brokers that end by themselves are started anew meanwhile."""
+        loop, nemesis = self.cluster.loop, self.nemesis
+        until = loop.time() + QUIET_SECONDS
+        while True:
+            loop.run_until(lambda: condition() or nemesis.anyone_ended, until - loop.time())
+            if not nemesis.anyone_ended:
+                return
+            nemesis.revive()
 
     def _check_calm(self) -> None:
         """Nothing is broken and nothing to do: then nobody campaigns."""
