@@ -68,7 +68,7 @@ class Flusher:
     def group_done(self) -> None:
         """The journal has synced a group: flush if enough has come together since the last time."""
         enough = self.unflushed_bytes - self._left_bytes >= self._config.flush_bytes
-        if enough or self._snapshots_wait or self._journal.can_release():
+        if enough or self._snapshots_wait or self._journal.files.can_release():
             self.request()
 
     def request(self, log: ReplicaLog | None = None) -> None:
@@ -112,7 +112,7 @@ class Flusher:
             self._wanted = False
             try:
                 await self.flush_all()
-                await self._journal.release()
+                await self._journal.files.release()
             except StorageFull as error:
                 if not self._full:
                     self._full = True

@@ -1,13 +1,13 @@
 """The broker's journal: group commit, rolling to the next file, release of old files.
 
 All that is submitted while a write is under way goes into the next one: one gathered write, one sync (plus
-one for each segment that took a large frame). A group in the file::
+one for each segment that took a large frame), which may come later where replicas allow it (see
+:mod:`raftlog.storage.journal_sync`). A group in the file::
 
       | MARK floor | HARD_STATE? ENTRY ENTRY_REF … (of each append, in order) | copies | checkpoints due |
 
 and the first group of a file has the checkpoints of all replicas behind its mark, so a file never needs the
-ones before it for anything but entries that are not yet flushed. That is also when a file may go: when no
-replica has, in it, an entry above its durable checkpoint (:class:`_File` keeps the highest such index).
+ones before it for anything but entries that are not yet flushed (see :mod:`raftlog.storage.journal_files`).
 
 Why a failed write may be tried again when the device is full: the group is written anew, whole, at the same
 place, and nothing before it depends on pages whose sync failed. After any other error nothing is tried: the
@@ -22,9 +22,10 @@ from dataclasses import dataclass, field
 from typing import TypeAlias, TypeVar
 
 from raftlog.errors import RaftlogError, StorageFailed, StorageFull
-from raftlog.raft.types import Append
+from raftlog.raft.types import Append, HardState
 from raftlog.record.frame import Buffer
-from raftlog.storage.disk import Disk, DiskFile, Write
+from raftlog.storage.disk import Disk, Write
+from raftlog.storage.journal_files import JournalFile, JournalFiles
 from raftlog.storage.journal_format import (
     CHECKPOINT_BYTES,
     ENTRY_REF_BYTES,
@@ -39,9 +40,9 @@ from raftlog.storage.journal_format import (
     encode_file_header,
     encode_hard_state,
     encode_mark,
-    journal_path,
     record_head,
 )
+from raftlog.storage.journal_sync import Unsynced, must_sync
 from raftlog.storage.replica_log import ReplicaLog
 from raftlog.storage.segment import Segment
 from raftlog.storage.spec import StorageConfig
@@ -64,16 +65,6 @@ class _Item:
 
 
 @dataclass(slots=True)
-class _File:
-    """A journal file, and per replica the highest index for which it is needed."""
-
-    sequence: int
-    base: int
-    file: DiskFile | None = None
-    needed: dict[int, int] = field(default_factory=dict)
-
-
-@dataclass(slots=True)
 class _Group:
     """A gathered write under construction."""
 
@@ -82,6 +73,10 @@ class _Group:
     direct: list[tuple[Segment, int, Buffer]] = field(default_factory=list)
     resets: list[ReplicaLog] = field(default_factory=list)
     checkpoints: list[tuple[ReplicaLog, int]] = field(default_factory=list)
+    sync: bool = False
+    """Nobody is told before it is synced."""
+    interval_ms: int = 0
+    """Otherwise a sync follows within this."""
 
     def add(self, record: bytes) -> None:
         self.buffers.append(record)
@@ -96,7 +91,7 @@ class Journal:
         sequence, base: of the file that the first group will begin.
         old: (sequence, base, needed) of the files that recovery found, oldest first.
         on_fault: told of StorageFull, StorageFailed and None (all is well again).
-        on_durable: told after each group that was synced.
+        on_durable: told after each sync.
         on_roll: told when a new file was begun.
     """
 
@@ -118,17 +113,17 @@ class Journal:
         self._config = config
         self._disk_id = disk_id
         self._logs = logs
-        self._files = [_File(s, b, None, needed) for s, b, needed in old]
-        self._sequence = sequence
+        self._files = JournalFiles(disk, config, logs, sequence, old)
         self._position = base
-        """Where the next group begins: everything below is durable."""
+        """Where the next group begins."""
+        self._synced = base
+        """Everything below is durable."""
+        self._unsynced = Unsynced()
+        self._sync_timer: asyncio.TimerHandle | None = None
         self._on_fault = on_fault
         self._on_durable = on_durable
         self._on_roll = on_roll
-        self._current: _File | None = None
-        self._spare: int | None = None
-        """Sequence of the file just before the oldest needed one, to be used again."""
-        self._names = asyncio.Lock()
+        self._current: JournalFile | None = None
         self._queue: list[_Item] = []
         self._running: list[_Item] = []
         self._due: dict[int, ReplicaLog] = {}
@@ -136,7 +131,6 @@ class Journal:
         self._copies: dict[int, tuple[ReplicaLog, int]] = {}
         self._waiters: list[asyncio.Future[None]] = []
         self._running_waiters: list[asyncio.Future[None]] = []
-        self._checkpointed = {replica_id: log.flushed_index for replica_id, log in logs.items()}
         self._wake: asyncio.Future[None] | None = None
         self._mark_timer: asyncio.TimerHandle | None = None
         self._mark_due = False
@@ -157,7 +151,8 @@ class Journal:
         self._mark_timer = loop.call_later(self._config.idle_mark_seconds, self._idle)
 
     def submit(self, log: ReplicaLog, append: Append, direct: dict[int, Segment] | None, done: Done) -> None:
-        """Queue an append whose entries ``log`` has taken; ``done`` is called once it is durable."""
+        """Queue an append whose entries ``log`` has taken; ``done`` is called once it is durable (written,
+        for a replica with ``flush_interval_ms``)."""
         size = 0
         for entry in append.entries:
             size += len(entry.frame)
@@ -208,8 +203,7 @@ class Journal:
 
     def forget(self, replica_id: int) -> None:
         """The replica was removed: no file is needed for it."""
-        for file in self._files:
-            file.needed.pop(replica_id, None)
+        self._files.forget(replica_id)
         self._due.pop(replica_id, None)
         self._resets.pop(replica_id, None)
         self._copies.pop(replica_id, None)
@@ -219,7 +213,7 @@ class Journal:
         head."""
         if len(self._files) <= self._config.journal_files_max or self.failed is not None:
             return
-        for replica_id in self._files[0].needed:
+        for replica_id in self._files.oldest.needed:
             log = self._logs.get(replica_id)
             if log is not None and log.flushed_index >= log.flushable_index:
                 self._copies[replica_id] = (log, log.flushed_index + 1)
@@ -229,7 +223,7 @@ class Journal:
 
     @property
     def oldest_pending_since(self) -> float | None:
-        """Loop time at which the oldest append that is not durable was submitted."""
+        """Loop time at which the oldest append that is not confirmed was submitted."""
         for items in (self._running, self._queue):
             if items:
                 return items[0].since
@@ -238,38 +232,32 @@ class Journal:
     @property
     def sequence(self) -> int:
         """Of the newest durable file."""
-        return self._files[-1].sequence if self._files else 0
+        return self._files.sequence
 
     @property
-    def file_count(self) -> int:
-        """Journal files that are still needed."""
-        return len(self._files)
+    def files(self) -> JournalFiles:
+        """Those that are still needed."""
+        return self._files
 
     async def close(self) -> None:
-        """Write what is queued, then stop."""
+        """Write what is queued and sync all, then stop."""
         self._closing = True
-        if self._mark_timer is not None:
-            self._mark_timer.cancel()
+        self._cancel_timers()
         self._wake_up()
         if self._task is not None:
             await self._task
-        for file in self._files:
-            if file.file is not None:
-                file.file.close()
+        self._files.close()
 
     async def abort(self) -> None:
         """Stop without writing what is queued; nobody who waits is told anything."""
         self._closing = True
-        if self._mark_timer is not None:
-            self._mark_timer.cancel()
+        self._cancel_timers()
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait((self._task,))
         for waiter in self._running_waiters + self._waiters:
             waiter.cancel()
-        for file in self._files:
-            if file.file is not None:
-                file.file.close()
+        self._files.close()
 
     # -- the task --------------------------------------------------------------------------------------------
 
@@ -279,8 +267,11 @@ class Journal:
             if self.failed is not None:
                 return
             if not (self._queue or self._due_now() or self._mark_due):
-                if self._closing:
+                if self._closing and self._unsynced.due is None:
                     return
+                if self._closing:
+                    self._mark_due = True
+                    continue
                 self._wake = loop.create_future()
                 await self._wake
                 self._wake = None
@@ -292,11 +283,13 @@ class Journal:
                 return
 
     async def _commit(self) -> None:
-        """Write and sync one group (again and again while the device is full), then tell those who wait."""
+        """Write one group and, unless that may wait, sync it (again and again while the device is full), then
+        tell those who wait."""
         file = self._current
         rolls = file is None or self._is_full(file)
         if file is None or rolls:
-            file = await self._retry(self._next_file)
+            await self._sync_before_roll()
+            file = await self._retry(lambda: self._files.create(self._position))
         # Only now, without a pause until the group is built: the logs' memory stands where its last append
         # left it.
         items, self._running, self._queue = self._queue, self._queue, []
@@ -309,21 +302,26 @@ class Journal:
             at = 0
         assert file.file is not None
         write = Write(file.file, at, group.buffers)
-        if group.direct:
-            await self._retry(lambda: self._write_direct(write, group))
+        now = asyncio.get_running_loop().time()
+        unsynced = self._unsynced
+        group.sync = group.sync or (unsynced.due is not None and now >= unsynced.due)
+        if group.direct or unsynced.due is not None or not group.sync:
+            await self._write_mixed(write, group, now)
         else:
             await self._retry(lambda: self._disk.commit((write,)))
         self._position = group.position
+        if group.sync:
+            self._synced = group.position
         if rolls:
             self._current = file
-            self._files.append(file)
+            self._files.add(file)
             self._on_roll()
         self._running = []
         self._finish(group, items)
 
-    def _build(self, file: _File, items: list[_Item], *, first: bool) -> _Group:
+    def _build(self, file: JournalFile, items: list[_Item], *, first: bool) -> _Group:
         group = _Group(self._position)
-        group.add(encode_mark(group.position, self._position))
+        group.add(encode_mark(group.position, self._synced))
         # Before the checkpoints, which already describe the logs as they are after it.
         group.resets, self._resets = list(self._resets.values()), {}
         for log in group.resets:
@@ -340,22 +338,33 @@ class Journal:
         for log in due.values():
             self._add_checkpoint(group, log)
         self._running_waiters, self._waiters = self._waiters, []
+        if first or self._mark_due or self._running_waiters or group.checkpoints or not group.interval_ms:
+            group.sync = True
         self._mark_due = False
-        self._marked = group.position == self._position + MARK_BYTES
+        self._marked = self._synced == self._position and group.position == self._position + MARK_BYTES
         return group
 
-    def _add_append(self, group: _Group, file: _File, item: _Item) -> None:
+    def _add_append(self, group: _Group, file: JournalFile, item: _Item) -> None:
         log, append = item.log, item.append
         replica_id = log.spec.replica_id
         if log.removed:
             return
-        if append.hard_state is not None:
-            log.hard_state = append.hard_state
-            group.add(encode_hard_state(group.position, replica_id, append.hard_state))
+        if must_sync(log, append):
+            group.sync = True
+        else:
+            interval_ms = log.spec.flush_interval_ms
+            group.interval_ms = min(group.interval_ms or interval_ms, interval_ms)
         entries = append.entries
+        state = append.hard_state
+        if state is not None:
+            log.hard_state = state
+            if entries and state.commit >= entries[0].index:
+                # A group torn between the two must not make committed what was about to be replaced.
+                state = HardState(state.term, state.vote, entries[0].index - 1)
+            group.add(encode_hard_state(group.position, replica_id, state))
         if not entries:
             return
-        self._need(file, replica_id, entries[0].index, entries[-1].index)
+        self._files.need(file, replica_id, entries[0].index, entries[-1].index)
         direct = item.direct
         buffers = group.buffers
         position = group.position
@@ -377,13 +386,15 @@ class Journal:
             position += RECORD_HEADER_BYTES + len(frame)
         group.position = position
 
-    def _add_copy(self, group: _Group, file: _File, replica_id: int, log: ReplicaLog, index: int) -> None:
+    def _add_copy(
+        self, group: _Group, file: JournalFile, replica_id: int, log: ReplicaLog, index: int
+    ) -> None:
         """Write again all entries from ``index`` on (the memory agrees with the journal at the end of a
         group)."""
         index = max(index, log.flushed_index + 1)
         if log.removed or index > log.last_index:
             return
-        self._need(file, replica_id, index, log.last_index)
+        self._files.need(file, replica_id, index, log.last_index)
         for entry in log.memory.entries[index - log.memory.first_index :]:
             place = log.place_of(entry.index)
             if place is not None:
@@ -400,31 +411,25 @@ class Journal:
             group.add(encode_checkpoint(group.position, log.spec.replica_id, log.checkpoint(), kind))
             group.checkpoints.append((log, log.flushed_index))
 
-    def _need(self, file: _File, replica_id: int, first: int, last: int) -> None:
-        """``file`` now holds entries [first, last]; earlier files are needed only below ``first``."""
-        for older in self._files:
-            if older is not file and older.needed.get(replica_id, 0) >= first:
-                older.needed[replica_id] = first - 1
-        file.needed[replica_id] = last
-
     def _finish(self, group: _Group, items: list[_Item]) -> None:
         for log in group.resets:
-            for file in self._files:
-                file.needed.pop(log.spec.replica_id, None)
+            self._files.forget(log.spec.replica_id)
         for log, index in group.checkpoints:
-            replica_id = log.spec.replica_id
-            self._checkpointed[replica_id] = max(index, self._checkpointed.get(replica_id, 0))
-        counts: dict[int, int] = {}
+            self._files.checkpointed(log.spec.replica_id, index)
+        counts = self._unsynced.appends
         for item in items:
             self.pending_bytes -= item.size
             replica_id = item.log.spec.replica_id
             counts[replica_id] = counts.get(replica_id, 0) + 1
-        for replica_id, count in counts.items():
-            found = self._logs.get(replica_id)
-            if found is not None:
-                found.made_durable(count)
         self._last_write = asyncio.get_running_loop().time()
-        self._on_durable()
+        if group.sync:
+            for replica_id, count in counts.items():
+                found = self._logs.get(replica_id)
+                if found is not None:
+                    found.made_durable(count)
+            counts.clear()
+            self._unsynced.clear()
+            self._on_durable()
         for item in items:
             _tell(item.done, None)
         waiters, self._running_waiters = self._running_waiters, []
@@ -436,8 +441,7 @@ class Journal:
         if self.failed is not None:
             return
         self.failed = error
-        if self._mark_timer is not None:
-            self._mark_timer.cancel()
+        self._cancel_timers()
         self._on_fault(error)
         items = self._running + self._queue
         self._running, self._queue = [], []
@@ -452,17 +456,57 @@ class Journal:
 
     # -- writing ---------------------------------------------------------------------------------------------
 
-    async def _write_direct(self, write: Write, group: _Group) -> None:
-        writes = [write]
+    async def _write_mixed(self, write: Write, group: _Group, now: float) -> None:
+        """A group with large frames, one that is not synced, or one whose sync covers such ones."""
+        placed: list[tuple[Segment | None, Write]] = []
+
+        async def attempt(before: list[Write]) -> None:
+            nonlocal placed
+            placed = [(None, write), *await self._direct_writes(group)]
+            writes = [each for _, each in placed]
+            await self._disk.commit([*before, *writes] if group.sync else writes, sync=group.sync)
+
+        await self._retry_all(attempt)
+        for segment, _, _ in group.direct:
+            segment.header_written = True
+        if not group.sync:
+            self._unsynced.add(placed, now + group.interval_ms / 1000)
+            self._await_sync()
+
+    async def _direct_writes(self, group: _Group) -> list[tuple[Segment | None, Write]]:
+        writes: list[tuple[Segment | None, Write]] = []
         for segment, position, frame in group.direct:
             if segment.file is None:
                 segment.file = await self._disk.open(segment.path, create=True)
             if not segment.header_written:
-                writes.append(Write(segment.file, 0, (segment.header.encode(),)))
-            writes.append(Write(segment.file, position, (frame,)))
-        await self._disk.commit(writes)
-        for segment, _, _ in group.direct:
-            segment.header_written = True
+                writes.append((segment, Write(segment.file, 0, (segment.header.encode(),))))
+            writes.append((segment, Write(segment.file, position, (frame,))))
+        return writes
+
+    def _is_full(self, file: JournalFile) -> bool:
+        used = self._position - file.base
+        coming = MARK_BYTES + (len(self._due) + len(self._resets)) * CHECKPOINT_BYTES
+        coming += sum(item.written for item in self._queue)
+        return used > 0 and FILE_HEADER_BYTES + used + coming > self._config.journal_bytes
+
+    async def _sync_before_roll(self) -> None:
+        """A file's header says that everything below its base is durable."""
+        if self._unsynced.due is not None:
+            await self._retry_all(self._disk.commit)
+            self._synced = self._position
+            self._unsynced.clear()
+
+    async def _retry_all(self, attempt: Callable[[list[Write]], Awaitable[None]]) -> None:
+        """As :meth:`_retry`, for what syncs earlier writes too. ``attempt`` is given these: at first without
+        their bytes, then with them, for a sync that failed for want of room may have dropped them."""
+        writes = self._unsynced.files()
+
+        async def once() -> None:
+            nonlocal writes
+            earlier, writes = writes, self._unsynced.again()
+            await attempt(earlier)
+
+        await self._retry(once)
 
     async def _retry(self, attempt: Callable[[], Awaitable[T]]) -> T:
         """Run ``attempt`` until the device has room."""
@@ -484,50 +528,6 @@ class Journal:
                     self._on_fault(None)
                 return result
 
-    # -- files -----------------------------------------------------------------------------------------------
-
-    def _is_full(self, file: _File) -> bool:
-        used = self._position - file.base
-        coming = MARK_BYTES + (len(self._due) + len(self._resets)) * CHECKPOINT_BYTES
-        coming += sum(item.written for item in self._queue)
-        return used > 0 and FILE_HEADER_BYTES + used + coming > self._config.journal_bytes
-
-    async def _next_file(self) -> _File:
-        sequence = self._files[-1].sequence + 1 if self._files else self._sequence
-        path = journal_path(sequence)
-        async with self._names:
-            if self._spare is not None:
-                # Its blocks are written already, which makes syncs cheaper than into fresh ones.
-                await self._disk.rename(journal_path(self._spare), path)
-                self._spare = None
-        file = await self._disk.open(path, create=True, allocate=self._config.journal_bytes)
-        return _File(sequence, self._position, file)
-
-    def can_release(self) -> bool:
-        """The oldest file is not needed any more."""
-        return len(self._files) > 1 and self._is_released(self._files[0])
-
-    async def release(self) -> None:
-        """Let go of the oldest files that are not needed any more. The newest of them is kept to be used
-        again; the others go oldest first, so that no crash leaves a gap in the sequence."""
-        while self.can_release():
-            async with self._names:
-                if not self.can_release():
-                    return  # another caller was faster
-                if self._spare is not None:
-                    await self._disk.remove(journal_path(self._spare))
-                file = self._files.pop(0)
-                if file.file is not None:
-                    file.file.close()
-                self._spare = file.sequence
-
-    def _is_released(self, file: _File) -> bool:
-        return all(
-            self._checkpointed.get(replica_id, 0) >= index
-            for replica_id, index in file.needed.items()
-            if replica_id in self._logs
-        )
-
     # -- waking ----------------------------------------------------------------------------------------------
 
     def _due_now(self) -> bool:
@@ -537,6 +537,30 @@ class Journal:
         wake = self._wake
         if wake is not None and not wake.done():
             wake.set_result(None)
+
+    def _await_sync(self) -> None:
+        """See to it that what is unsynced is synced in time, also if nothing else comes."""
+        due = self._unsynced.due
+        assert due is not None
+        if self._sync_timer is None or self._sync_timer.when() > due:
+            if self._sync_timer is not None:
+                self._sync_timer.cancel()
+            self._sync_timer = asyncio.get_running_loop().call_at(due, self._sync_is_due)
+
+    def _sync_is_due(self) -> None:
+        self._sync_timer = None
+        if self._unsynced.due is None:
+            return
+        if asyncio.get_running_loop().time() < self._unsynced.due:
+            self._await_sync()  # another sync came first
+            return
+        self._mark_due = True
+        self._wake_up()
+
+    def _cancel_timers(self) -> None:
+        for timer in (self._mark_timer, self._sync_timer):
+            if timer is not None:
+                timer.cancel()
 
     def _idle(self) -> None:
         """Cover the last group with a mark once nothing was written for a while."""

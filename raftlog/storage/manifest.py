@@ -31,6 +31,9 @@ class Manifest(msgspec.Struct, frozen=True, array_like=True):
     """True from a clean stop until the next start."""
     boot_id: str = ""
     """The operating system's boot during which it was written."""
+    amnesiac: tuple[int, ...] = ()
+    """Replicas that may have lost entries which they had confirmed as written: not synced yet when the
+    machine, or a sync, failed. Each stays here until it has caught up with a leader."""
 
 
 async def load_manifest(disk: Disk) -> Manifest | None:

@@ -71,6 +71,8 @@ class LogOwner(Protocol):
 
     async def begin_behind(self, log: ReplicaLog, snapshot: LogSnapshot, accept: Accept) -> bool: ...
 
+    async def cured(self, log: ReplicaLog) -> None: ...
+
 
 class ReplicaLog:
     """Made by the store, on creation of a replica or by recovery."""
@@ -81,6 +83,7 @@ class ReplicaLog:
         "_owner",
         "_pending",
         "_reader",
+        "amnesiac",
         "committed",
         "config",
         "confs",
@@ -126,6 +129,8 @@ class ReplicaLog:
         self.committed = flushed.index
         self.durable_index = recovered.last_index
         self.removed = False
+        self.amnesiac = False
+        """Entries that were confirmed as written may be missing: see :meth:`cured`."""
         last = segments[-1]
         base_time = max(segment.max_timestamp for segment in segments)
         self.memory = Tail(flushed.index + 1, last.end_offset, base_time)
@@ -295,11 +300,14 @@ class ReplicaLog:
         self._direct_barrier = max(0, self._direct_barrier - count)
 
     def checkpoint(self) -> Checkpoint:
-        """What a CHECKPOINT record says of this replica now."""
+        """What a CHECKPOINT record says of this replica now. Its commit index must not speak of entries that
+        the journal may yet lack: others may stand in their places."""
         state = self.hard_state
         return msgspec.structs.replace(
             self.flushed,
-            hard_state=HardState(state.term, state.vote, max(state.commit, self.committed)),
+            hard_state=HardState(
+                state.term, state.vote, max(state.commit, min(self.committed, self.durable_index))
+            ),
             first_index=self.first_index,
         )
 
@@ -521,6 +529,15 @@ class ReplicaLog:
         self._direct.clear()
         self._direct_barrier = 0
         return before
+
+    async def cured(self) -> None:
+        """The log again holds all that it can ever have confirmed: it is not amnesiac any more, also after a
+        restart.
+
+        Raises:
+            StorageFull, StorageFailed: the device; a restart finds it amnesiac again, which does no harm.
+        """
+        await self._owner.cured(self)
 
     async def truncate_prefix(self, index: int) -> None:
         """Drop whole segments that end at or below ``index``: up to the last of them at whose end there is a

@@ -23,6 +23,8 @@ class ReplicaSpec(msgspec.Struct, frozen=True, array_like=True):
     align."""
     internal: bool = False
     """Metadata and the like: its log may be cut below its newest snapshot."""
+    flush_interval_ms: int = 0
+    """An append is confirmed once it is written, and a sync follows within this; 0: it is synced first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,5 +58,3 @@ class StorageConfig:
     retry_seconds: float = 0.1
     retry_seconds_max: float = 5.0
     """Backoff while the device is full."""
-    boot_id: str = ""
-    """The operating system's boot id, remembered in the manifest (flush=interval needs it)."""

@@ -7,6 +7,7 @@ The host appends without waiting and is called back in order; reads and everythi
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Iterable
 from typing import TypeAlias
 
@@ -42,7 +43,9 @@ class BrokerStore:
         is lost),
             StorageFailed once a write or sync failed: then for good.
         on_fault: called whenever ``fault`` changes.
-        was_clean: the last stop was a clean one; ``previous_boot_id`` the operating system's boot it ran in.
+        was_clean: the last stop was a clean one.
+        rebooted: the system was started anew since, without a clean stop of the store: what was written and
+            not synced may be gone.
     """
 
     def __init__(self, disk: Disk, config: StorageConfig, disk_id: bytes) -> None:
@@ -52,11 +55,13 @@ class BrokerStore:
         self.fault: RaftlogError | None = None
         self.on_fault: OnFault = _ignore
         self.was_clean = True
-        self.previous_boot_id = ""
+        self.rebooted = False
         self._disk = disk
         self._config = config
         self._disk_id = disk_id
         self._specs: dict[int, ReplicaSpec] = {}
+        self._amnesiac: set[int] = set()
+        self._note: asyncio.Task[None] | None = None
         self._reader = SegmentReader(disk, config)
         self._journal: Journal
         self._flusher: Flusher
@@ -186,7 +191,7 @@ class BrokerStore:
         """Move all that is committed to the segments now (tests, and a broker that drains)."""
         await self._flusher.flush_all()
         await self._journal.checkpoint(self.logs.values())
-        await self._journal.release()
+        await self._journal.files.release()
 
     async def close(self) -> None:
         """Write and flush everything, note that the stop was clean, release the directory."""
@@ -200,7 +205,7 @@ class BrokerStore:
                 for log in self.logs.values():
                     await self._flusher.flush(log, save_index=True)
                 await self._journal.checkpoint(self.logs.values())
-                await self._journal.release()
+                await self._journal.files.release()
                 await self._journal.close()
                 if self.fault is None:
                     await self._store_manifest(clean=True)
@@ -210,6 +215,8 @@ class BrokerStore:
         except RaftlogError as error:
             self._set_fault("close", error)
         finally:
+            if self._note is not None:
+                await self._note
             await self._release()
 
     async def abort(self) -> None:
@@ -218,6 +225,8 @@ class BrokerStore:
         if self._closed:
             return
         self._closed = True
+        if self._note is not None:
+            self._note.cancel()
         await self._flusher.abort()
         await self._journal.abort()
         await self._release()
@@ -233,13 +242,16 @@ class BrokerStore:
     async def _recover(self) -> None:
         manifest = await load_manifest(self._disk)
         if manifest is None:
-            manifest = Manifest(self._disk_id, clean=True, boot_id=self._config.boot_id)
+            manifest = Manifest(self._disk_id, clean=True)
         if manifest.disk_id != self._disk_id:
             raise ForeignDataDir(
                 f"the manifest was written on disk {manifest.disk_id.hex()}, this is {self._disk_id.hex()}"
             )
         self.was_clean = manifest.clean
-        self.previous_boot_id = manifest.boot_id
+        self.rebooted = not manifest.clean and manifest.boot_id != self._disk.boot_id
+        self._amnesiac.update(manifest.amnesiac)
+        if self.rebooted:
+            self._forget_unsynced(manifest.replicas)
         scan = await scan_journal(self._disk, self._disk_id, manifest.journal_sequence)
         if scan.damage:
             raise scan.damage[0]
@@ -267,7 +279,8 @@ class BrokerStore:
         for replica in found:
             for path in replica.leftovers:
                 await self._disk.remove(path)
-            self.logs[replica.spec.replica_id] = self._recovered_log(replica)
+            log = self.logs[replica.spec.replica_id] = self._recovered_log(replica)
+            log.amnesiac = replica.spec.replica_id in self._amnesiac
         needed = {file.sequence: dict[int, int]() for file in scan.files}
         for replica in found:
             for sequence, index in replica.needed.items():
@@ -441,12 +454,40 @@ class BrokerStore:
         await self._remove_files(log, segments, [old for old in snapshots if old != snapshot.index])
         return True
 
+    # -- writes that no sync has covered ---------------------------------------------------------------------
+
+    def _forget_unsynced(self, specs: Iterable[ReplicaSpec]) -> None:
+        """What these had written and not synced may be gone."""
+        self._amnesiac.update(spec.replica_id for spec in specs if spec.flush_interval_ms)
+
+    async def _note_failure(self) -> None:
+        """A sync may have failed: what it would have covered may be gone however the system shows it now. If
+        the device does not even take this note, a restart within the same boot does not know."""
+        self._forget_unsynced(self._specs.values())
+        if self._amnesiac:
+            with contextlib.suppress(RaftlogError):
+                async with self._manifest_lock:
+                    await self._store_manifest()
+
+    async def cured(self, log: ReplicaLog) -> None:
+        """See :meth:`ReplicaLog.cured`."""
+        log.amnesiac = False
+        async with self._manifest_lock:
+            if self.fault is None and log.spec.replica_id in self._amnesiac:
+                self._amnesiac.discard(log.spec.replica_id)
+                await self._store_manifest()
+
     # -- inside ----------------------------------------------------------------------------------------------
 
     async def _store_manifest(self, *, clean: bool = False) -> None:
         journal_sequence = self._journal.sequence
         manifest = Manifest(
-            self._disk_id, tuple(self._specs.values()), journal_sequence, clean, self._config.boot_id
+            self._disk_id,
+            tuple(self._specs.values()),
+            journal_sequence,
+            clean,
+            self._disk.boot_id,
+            tuple(sorted(self._amnesiac & self._specs.keys())),
         )
         await store_manifest(self._disk, manifest)
 
@@ -466,6 +507,8 @@ class BrokerStore:
         self.fault = failed[0] if failed else next(iter(self._full.values()), None)
         if failed and self._journal.failed is None:
             self._journal.fail(failed[0])
+        if failed and self._note is None:
+            self._note = asyncio.get_running_loop().create_task(self._note_failure())
         if self.fault is not before:
             self.on_fault(self.fault)
 

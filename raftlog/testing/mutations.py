@@ -149,7 +149,7 @@ MUTATIONS: Final = (
     Mutation(
         "a large entry's segment is not synced with the journal",
         "raftlog.storage.journal",
-        "await self._disk.commit(writes)",
+        "await self._disk.commit([*before, *writes] if group.sync else writes, sync=group.sync)",
         "await self._disk.commit(writes[:1]); await self._disk.write(writes[1:], sync=False)",
     ),
     Mutation(

@@ -237,10 +237,10 @@ def test_old_journal_files_are_not_needed_any_more() -> None:
     async def main() -> None:
         _, source = await leader()
         store, log = await follower(SimDisk())
-        assert store._journal.file_count > 2
+        assert len(store._journal.files) > 2
         await take_over(log, source)
         await store.flush()
-        assert store._journal.file_count <= 2
+        assert len(store._journal.files) <= 2
 
     run(main())
 

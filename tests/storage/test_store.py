@@ -449,20 +449,21 @@ def test_locked_and_foreign_directories_are_refused() -> None:
     run(main())
 
 
-def test_clean_stop_and_boot_id_are_remembered() -> None:
+def test_a_reboot_without_a_clean_stop_is_noticed() -> None:
     async def main() -> None:
         disk = SimDisk()
-        config = StorageConfig(boot_id="boot-1")
-        store = await BrokerStore.open(disk, config, disk_id=DISK_ID)
-        assert store.was_clean
+        store = await BrokerStore.open(disk, disk_id=DISK_ID)
+        assert not store.rebooted
+        disk = disk.kill()
+        store = await BrokerStore.open(disk, disk_id=DISK_ID)
+        assert not store.rebooted, "only the process was killed"
         disk = disk.crash()
-        store = await BrokerStore.open(disk, StorageConfig(boot_id="boot-2"), disk_id=DISK_ID)
-        assert not store.was_clean
-        assert store.previous_boot_id == "boot-1"
+        store = await BrokerStore.open(disk, disk_id=DISK_ID)
+        assert store.rebooted
         await store.close()
-        store = await BrokerStore.open(disk, config, disk_id=DISK_ID)
-        assert store.was_clean
-        assert store.previous_boot_id == "boot-2"
+        disk = disk.crash()
+        store = await BrokerStore.open(disk, disk_id=DISK_ID)
+        assert not store.rebooted, "it had stopped in good order"
 
     run(main())
 
