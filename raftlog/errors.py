@@ -377,6 +377,7 @@ class StaleMember(RaftlogError):
     """The group does not know this member, knows it at another epoch, or has given the partition to somebody
     else. Nothing happened. Details: member_epoch (where the member is now, -1: it is out of the group)."""
 
+    abortable = True
     hint = "a member that is out joins again; work on partitions it lost is dropped, its successor repeats it"
 
 
