@@ -62,6 +62,11 @@ class ProduceRequest(Request[ProduceResponse], frozen=True):
     response = ProduceResponse
 
 
+READ_UNCOMMITTED: Final = 0
+READ_COMMITTED: Final = 1
+"""Only what is not, and will not be, part of an aborted transaction: up to the last stable offset."""
+
+
 class FetchPartition(Struct, frozen=True):
     topic_id: bytes
     partition: int
@@ -79,6 +84,10 @@ class FetchedPartition(Struct, frozen=True):
     length: int
     """Bytes of this partition's frames in the payload; partitions follow one another in request order."""
     last_stable: int = -1
+    """What a READ_COMMITTED request may read up to: the offset where the first open transaction begins."""
+    aborted: list[tuple[int, int, int]] = []
+    """Of a READ_COMMITTED request: (producer id, first offset, offset of the marker) of the aborted
+    transactions that overlap what is returned. Batches of that producer in between are to be hidden."""
 
 
 class FetchResponse(Struct, frozen=True):
@@ -92,6 +101,7 @@ class FetchRequest(Request[FetchResponse], frozen=True):
     wait_ms: int
     bytes_max: int
     partitions: list[FetchPartition]
+    isolation: int = READ_UNCOMMITTED
 
     api = 11
     response = FetchResponse
@@ -119,7 +129,10 @@ class ListOffsetsResponse(Struct, frozen=True):
 
 
 class ListOffsetsRequest(Request[ListOffsetsResponse], frozen=True):
+    """With READ_COMMITTED, OFFSET_LATEST is the last stable offset."""
+
     queries: list[OffsetQuery]
+    isolation: int = READ_UNCOMMITTED
 
     api = 12
     response = ListOffsetsResponse
