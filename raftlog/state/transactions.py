@@ -1,0 +1,273 @@
+"""The state machine of one ``__transactions`` partition: where each transactional id stands.
+
+The leader decides (``raftlog.broker.transactions``) and logs the outcome: the whole transaction as it is from
+then on. Applying puts it in place. What a transaction may become is in one table, :data:`TRANSITIONS`::
+
+    (new) --> EMPTY --> ONGOING --> PREPARE_COMMIT --> COMPLETE_COMMIT --> ONGOING (the next one) ...
+                           \\-----> PREPARE_ABORT ---> COMPLETE_ABORT ---> ONGOING ...
+
+PREPARE_COMMIT and PREPARE_ABORT are the decision: once one of them is committed there is only one way on.
+Committing takes the coordinator's word to every partition that is enlisted; when all have it the transaction
+is complete (KIP-98).
+
+Every end leaves the id with another (producer id, epoch) than the ended transaction had (KIP-890), and
+remembers how that ended, until the next end, whatever happens in between: so the retry of an end is answered
+as the first try was, and can never be taken for the end of the next transaction.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import Final, NamedTuple, TypeAlias
+
+import msgspec
+
+from raftlog.errors import InvalidTransaction, RaftlogError, UnknownTransactionalId
+from raftlog.raft.types import Entry
+from raftlog.record.frame import Buffer, FrameKind
+from raftlog.state.command import (
+    ApplyMismatch,
+    CommandCodec,
+    CommandStruct,
+    SnapshotStruct,
+    UnknownCommand,
+    decode_snapshot,
+)
+
+_SNAPSHOT_VERSION: Final = 1
+
+
+class Identity(NamedTuple):
+    """Who may write: a producer id and one of its epochs. No two transactions ever have the same."""
+
+    producer_id: int
+    epoch: int
+
+
+Target: TypeAlias = tuple[bytes, int]
+"""(topic id, partition)."""
+
+
+class Phase(IntEnum):
+    """Where a transaction stands (Kafka's names)."""
+
+    EMPTY = 0
+    """The id has a producer, which has not begun a transaction."""
+    ONGOING = 1
+    PREPARE_COMMIT = 2
+    PREPARE_ABORT = 3
+    COMPLETE_COMMIT = 4
+    COMPLETE_ABORT = 5
+    DEAD = 6
+    """The id is forgotten; never stored."""
+
+    @property
+    def is_ending(self) -> bool:
+        """Decided, and not yet known everywhere."""
+        return self in (Phase.PREPARE_COMMIT, Phase.PREPARE_ABORT)
+
+
+TRANSITIONS: Final[dict[Phase, frozenset[Phase]]] = {
+    # a new producer takes over; a transaction begins; an abort of one that never began; the id expires
+    Phase.EMPTY: frozenset({Phase.EMPTY, Phase.ONGOING, Phase.COMPLETE_ABORT, Phase.DEAD}),
+    # another partition is enlisted; it ends
+    Phase.ONGOING: frozenset({Phase.ONGOING, Phase.PREPARE_COMMIT, Phase.PREPARE_ABORT}),
+    Phase.PREPARE_COMMIT: frozenset({Phase.COMPLETE_COMMIT}),
+    Phase.PREPARE_ABORT: frozenset({Phase.COMPLETE_ABORT}),
+    Phase.COMPLETE_COMMIT: frozenset({Phase.EMPTY, Phase.ONGOING, Phase.COMPLETE_ABORT, Phase.DEAD}),
+    Phase.COMPLETE_ABORT: frozenset({Phase.EMPTY, Phase.ONGOING, Phase.COMPLETE_ABORT, Phase.DEAD}),
+    Phase.DEAD: frozenset({Phase.EMPTY}),
+}
+"""What each phase may become by one command; DEAD stands for an id that is not there."""
+
+
+class Cause(IntEnum):
+    """Who ended a transaction: it decides what its producer hears."""
+
+    PRODUCER = 0
+    """The producer itself."""
+    TIMEOUT = 1
+    OPERATOR = 2
+    FENCED = 3
+    """A later producer of the same transactional id. The one that was fenced is out for good."""
+
+
+class Ended(msgspec.Struct, frozen=True, array_like=True):
+    """How the last transaction ended, or is ending."""
+
+    identity: Identity
+    """It ran under this: what its markers name."""
+    commit: bool
+    cause: Cause = Cause.PRODUCER
+
+
+class Transaction(msgspec.Struct, frozen=True, array_like=True):
+    """One transactional id."""
+
+    transactional_id: str
+    identity: Identity
+    """Who may write now. After an end that is the one for the next transaction already, and given to the
+    producer in its answer; only where the end was FENCED it is given to nobody."""
+    phase: Phase
+    timeout_ms: int
+    start_ms: int
+    """When the transaction began, by the clock of the leader that enlisted its first partition; in other
+    phases than ONGOING and the two that follow it, no meaning."""
+    update_ms: int
+    """When the last change was decided: what expiry goes by."""
+    coordinator_epoch: int
+    """Term of the leader that decided the last change."""
+    partitions: tuple[Target, ...] = ()
+    """Enlisted: each gets a marker."""
+    groups: tuple[str, ...] = ()
+    """Enlisted consumer groups: the ``__groups`` partition of each gets a marker."""
+    ended: Ended | None = None
+    """None: none has ended since the present producer opened the id."""
+
+
+class PutTransaction(CommandStruct, frozen=True):
+    """The transaction is this from now on."""
+
+    type = 1
+    transaction: Transaction
+
+
+class RemoveTransaction(CommandStruct, frozen=True):
+    """Forget a transactional id that was not used for long."""
+
+    type = 2
+    transactional_id: str
+
+
+Command: TypeAlias = PutTransaction | RemoveTransaction
+
+_codec: Final[CommandCodec[Command]] = CommandCodec("transactions", PutTransaction, RemoveTransaction)
+
+
+def encode_command(command: Command) -> bytes:
+    """The command as the payload of an entry of kind COMMAND."""
+    return _codec.encode(command)
+
+
+def decode_command(payload: Buffer) -> Command:
+    """The command in such a payload; UnknownCommand if this release does not know it."""
+    return _codec.decode(payload)
+
+
+class _Snapshot(SnapshotStruct, frozen=True):
+    applied_index: int
+    transactions: list[Transaction]
+
+
+def _follows(old: Transaction, new: Transaction) -> bool:
+    """Identities only move on: with a transaction's end or a new producer, not in between."""
+    if new.phase is Phase.ONGOING or old.phase.is_ending:
+        return new.identity == old.identity
+    return new.identity.producer_id != old.identity.producer_id or new.identity.epoch > old.identity.epoch
+
+
+class TransactionsState:
+    """The transactions of one partition after the entry at ``applied_index``; transactional id ->
+    Transaction, which is immutable."""
+
+    __slots__ = ("applied_index", "transactions")
+
+    def __init__(self) -> None:
+        self.applied_index = 0
+        self.transactions: dict[str, Transaction] = {}
+
+    # -- look up ---------------------------------------------------------------------------------------------
+
+    def transaction(self, transactional_id: str) -> Transaction:
+        """The transaction of that id; UnknownTransactionalId if there is none."""
+        found = self.transactions.get(transactional_id)
+        if found is None:
+            raise UnknownTransactionalId(f"no transactional id {transactional_id!r}")
+        return found
+
+    def ending(self) -> list[Transaction]:
+        """Those that are decided but not complete: a new leader sends their markers (again)."""
+        return [each for each in self.transactions.values() if each.phase.is_ending]
+
+    # -- decide (leader, on its staged state) ----------------------------------------------------------------
+
+    def check_command(self, command: Command) -> RaftlogError | None:
+        """Why the command would be refused, or None. A leader proposes no such command."""
+        if isinstance(command, RemoveTransaction):
+            old, phase = self.transactions.get(command.transactional_id), Phase.DEAD
+        else:
+            old, phase = (
+                self.transactions.get(command.transaction.transactional_id),
+                command.transaction.phase,
+            )
+        from_phase = Phase.DEAD if old is None else old.phase
+        if phase not in TRANSITIONS[from_phase]:
+            return InvalidTransaction(f"{from_phase.name} cannot become {phase.name}")
+        return None
+
+    # -- apply (every replica) -------------------------------------------------------------------------------
+
+    def apply(self, entry: Entry) -> object:
+        """Apply the entry after ``applied_index``.
+
+        Returns:
+            Of PutTransaction, the transaction; of RemoveTransaction, the one that was removed; otherwise
+            None.
+
+        Raises:
+            ApplyMismatch, UnknownCommand: the replica must halt; the state is as before.
+        """
+        if entry.index != self.applied_index + 1:
+            raise ApplyMismatch(f"entry {entry.index} does not follow {self.applied_index}")
+        result: object = None
+        if entry.kind == FrameKind.COMMAND:
+            result = self._apply_command(entry, decode_command(entry.payload))
+        elif entry.kind not in (FrameKind.NOOP, FrameKind.CONF):
+            raise UnknownCommand(f"entry {entry.index} is of kind {entry.kind}: upgrade raftlog")
+        self.applied_index = entry.index
+        return result
+
+    def _apply_command(self, entry: Entry, command: Command) -> Transaction:
+        refusal = self.check_command(command)
+        if refusal is not None:
+            raise ApplyMismatch(f"transactional id at index {entry.index}: {refusal}") from refusal
+        if isinstance(command, RemoveTransaction):
+            return self.transactions.pop(command.transactional_id)
+        transaction = command.transaction
+        if transaction.coordinator_epoch != entry.term:
+            raise ApplyMismatch(
+                f"transaction at index {entry.index} was decided in term {transaction.coordinator_epoch}, "
+                f"the entry is of {entry.term}"
+            )
+        self.transactions[transaction.transactional_id] = transaction
+        return transaction
+
+    # -- copies ----------------------------------------------------------------------------------------------
+
+    def copy(self) -> TransactionsState:
+        """An independent copy."""
+        copied = type(self)()
+        copied.applied_index = self.applied_index
+        copied.transactions = self.transactions.copy()
+        return copied
+
+    def snapshot(self) -> bytes:
+        """The whole state, for :meth:`restore`."""
+        state = _Snapshot(_SNAPSHOT_VERSION, self.applied_index, list(self.transactions.values()))
+        return msgspec.msgpack.encode(state)
+
+    @classmethod
+    def restore(cls, data: Buffer) -> TransactionsState:
+        """The state that :meth:`snapshot` encoded.
+
+        Raises:
+            UnknownSnapshot: of another version, or not a snapshot.
+        """
+        state = decode_snapshot(data, _Snapshot, _SNAPSHOT_VERSION)
+        restored = cls()
+        restored.applied_index = state.applied_index
+        restored.transactions = {each.transactional_id: each for each in state.transactions}
+        return restored
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, TransactionsState) and self.snapshot() == other.snapshot()
