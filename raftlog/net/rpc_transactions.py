@@ -44,8 +44,8 @@ class EnlistRequest(Request[Empty], frozen=True):
     transactional_id: str
     producer_id: int
     epoch: int
-    partitions: list[tuple[bytes, int]] = []
-    groups: list[str] = []
+    partitions: list[tuple[bytes, int]]
+    groups: list[str]
 
     api = 61
     response = Empty
