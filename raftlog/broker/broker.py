@@ -22,6 +22,7 @@ from raftlog.broker.metadata import MetadataReplica, MetadataService, metadata_s
 from raftlog.broker.partition import PartitionReplica
 from raftlog.broker.peers import Address, Peers
 from raftlog.broker.pulse import Pulse
+from raftlog.broker.repair import Repairs
 from raftlog.broker.replica import Replica
 from raftlog.broker.retention import keep_house
 from raftlog.broker.service import Service
@@ -118,6 +119,7 @@ class Broker:
             on_replaced=self._replaced,
         )
         self.pulse = Pulse(self)
+        self.repairs = Repairs(self)
         self.snapshot_slots = SnapshotSlots(config.snapshots_sent_max)
         self.metadata: MetadataService
         self._registered: asyncio.Task[None]
@@ -160,10 +162,9 @@ class Broker:
     async def _begin(self) -> None:
         address = await self._listen()
         self.peers.local = self.server.local
+        self.peers.learn({**self.identity.addresses, self.broker_id: (self.identity.incarnation, *address)})
         own = self._metadata_replica_id
-        replica = await MetadataReplica.open(
-            self, self.store.logs[own], self.identity.metadata_voters, self.hosting.image_changed
-        )
+        replica = await self._open_metadata(own)
         self.hosting.by_id[own] = replica
         self.pulse.watch(replica)
         registration = RegisterBroker(
@@ -176,11 +177,32 @@ class Broker:
         )
         self.metadata = MetadataService(self, replica, self.identity, registration)
         await self.hosting.open()
-        self.peers.learn({**self.identity.addresses, self.broker_id: (self.identity.incarnation, *address)})
         self.pulse.start()
         self.spawn(self.hosting.follow())
+        self.spawn(self.repairs.run())
         self.spawn(keep_house(self))
         self._registered = self.spawn(self.metadata.register())
+
+    async def _open_metadata(self, replica_id: int) -> MetadataReplica:
+        """Without its replica of the metadata group a broker knows nothing: should it be damaged, that is
+        repaired first.
+
+        Raises:
+            DamagedData: it cannot be, or nobody was there in time.
+        """
+        while True:
+            if replica_id in self.store.ward.patients:
+                await self.repairs.mend_first(replica_id)
+            try:
+                return await MetadataReplica.open(
+                    self,
+                    self.store.logs[replica_id],
+                    self.identity.metadata_voters,
+                    self.hosting.image_changed,
+                )
+            except DamagedData:
+                if not self.store.ward.is_hurt(replica_id):
+                    raise
 
     async def _listen(self) -> tuple[str, int]:
         known = self.identity.addresses.get(self.broker_id)
@@ -277,6 +299,7 @@ class Broker:
     # -- peers -----------------------------------------------------------------------------------------------
 
     def _peer_up(self, broker_id: int) -> None:
+        self.repairs.hurry()
         for replica in self.hosting.by_id.values():
             replica.peer_up(broker_id)
 
@@ -432,7 +455,7 @@ class Broker:
             durable_index=node.durable_index,
             voters=sorted(replica.hosts[member] for member in node.conf.voters if member in replica.hosts),
             lagging=lagging,
-            fault=str(replica.fault) if replica.fault is not None else "",
+            fault=str(replica.fault or self.repairs.note(replica.replica_id)),
         )
 
 
@@ -441,6 +464,8 @@ async def _found_metadata_replica(identity: Identity, store: BrokerStore) -> Non
     it."""
     spec = metadata_spec(identity.metadata_voters, identity.metadata_replica)
     if spec.replica_id in store.logs:
+        return
+    if spec.replica_id in store.ward.sleepers:
         return
     if spec.replica_id in store.damaged:
         raise store.damaged[spec.replica_id]

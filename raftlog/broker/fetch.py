@@ -12,7 +12,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any, Final
 
 from raftlog.broker.partition import PartitionReplica
-from raftlog.errors import RaftlogError, to_wire
+from raftlog.errors import Busy, DamagedData, RaftlogError, to_wire
 from raftlog.net.rpc import FetchedPartition, FetchPartition, FetchRequest, FetchResponse, WireError
 from raftlog.net.server import Reply
 from raftlog.record.batch import BATCH_BYTES_LIMIT
@@ -25,7 +25,9 @@ WAIT_MS_MAX: Final = 60_000
 
 
 def wire_error(error: RaftlogError) -> WireError:
-    """An error as part of a response."""
+    """An error as part of a response. What is damaged here is being repaired: for a client that is no end."""
+    if isinstance(error, DamagedData):
+        error = Busy(f"being repaired: {error.message}")
     return WireError(*to_wire(error))
 
 

@@ -16,7 +16,7 @@ from raftlog.broker.partition import PartitionReplica
 from raftlog.broker.replica import Replica
 from raftlog.broker.retention import Retention
 from raftlog.config import TopicConfig
-from raftlog.errors import RaftlogError, UnknownReplica
+from raftlog.errors import DamagedData, RaftlogError, UnknownReplica
 from raftlog.raft.types import ConfState
 from raftlog.state.image import Partition, Topic
 from raftlog.state.metadata_commands import Command, CompletePartition, ReplaceReplica
@@ -124,7 +124,12 @@ class Hosting:
                 if known.assignment is not partition and known.assign(partition):
                     broker.pulse.rouse(known)
             elif replica_id in broker.store.logs:
-                await self._open(replica_id, topic, index, partition)
+                try:
+                    await self._open(replica_id, topic, index, partition)
+                except DamagedData as error:  # it is opened once it is repaired
+                    logger.warning(
+                        "broker %d: cannot open replica %d: %s", broker.broker_id, replica_id, error
+                    )
 
     async def _open(self, replica_id: int, topic: Topic, index: int, partition: Partition) -> None:
         broker = self._broker
@@ -151,10 +156,11 @@ class Hosting:
         self._ask(CompletePartition(spec.topic_id, spec.partition, replica.assignment.version))
 
     def _tell(self) -> None:
-        """Ask for other replicas in the place of those that are lost here."""
+        """Ask for other replicas in the place of those that are lost here, or damaged beyond repair."""
+        lost = self._broker.store.lost.keys() | self._broker.repairs.beyond_help
         for replica_id, (topic, index) in self._assigned().items():
             partition = topic.partitions[index]
-            if replica_id in self._broker.store.lost and replica_id in partition.wanted:
+            if replica_id in lost and replica_id in partition.wanted:
                 self.replace(topic.topic_id, index, replica_id)
 
     def replace(self, topic_id: bytes, partition: int, replica_id: int) -> None:

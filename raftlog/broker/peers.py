@@ -122,16 +122,17 @@ class Peers:
         link = self._links.get(broker_id)
         return link is not None and link.bulk is not None
 
-    def connection(self, broker_id: int) -> RpcConnection:
-        """The control connection, for requests.
+    def connection(self, broker_id: int, *, bulk: bool = False) -> RpcConnection:
+        """The control connection, for requests; the ``bulk`` one for those with large answers.
 
         Raises:
             ConnectionLost: it is down.
         """
         link = self._links.get(broker_id)
-        if link is None or link.control is None:
+        connection = None if link is None else link.bulk if bulk else link.control
+        if connection is None:
             raise ConnectionLost(f"no connection to broker {broker_id}")
-        return link.control
+        return connection
 
     # -- messages --------------------------------------------------------------------------------------------
 

@@ -131,13 +131,13 @@ class Pulse:
                 node.wake(self._broker.now_ms(), {})
 
     def rouse(self, replica: Replica[Any]) -> None:
-        """Its configuration is to change: should it lead and rest, it does so no longer."""
-        if replica.node.quiet and replica.membership.holds_awake:
+        """It has something to do as a leader: should it lead and rest, it does so no longer."""
+        if replica.node.quiet and replica.holds_awake:
             replica.node.wake(self._broker.now_ms(), self._heard_members(replica))
             self._broker.mark(replica)
 
     def _may_rest(self, replica: Replica[Any]) -> bool:
-        if replica.membership.holds_awake:
+        if replica.holds_awake:
             return False
         for member in _relies_on(replica):
             heard = self._heard.get(replica.hosts.get(member, -1))

@@ -45,6 +45,8 @@ Done = Callable[[Any, RaftlogError | None], None]
 """Told the result of an entry once it is applied, or why it never will be known."""
 
 _CAMPAIGN_AGAIN_MS: Final = 50
+_HURT_PATIENCE: Final = 3
+"""A damaged replica campaigns this many election timeouts later than others."""
 _RECOVERY_CHUNK_BYTES: Final = 8 << 20
 
 
@@ -137,6 +139,8 @@ class Replica(Generic[M]):
         self._reads_asked = 0
         self._soft: SoftState | None = None
         self._campaign_at = 0
+        self._hurt_since_ms = -1
+        self._gave_up = False
         self._exchange = SnapshotExchange(self)
         self.membership = Membership(self)
         self.node = RawNode(
@@ -173,7 +177,7 @@ class Replica(Generic[M]):
         if self.fault is not None:
             return
         node = self.node
-        if node.deadline_ms <= now_ms and not self._is_stalled(now_ms):
+        if node.deadline_ms <= now_ms and not self._is_stalled(now_ms) and not self._is_hurt(now_ms):
             node.tick(now_ms)
             self.host.mark(self)
         if self._exchange.active:
@@ -208,6 +212,41 @@ class Replica(Generic[M]):
             node.step_down(now_ms)
             self.host.mark(self)
         return True
+
+    def _is_hurt(self, now_ms: int) -> bool:
+        """Whether this replica, about to act on a timer, should not, for something in its files is damaged.
+        As leader it gives up, once, when that is not repaired within an election timeout; and it lets others
+        campaign first. If all are damaged, and nobody can help, one of them must lead all the same."""
+        if not self.host.store.ward.is_hurt(self.replica_id):
+            self._hurt_since_ms = -1
+            self._gave_up = False
+            return False
+        if self._hurt_since_ms < 0:
+            self._hurt_since_ms = now_ms
+        node, timeout_ms = self.node, self.host.config.election_timeout_ms
+        if node.conf.voters == (self.replica_id,):
+            return False  # nobody else could do better
+        if node.role is Role.LEADER:
+            if self._gave_up or now_ms - self._hurt_since_ms < timeout_ms:
+                return False
+            logger.warning(
+                "broker %d: its replica is damaged: it gives up leading %s", self.host.broker_id, self.name
+            )
+            self._gave_up = True
+            node.step_down(now_ms)
+            self.host.mark(self)
+            return True
+        if now_ms - node.deadline_ms < _HURT_PATIENCE * timeout_ms:
+            return True
+        self._gave_up = True  # if it is elected now, nobody else could be
+        return False
+
+    @property
+    def holds_awake(self) -> bool:
+        """It has something to do that a group at rest would not."""
+        return self.membership.holds_awake or (
+            self.node.role is Role.LEADER and self.host.store.ward.is_hurt(self.replica_id)
+        )
 
     def peer_up(self, broker_id: int) -> None:
         """The connections to that broker stand again."""

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("raftlog.broker")
 
+_FOR_BROKERS = (rpc.LogFramesRequest, rpc.SnapshotBytesRequest)
+
 
 class Service:
     """The handler behind a broker's server.
@@ -44,6 +46,8 @@ class Service:
             rpc.InitProducerRequest: self._init_producer,
             rpc.MetadataCommandRequest: self._metadata_command,
             rpc.BrokerStatusRequest: self._status,
+            rpc.LogFramesRequest: self._lend_frames,
+            rpc.SnapshotBytesRequest: self._lend_snapshot,
         }
 
     # -- Handler ---------------------------------------------------------------------------------------------
@@ -63,6 +67,8 @@ class Service:
     ) -> None:
         if type(request) is rpc.MetadataCommandRequest and connection.peer.role == "client":
             raise ProtocolError("clients change metadata through requests of their own")
+        if isinstance(request, _FOR_BROKERS) and connection.peer.role != "broker":
+            raise ProtocolError(f"{type(request).__name__} from a {connection.peer.role}")
         self._handlers[type(request)](request, payload, reply)
 
     def on_one_way(self, connection: ServerConnection, message: rpc.Struct, payload: memoryview) -> None:
@@ -201,6 +207,14 @@ class Service:
             check_topic(command.name, len(command.assignment), command.config)
         self._broker.metadata.replica.command(command, done)
 
+    # -- repair ----------------------------------------------------------------------------------------------
+
+    def _lend_frames(self, request: rpc.LogFramesRequest, payload: memoryview, reply: Reply) -> None:
+        self._broker.spawn(_lend(reply, partial(self._broker.repairs.lend_frames, request)))
+
+    def _lend_snapshot(self, request: rpc.SnapshotBytesRequest, payload: memoryview, reply: Reply) -> None:
+        self._broker.spawn(_lend(reply, partial(self._broker.repairs.lend_snapshot, request)))
+
     # -- status ----------------------------------------------------------------------------------------------
 
     def _status(self, request: rpc.BrokerStatusRequest, payload: memoryview, reply: Reply) -> None:
@@ -211,7 +225,7 @@ class Service:
             for replica in broker.replicas()
             if wanted is None or replica.log.spec.topic in wanted
         ]
-        rows += [row for row in out_of_service_rows(broker.store) if wanted is None or row.topic in wanted]
+        rows += [row for row in out_of_service_rows(broker) if wanted is None or row.topic in wanted]
         clients = sorted(
             {
                 connection.peer.client_id
@@ -240,6 +254,16 @@ async def _answer_with(reply: Reply, work: Callable[[], Coroutine[Any, Any, rpc.
         # whoever asked must not wait in vain; raised again, it is logged where the task ends
         reply.fail(RaftlogError(f"internal error of the broker: {bug!r}"))
         raise
+
+
+async def _lend(reply: Reply, work: Callable[[], Coroutine[Any, Any, tuple[rpc.Struct, bytes]]]) -> None:
+    """Answer a broker that repairs a replica; what fails here it finds elsewhere."""
+    try:
+        answer, data = await work()
+    except RaftlogError as error:
+        reply.fail(error)
+    else:
+        reply.ok(answer, (data,))
 
 
 def _nobody_waits(result: Any, error: RaftlogError | None) -> None:

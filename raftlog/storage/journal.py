@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from typing import TypeAlias, TypeVar
 
 from raftlog.errors import RaftlogError, StorageFailed, StorageFull
-from raftlog.raft.types import Append, HardState
+from raftlog.raft.types import Append, Entry, HardState
 from raftlog.record.frame import Buffer
 from raftlog.storage.disk import Disk, Write
 from raftlog.storage.journal_files import JournalFile, JournalFiles
@@ -46,6 +46,7 @@ from raftlog.storage.journal_sync import Unsynced, must_sync
 from raftlog.storage.replica_log import ReplicaLog
 from raftlog.storage.segment import Segment
 from raftlog.storage.spec import StorageConfig
+from raftlog.storage.ward import Sleeper
 
 T = TypeVar("T")
 Done: TypeAlias = Callable[[BaseException | None], None]
@@ -88,6 +89,7 @@ class Journal:
 
     Args:
         logs: the replicas, by id; the store adds and removes.
+        sleepers: the damaged ones, likewise.
         sequence, base: of the file that the first group will begin.
         old: (sequence, base, needed) of the files that recovery found, oldest first.
         on_fault: told of StorageFull, StorageFailed and None (all is well again).
@@ -101,6 +103,7 @@ class Journal:
         config: StorageConfig,
         disk_id: bytes,
         logs: dict[int, ReplicaLog],
+        sleepers: dict[int, Sleeper],
         *,
         sequence: int,
         base: int,
@@ -113,7 +116,10 @@ class Journal:
         self._config = config
         self._disk_id = disk_id
         self._logs = logs
+        self._sleepers = sleepers
         self._files = JournalFiles(disk, config, logs, sequence, old)
+        for replica_id, sleeper in sleepers.items():
+            self._files.checkpointed(replica_id, sleeper.checkpoint.index)
         self._position = base
         """Where the next group begins."""
         self._synced = base
@@ -329,6 +335,8 @@ class Journal:
         if first:
             for log in self._logs.values():
                 self._add_checkpoint(group, log)
+            for sleeper in self._sleepers.values():
+                self._add_sleeper(group, file, sleeper)
         for item in items:
             self._add_append(group, file, item)
         for replica_id, (log, index) in self._copies.items():
@@ -410,6 +418,23 @@ class Journal:
         if not log.removed:
             group.add(encode_checkpoint(group.position, log.spec.replica_id, log.checkpoint(), kind))
             group.checkpoints.append((log, log.flushed_index))
+
+    def _add_sleeper(self, group: _Group, file: JournalFile, sleeper: Sleeper) -> None:
+        """Write again all that the journal says of a damaged replica: no older file is needed for it."""
+        replica_id, entries = sleeper.spec.replica_id, sleeper.entries
+        group.add(encode_checkpoint(group.position, replica_id, sleeper.checkpoint))
+        if entries:
+            self._files.need(file, replica_id, entries[0].header.index, entries[-1].header.index)
+        for entry in entries:
+            header = entry.header
+            if entry.place is not None:
+                head = Entry.of(header, header.encode())
+                group.add(encode_entry_ref(group.position, replica_id, head, entry.place))
+            else:
+                assert entry.frame is not None
+                group.add(record_head(group.position, RecordKind.ENTRY, replica_id, entry.frame))
+                group.buffers.append(entry.frame)
+                group.position += len(entry.frame)
 
     def _finish(self, group: _Group, items: list[_Item]) -> None:
         for log in group.resets:

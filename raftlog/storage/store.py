@@ -22,10 +22,17 @@ from raftlog.storage.journal_scan import JournalScan, scan_journal
 from raftlog.storage.manifest import Manifest, load_manifest, store_manifest
 from raftlog.storage.recovery import FrameSource, RecoveredReplica, recover_replica, replay_whole
 from raftlog.storage.replica_log import Accept, Recovered, ReplicaLog
-from raftlog.storage.segment import SEGMENT_HEADER_BYTES, Segment, replica_folder, segment_path
+from raftlog.storage.segment import (
+    REPLICAS_FOLDER,
+    SEGMENT_HEADER_BYTES,
+    Segment,
+    replica_folder,
+    segment_path,
+)
 from raftlog.storage.segment_reader import SegmentReader
 from raftlog.storage.snapshot_file import LogSnapshot, parse_snapshot, read_snapshot, snapshot_path
 from raftlog.storage.spec import ReplicaSpec, StorageConfig
+from raftlog.storage.ward import Sleeper, Ward
 
 OnFault: TypeAlias = Callable[[RaftlogError | None], None]
 
@@ -37,8 +44,8 @@ class BrokerStore:
         logs: the replicas, by id.
         lost: created here once, and nothing of them is left: an empty replica must never vote under such an
         id.
-        damaged: their data does not check; the error says where. The broker's other replicas are not
-        affected.
+        ward: damaged replicas, which do not run, and damaged files of those that do; the broker's other
+        replicas are not affected.
         fault: StorageFull while the device has no room (what was appended waits and is tried again; nothing
         is lost),
             StorageFailed once a write or sync failed: then for good.
@@ -51,7 +58,6 @@ class BrokerStore:
     def __init__(self, disk: Disk, config: StorageConfig, disk_id: bytes) -> None:
         self.logs: dict[int, ReplicaLog] = {}
         self.lost: dict[int, ReplicaSpec] = {}
-        self.damaged: dict[int, DamagedData] = {}
         self.fault: RaftlogError | None = None
         self.on_fault: OnFault = _ignore
         self.was_clean = True
@@ -62,7 +68,8 @@ class BrokerStore:
         self._specs: dict[int, ReplicaSpec] = {}
         self._amnesiac: set[int] = set()
         self._note: asyncio.Task[None] | None = None
-        self._reader = SegmentReader(disk, config)
+        self.ward = Ward(disk, config, self.logs, self._wake)
+        self._reader = SegmentReader(disk, config, self.ward.note_segment)
         self._journal: Journal
         self._flusher: Flusher
         self._full: dict[str, RaftlogError] = {}
@@ -128,10 +135,10 @@ class BrokerStore:
         """Forget a replica and delete its data. One that is not there is fine."""
         log = self.logs.pop(replica_id, None)
         self.lost.pop(replica_id, None)
-        self.damaged.pop(replica_id, None)
+        self.ward.forget(replica_id)
+        self._journal.forget(replica_id)
         if log is not None:
             log.removed = True
-            self._journal.forget(replica_id)
             self._flusher.forget(log)
         if self._specs.pop(replica_id, None) is not None:
             async with self._manifest_lock:
@@ -154,6 +161,11 @@ class BrokerStore:
         for replica_id, error in self.damaged.items():
             found[replica_id] = (self._specs[replica_id], error.message)
         return found
+
+    @property
+    def damaged(self) -> dict[int, DamagedData]:
+        """What is wrong with each replica that recovery could not put together."""
+        return {replica_id: sleeper.error for replica_id, sleeper in self.ward.sleepers.items()}
 
     # -- append ----------------------------------------------------------------------------------------------
 
@@ -260,15 +272,14 @@ class BrokerStore:
         found: list[RecoveredReplica] = []
         for spec in manifest.replicas:
             self._specs[spec.replica_id] = spec
-            if spec.replica_id not in replayed:
+            held = replayed.get(spec.replica_id)
+            if held is None or held.checkpoint is None:
                 self.lost[spec.replica_id] = spec
                 continue
             try:
-                found.append(
-                    await recover_replica(self._disk, self._config, spec, replayed[spec.replica_id], source)
-                )
+                found.append(await recover_replica(self._disk, self._config, spec, held, source))
             except DamagedData as error:
-                self.damaged[spec.replica_id] = error
+                self.ward.sleepers[spec.replica_id] = Sleeper.of(spec, held, error)
         await self._begin(manifest, scan, found)
 
     async def _begin(self, manifest: Manifest, scan: JournalScan, found: list[RecoveredReplica]) -> None:
@@ -279,20 +290,20 @@ class BrokerStore:
         for replica in found:
             for path in replica.leftovers:
                 await self._disk.remove(path)
-            log = self.logs[replica.spec.replica_id] = self._recovered_log(replica)
-            log.amnesiac = replica.spec.replica_id in self._amnesiac
+            self.logs[replica.spec.replica_id] = self._recovered_log(replica)
         needed = {file.sequence: dict[int, int]() for file in scan.files}
         for replica in found:
             for sequence, index in replica.needed.items():
                 needed[sequence][replica.spec.replica_id] = index
-        for damaged in self.damaged:
-            for held in needed.values():  # its part of the journal is evidence: keep it
-                held[damaged] = 1 << 62
+        for sleeper in self.ward.sleepers.values():
+            for entry in sleeper.entries:
+                needed[entry.sequence][sleeper.spec.replica_id] = entry.header.index
         self._journal = Journal(
             self._disk,
             self._config,
             self._disk_id,
             self.logs,
+            self.ward.sleepers,
             sequence=scan.sequence + 1,
             base=scan.end,
             old=[(file.sequence, file.base, needed[file.sequence]) for file in scan.files],
@@ -330,7 +341,12 @@ class BrokerStore:
         if not scan.files:
             return
         last = scan.files[-1]
-        contents: dict[str, list[tuple[int, Buffer]]] = {last.path: [(0, last.data[: last.size])]}
+        await self._write_again({last.path: [(0, last.data[: last.size])]}, found)
+
+    async def _write_again(
+        self, contents: dict[str, list[tuple[int, Buffer]]], found: list[RecoveredReplica]
+    ) -> None:
+        """Write these (position, bytes) by path, and the large frames that the journal refers to; synced."""
         for replica in found:
             for entry in replica.recovered.tail:
                 place = replica.places.get(entry.index)
@@ -340,11 +356,23 @@ class BrokerStore:
         for path, parts in contents.items():
             file = await self._disk.open(path)
             try:
-                if path != last.path:
+                if path.startswith(REPLICAS_FOLDER):
                     parts.append((0, await file.read(0, SEGMENT_HEADER_BYTES)))
                 await self._disk.write([Write(file, position, (data,)) for position, data in parts])
             finally:
                 file.close()
+
+    async def _wake(self, replica: RecoveredReplica) -> None:
+        """A damaged replica is whole again: from here on it is like any other."""
+        for path in replica.leftovers:
+            await self._disk.remove(path)
+        if not self.was_clean:
+            await self._write_again({}, [replica])
+        log = self._recovered_log(replica)
+        if self.ward.sleepers.pop(log.spec.replica_id, None) is not None:  # else it was removed meanwhile
+            self.logs[log.spec.replica_id] = log
+            self._flusher.added(log, sum(len(entry.frame) for entry in log.recovered.tail))
+            await self._flusher.finish_sealing(log)
 
     def _new_log(self, spec: ReplicaSpec) -> ReplicaLog:
         recovered = Recovered(HardState(), ((0, spec.conf),), 1, 0, 0, (), 0, (), 0, 0)
@@ -356,6 +384,9 @@ class BrokerStore:
         log = self._make_log(replica.spec, replica.recovered, replica.segments, replica.flushed)
         log.snapshot = replica.snapshot
         log.snapshots = replica.snapshots
+        log.amnesiac = replica.spec.replica_id in self._amnesiac
+        for index in replica.damaged_snapshots:
+            self.ward.note_snapshot(replica.spec.replica_id, index)
         for index, place in replica.places.items():
             segment = log.segment_of(index)
             if place == (segment.base_index, segment.base_offset, log.memory.position_of(index)):
@@ -401,7 +432,8 @@ class BrokerStore:
                 try:
                     await read_snapshot(self._disk, log.spec.replica_id, end)
                 except (DamagedData, FileNotFoundError):
-                    continue  # `verify` reports it; the log below it is what replaces it
+                    self.ward.note_snapshot(log.spec.replica_id, end)
+                    continue
                 return end
         return 0
 
@@ -419,15 +451,20 @@ class BrokerStore:
         self, log: ReplicaLog, index: int, position: int, size: int
     ) -> tuple[bytes, int]:
         """See :meth:`ReplicaLog.snapshot_chunk`."""
-        path = snapshot_path(log.spec.replica_id, index)
-        try:
-            file = await self._disk.open(path)
+        replica_id = log.spec.replica_id
+        if position == 0:
             try:
-                return await file.read(position, size), await self._disk.file_size(path)
-            finally:
-                file.close()
-        except FileNotFoundError as error:
-            raise StorageFailed(f"{path}: there is no such snapshot") from error
+                await read_snapshot(self._disk, replica_id, index)
+            except DamagedData as error:
+                self.ward.note_snapshot(replica_id, index)
+                raise StorageFailed(f"the snapshot at {index} cannot be sent: {error}") from error
+            except FileNotFoundError:
+                if index == log.first_index - 1:
+                    self.ward.note_snapshot(replica_id, index)
+        data, total = await self.ward.snapshot_chunk(replica_id, index, position, size)
+        if not total:
+            raise StorageFailed(f"{snapshot_path(replica_id, index)}: there is no such snapshot")
+        return data, total
 
     async def keep_snapshot(self, log: ReplicaLog, index: int, data: Buffer) -> LogSnapshot:
         """See :meth:`ReplicaLog.keep_snapshot`."""

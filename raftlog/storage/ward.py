@@ -50,10 +50,9 @@ class Sleeper:
     """What is wrong."""
 
     @classmethod
-    def of(cls, spec: ReplicaSpec, replayed: Replayed, error: DamagedData) -> Sleeper | None:
-        """None for one of which the journal has not even a checkpoint."""
-        if replayed.checkpoint is None:
-            return None
+    def of(cls, spec: ReplicaSpec, replayed: Replayed, error: DamagedData) -> Sleeper:
+        """What recovery could not go on from."""
+        assert replayed.checkpoint is not None
         checkpoint = msgspec.structs.replace(replayed.checkpoint, hard_state=replayed.hard_state)
         # Copies: the frames must not keep whole journal files in memory.
         entries = [
@@ -81,7 +80,7 @@ class Ward:
 
     Args:
         logs: the replicas that run.
-        wake: called with a sleeper that recovery could put together after all.
+        wake: called with a sleeper that recovery could put together after all; moves it to the logs.
 
     Attributes:
         sleepers: by replica id.
@@ -104,6 +103,24 @@ class Ward:
     def patients(self) -> list[int]:
         """Ids of all replicas with something to repair."""
         return sorted({*self.sleepers, *self._segments, *self._snapshots})
+
+    def is_hurt(self, replica_id: int) -> bool:
+        """Files of a replica that runs are known to be damaged."""
+        return replica_id in self._segments or replica_id in self._snapshots
+
+    def spec_of(self, replica_id: int) -> ReplicaSpec | None:
+        """What the replica is; None once it was removed."""
+        sleeper = self.sleepers.get(replica_id)
+        if sleeper is not None:
+            return sleeper.spec
+        log = self._logs.get(replica_id)
+        return log.spec if log is not None else None
+
+    def replicas_of(self, topic_id: bytes, partition: int) -> list[int]:
+        """Ids of all replicas of a partition on this disk, damaged ones too."""
+        specs = [log.spec for log in self._logs.values()]
+        specs += [sleeper.spec for sleeper in self.sleepers.values()]
+        return [spec.replica_id for spec in specs if (spec.topic_id, spec.partition) == (topic_id, partition)]
 
     def note_segment(self, segment: Segment) -> None:
         """Something in the segment of a replica that runs does not check."""
@@ -153,7 +170,7 @@ class Ward:
         except DamagedData as error:
             sleeper.error = error
             return error
-        if self.sleepers.pop(spec.replica_id, None) is sleeper:  # else it was removed meanwhile
+        if spec.replica_id in self.sleepers:  # else it was removed meanwhile
             await self._wake(found)
         return None
 
@@ -173,7 +190,7 @@ class Ward:
         known = self._snapshots.get(replica_id, set())
         for index in sorted(known):
             try:
-                if index >= log.first_index - 1 > 0:
+                if index in log.snapshots or index == log.first_index - 1 > 0:
                     await read_snapshot(self._disk, replica_id, index)
             except (FileNotFoundError, DamagedData):
                 return BrokenSnapshot.at(log.spec, (index,))
@@ -203,6 +220,22 @@ class Ward:
         if log is not None and index not in log.snapshots:
             log.snapshots.append(index)
             log.snapshots.sort()
+
+    async def drop_snapshot(self, replica_id: int, index: int) -> bool:
+        """Do without a damaged snapshot of a replica that runs, if its log does not begin behind it.
+
+        Returns:
+            False when it cannot be done without.
+        """
+        log = self._logs.get(replica_id)
+        if log is None or index <= log.first_index - 1:
+            return False
+        if index in log.snapshots:
+            log.snapshots.remove(index)
+        await self._disk.remove(snapshot_path(replica_id, index))
+        known = self._snapshots.get(replica_id, set())
+        known.discard(index)
+        return True
 
     # -- for peers -------------------------------------------------------------------------------------------
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 from broker_kit import TOPIC, World, batch
 
+from raftlog.broker.repair import Repairs
 from raftlog.errors import DamagedData, UnknownReplica
-from raftlog.net.rpc import DeleteTopicRequest
+from raftlog.net.rpc import DeleteTopicRequest, LogFramesRequest, LogFramesResponse
+from raftlog.storage.damage import BrokenLog
 from raftlog.testing.sim_cluster import broker_name
 
 
@@ -25,14 +27,19 @@ def stop_with_segments(world: World) -> tuple[int, list[str]]:
     return victim, paths
 
 
-def test_a_damaged_replica_is_out_of_service_and_its_broker_is_not() -> None:
+async def lend_nothing(repairs: Repairs, request: LogFramesRequest) -> tuple[LogFramesResponse, bytes]:
+    return LogFramesResponse(), b""
+
+
+def test_a_damaged_replica_is_out_of_service_and_its_broker_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Repairs, "lend_frames", lend_nothing)
     with World(topic_config={"segment_bytes": 64 << 10}) as world:
         victim, paths = stop_with_segments(world)
         disk = world.cluster.disks[victim]
         world.cluster.run(disk.remove(paths[0]))
         world.cluster.start_broker(victim)
         store = world.broker(victim).store
-        assert [type(error) for error in store.damaged.values()] == [DamagedData]
+        assert [type(error) for error in store.damaged.values()] == [BrokenLog]
         with pytest.raises(UnknownReplica):
             world.written(world.dial(victim), batch(b"x"))
         assert world.written(world.dial(world.leader()), batch(b"the others go on")) == 60
@@ -46,7 +53,8 @@ def test_a_damaged_replica_is_out_of_service_and_its_broker_is_not() -> None:
         world.until(lambda: not any(path in disk.paths() for path in paths))
 
 
-def test_a_broker_whose_metadata_is_damaged_says_which_file() -> None:
+def test_a_broker_whose_metadata_is_damaged_says_which_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Repairs, "lend_frames", lend_nothing)
     with World() as world:
         victim = (world.metadata_leader() + 1) % 3
         world.cluster.run(world.broker(victim).store.flush(), node=broker_name(victim))

@@ -22,10 +22,12 @@ from raftlog.net.rpc import (
     FetchRequest,
     InitProducerRequest,
     ListOffsetsRequest,
+    LogFramesRequest,
     MetadataCommandRequest,
     MetadataRequest,
     OffsetQuery,
     ProduceRequest,
+    SnapshotBytesRequest,
 )
 
 numbers = st.sampled_from([0, 1, -1, 2, -2, 99, 2**31, -(2**31), 2**53, 2**63 - 1, -(2**63), 2**64 - 1])
@@ -64,6 +66,8 @@ STRATEGIES: dict[type[Any], st.SearchStrategy[Any]] = {
     InitProducerRequest: st.builds(InitProducerRequest, st.none() | st.text(max_size=3)),
     MetadataCommandRequest: st.just(MetadataCommandRequest()),
     BrokerStatusRequest: st.builds(BrokerStatusRequest, st.none() | st.lists(names, max_size=3)),
+    LogFramesRequest: st.builds(LogFramesRequest, topic_ids, numbers, numbers, numbers, numbers),
+    SnapshotBytesRequest: st.builds(SnapshotBytesRequest, topic_ids, numbers, numbers, numbers, numbers),
 }
 payloads = st.sampled_from([b"", batch(b"a"), batch(b"a")[:-1], b"\x92\x06\x01"]) | st.binary(max_size=80)
 

@@ -6,10 +6,11 @@ import msgspec
 import pytest
 from host_kit import TOPIC, Host
 
-from raftlog.errors import DamagedData, NotLeader, RaftlogError, StorageFull
+from raftlog.broker.repair import Repairs
+from raftlog.errors import NotLeader, RaftlogError, StorageFull
 from raftlog.net.connection import RpcConnection
 from raftlog.net.handshake import Local
-from raftlog.net.rpc import BrokerStatusRequest, ReplicaRow
+from raftlog.net.rpc import BrokerStatusRequest, LogFramesRequest, LogFramesResponse, ReplicaRow
 from raftlog.raft.types import Role
 from raftlog.record.frame import FrameKind
 from raftlog.storage.manifest import load_manifest, store_manifest
@@ -155,7 +156,10 @@ def check_out_of_service(host: Host, victim: int, what: str) -> None:
     assert host.find(victim) is None
 
 
-def test_a_damaged_replica_is_shown_and_never_votes() -> None:
+def test_a_damaged_replica_that_nobody_can_repair_is_shown_and_never_votes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Repairs, "lend_frames", lend_nothing)
     host = Host(15)
     host.produce(60)
     victim = host.followers()[0]
@@ -177,6 +181,10 @@ def test_a_damaged_replica_is_shown_and_never_votes() -> None:
     host.produce(3)
     host.wait(host.is_equal)
     host.close()
+
+
+async def lend_nothing(repairs: Repairs, request: LogFramesRequest) -> tuple[LogFramesResponse, bytes]:
+    return LogFramesResponse(), b""
 
 
 def test_a_lost_replica_never_votes_and_another_takes_its_place() -> None:
@@ -219,19 +227,4 @@ def test_a_lost_replica_never_votes_and_another_takes_its_place() -> None:
     assert host.replica(victim).node.role is Role.FOLLOWER
     host.produce(5)
     assert [record.offset for record in host.consume()] == list(range(host.count))
-    host.close()
-
-
-def test_a_broker_whose_metadata_replica_is_damaged_says_so() -> None:
-    host = Host(17)
-    victim = host.followers()[0]
-    broker = host.cluster.brokers[victim]
-    log = broker.metadata.replica.log
-    host.cluster.run(broker.store.flush(), node=broker_name(victim))
-    path = log.segments[0].path
-    host.cluster.kill_broker(victim)
-    host.cluster.run(host.cluster.disks[victim].remove(path))
-    with pytest.raises(DamagedData, match="segment is missing"):
-        host.cluster.start_broker(victim)
-    host.produce(3)
     host.close()

@@ -1,0 +1,523 @@
+"""Repair of a damaged replica with bytes from others: what is taken, what is refused, what a crash leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from random import Random
+
+import pytest
+from storage_kit import DISK_ID, SMALL, Writer, append, contents, grow, run, snapshot_at, spec
+
+from raftlog.errors import CorruptFrame, DamagedData
+from raftlog.raft.types import Entry, HardState
+from raftlog.record.frame import FrameKind
+from raftlog.storage.damage import BrokenLog, BrokenSnapshot
+from raftlog.storage.replica_log import ReplicaLog
+from raftlog.storage.segment import SEGMENT_HEADER_BYTES, replica_folder
+from raftlog.storage.snapshot_file import snapshot_path
+from raftlog.storage.store import BrokerStore
+from raftlog.storage.verify import verify
+from raftlog.testing.disk import CrashMode, SimDisk
+
+ENTRIES = 150
+
+
+async def open_store(disk: SimDisk) -> BrokerStore:
+    return await BrokerStore.open(disk, SMALL, disk_id=DISK_ID)
+
+
+async def filled(disk: SimDisk, *, count: int = ENTRIES, large: tuple[int, ...] = ()) -> BrokerStore:
+    """A store with one replica in several segments, the last of them growing."""
+    store = await open_store(disk)
+    log = await store.create(spec())
+    for number in range(count):
+        size = 3000 if number in large else 100
+        await grow(store, log, 1, size=size, term=1 + number // 60)
+    await store.flush()
+    return store
+
+
+async def repaired(store: BrokerStore, *peers: BrokerStore, bytes_max: int = 700) -> int:
+    """Repair replica 1 with what the peers have; returns how many patches it took."""
+    patches = 0
+    while (damage := await store.ward.next_damage(1)) is not None:
+        assert isinstance(damage, BrokenLog), damage
+        patch = await store.ward.patch(damage)
+        while not patch.is_proved:
+            for peer in peers:
+                found = await peer.ward.frames(1, patch.index, patch.prev_crc, bytes_max)
+                if found:
+                    break
+            else:
+                raise damage
+            await patch.add(found)
+            if patch.is_hopeless:
+                patch.restart()
+                raise damage
+        await patch.apply()
+        await patch.close()
+        patches += 1
+        assert patches < 20
+    return patches
+
+
+def segments(disk: SimDisk) -> dict[str, bytes]:
+    return {path: disk.content(path) for path in disk.paths() if path.endswith(".seg")}
+
+
+def flip(disk: SimDisk, path: str, *positions: int) -> None:
+    for position in positions:
+        disk.flip(path, position)
+
+
+def flip_in(disk: SimDisk, paths: list[str], *places: float) -> None:
+    """Flip a bit at each of these parts of the files' frames."""
+    for path in paths:
+        size = len(disk.content(path)) - SEGMENT_HEADER_BYTES
+        flip(disk, path, *(SEGMENT_HEADER_BYTES + int(size * place) for place in places))
+
+
+def cut(disk: SimDisk, path: str, place: float) -> None:
+    content = disk.content(path)
+    disk.put(path, content[: int(len(content) * place)])
+
+
+def remove(disk: SimDisk, *paths: str) -> None:
+    for path in paths:
+        del disk._nodes[path]
+
+
+def forget_indexes(disk: SimDisk) -> None:
+    """Without index files, recovery reads the frames of every segment."""
+    remove(disk, *(path for path in disk.paths() if path.endswith(".idx")))
+
+
+Damage = Callable[[SimDisk, list[str]], None]
+DAMAGES: dict[str, Damage] = {
+    "the first segment is missing": lambda disk, paths: remove(disk, paths[0]),
+    "a segment in the middle is missing": lambda disk, paths: remove(disk, paths[2]),
+    "two neighbours are missing": lambda disk, paths: remove(disk, *paths[1:3]),
+    "the last segment is missing": lambda disk, paths: remove(disk, paths[-1]),
+    "all segments are missing": lambda disk, paths: remove(disk, *paths),
+    "the header is damaged": lambda disk, paths: flip(disk, paths[1], 30),
+    "the first header is damaged": lambda disk, paths: flip(disk, paths[0], 3),
+    "header and frames are damaged": lambda disk, paths: flip(disk, paths[1], 30, 90),
+    "it is cut short": lambda disk, paths: cut(disk, paths[1], 0.5),
+    "it is cut to nothing": lambda disk, paths: cut(disk, paths[1], 0),
+    "the last one is cut short": lambda disk, paths: cut(disk, paths[-1], 0.5),
+    "a sealed segment rots": lambda disk, paths: flip_in(disk, paths[1:2], 0.5),
+    "it rots at several places": lambda disk, paths: flip_in(disk, paths[1:2], 0.1, 0.5, 0.9),
+    "the growing segment rots": lambda disk, paths: flip_in(disk, paths[-1:], 0.0, 0.5),
+    "several segments rot": lambda disk, paths: flip_in(disk, paths, 0.3),
+}
+
+
+@pytest.mark.parametrize("indexed", [True, False])
+@pytest.mark.parametrize("name", DAMAGES)
+def test_damage_is_repaired_to_the_same_bytes(name: str, indexed: bool) -> None:
+    async def main() -> None:
+        disk, other = SimDisk(), SimDisk()
+        peer = await filled(other)
+        store = await filled(disk)
+        frames = await contents(store.logs[1])
+        await store.close()
+        whole = segments(disk)
+        DAMAGES[name](disk, list(whole))
+        if not indexed:
+            forget_indexes(disk)
+        store = await open_store(disk)
+        if 1 in store.logs:  # recovery trusts index files: reading finds it
+            assert indexed
+            with pytest.raises(DamagedData):
+                await contents(store.logs[1])
+        else:
+            assert list(store.damaged) == [1]
+        # What one look finds is repaired; reading may find more.
+        while True:
+            assert await repaired(store, peer) > 0
+            try:
+                assert await contents(store.logs[1]) == frames
+            except DamagedData:
+                continue
+            break
+        assert not store.ward.patients
+        assert segments(disk) == whole
+        await grow(store, store.logs[1], 5, term=9)
+        await store.close()
+        report = await verify(disk)
+        assert not report.problems
+        await peer.close()
+
+    run(main())
+
+
+def test_two_replicas_damaged_at_different_places_repair_each_other() -> None:
+    async def main() -> None:
+        disks = [SimDisk(), SimDisk()]
+        for disk in disks:
+            await (await filled(disk)).close()
+            forget_indexes(disk)
+        whole = segments(disks[0])
+        for disk, place in zip(disks, (0.3, 0.7), strict=True):
+            flip_in(disk, list(whole), place)
+        stores = [await open_store(disk) for disk in disks]
+        for store, peer in (stores, stores[::-1]):
+            assert list(store.damaged) == [1]
+            await repaired(store, peer)
+        for store, disk in zip(stores, disks, strict=True):
+            assert segments(disk) == whole
+            assert not store.damaged
+            await store.close()
+
+    run(main())
+
+
+def test_what_only_the_journal_of_a_damaged_replica_has_helps_others() -> None:
+    async def main() -> None:
+        disk, other = SimDisk(), SimDisk()
+        store = await filled(disk, count=60)
+        peer = await filled(other, count=30)
+        await grow(peer, peer.logs[1], 30)  # in its journal only
+        assert [bytes(a) for a in await contents(peer.logs[1])] == await contents(store.logs[1])
+        await store.close()
+        other = other.crash(CrashMode.NONE)
+        for each in (disk, other):
+            forget_indexes(each)
+        flip_in(other, list(segments(other))[:1], 0.5)
+        remove(disk, *list(segments(disk))[1:])
+        peer, store = await open_store(other), await open_store(disk)
+        assert list(peer.damaged) == list(store.damaged) == [1]
+        await repaired(store, peer)
+        await repaired(peer, store)
+        assert await contents(peer.logs[1]) == await contents(store.logs[1])
+        await store.close()
+        await peer.close()
+
+    run(main())
+
+
+def test_large_frames_that_the_journal_refers_to_are_repaired() -> None:
+    async def main() -> None:
+        disk, other = SimDisk(), SimDisk()
+        peer = await filled(other, count=30, large=(20, 25))
+        store = await open_store(disk)
+        log = await store.create(spec())
+        for number in range(30):
+            await grow(store, log, 1, size=3000 if number in (20, 25) else 100, commit=number < 10)
+        frames = await contents(log)
+        await grow(store, log, 1, commit=False)  # a mark says that what came before it was synced
+        disk = disk.crash(CrashMode.NONE)
+        for path in segments(disk):
+            size = len(disk.content(path))
+            for at in range(size - 2000, size - 1000, 50):
+                disk.flip(path, at)
+        store = await open_store(disk)
+        assert list(store.damaged) == [1]
+        assert await repaired(store, peer) > 0
+        assert (await contents(store.logs[1]))[:30] == frames
+        await store.close()
+        await peer.close()
+
+    run(main())
+
+
+# -- what is refused -----------------------------------------------------------------------------------------
+
+
+async def diverged(disk: SimDisk, upto: int) -> BrokerStore:
+    """A store that holds the same up to ``upto`` and then a branch that was never committed."""
+    store = await filled(disk, count=upto)
+    log = store.logs[1]
+    for _ in range(ENTRIES - upto + 5):
+        entry = Writer(log).entry(3, size=100)
+        await append(store, log, [entry], HardState(3, 0, upto))
+    return store
+
+
+def test_a_branch_that_was_never_committed_is_refused() -> None:
+    async def main() -> None:
+        disk, other, good = SimDisk(), SimDisk(), SimDisk()
+        store = await filled(disk)
+        wrong, peer = await diverged(other, 40), await filled(good)
+        frames = await contents(store.logs[1])
+        await store.close()
+        whole = segments(disk)
+        remove(disk, *list(whole)[1:])
+        damaged = segments(disk)
+        store = await open_store(disk)
+        with pytest.raises(BrokenLog):
+            await repaired(store, wrong)
+        assert segments(disk) == damaged, "nothing of it came in"
+        await repaired(store, peer)
+        assert segments(disk) == whole
+        assert await contents(store.logs[1]) == frames
+        for each in (store, wrong, peer):
+            await each.close()
+
+    run(main())
+
+
+def test_a_frame_inside_of_a_record_is_no_anchor_that_blocks() -> None:
+    """Somebody keeps frames as values: one that checks, with a plausible index, stands in the middle of a
+    damaged range."""
+
+    async def main() -> None:
+        disks = [SimDisk(), SimDisk()]
+        stores = []
+        for disk in disks:
+            store = await open_store(disk)
+            log = await store.create(spec())
+            await grow(store, log, 3)
+            fake = Entry.create(7, FrameKind.NOOP, 1, 8, 0, b"fake")
+            payload = bytes(Writer(log).entry(1, size=200).payload)
+            entry = Writer(log).entry(1, payload=payload[:100] + bytes(fake.frame) + payload[100:])
+            await append(store, log, [entry])
+            log.set_committed(entry.index)
+            await grow(store, log, 10)
+            await store.flush()
+            stores.append(store)
+        await stores[0].close()
+        forget_indexes(disks[0])
+        (path,) = segments(disks[0])
+        whole = segments(disks[0])
+        at = disks[0].content(path).index(b"fake") - 100
+        disks[0].flip(path, at)
+        store = await open_store(disks[0])
+        assert await repaired(store, stores[1]) == 1
+        assert segments(disks[0]) == whole
+        await store.close()
+        await stores[1].close()
+
+    run(main())
+
+
+def test_what_does_not_follow_is_refused() -> None:
+    async def main() -> None:
+        disk, other = SimDisk(), SimDisk()
+        peer, store = await filled(other), await filled(disk)
+        await store.close()
+        remove(disk, list(segments(disk))[1])
+        store = await open_store(disk)
+        damage = await store.ward.next_damage(1)
+        assert isinstance(damage, BrokenLog)
+        patch = await store.ward.patch(damage)
+        good = await peer.ward.frames(1, patch.index, patch.prev_crc, 700)
+        assert not await peer.ward.frames(1, patch.index, patch.prev_crc ^ 1, 700)
+        assert not await peer.ward.frames(1, ENTRIES + 50, patch.prev_crc, 700)
+        spoiled = bytearray(good)
+        spoiled[60] ^= 4
+        first = int.from_bytes(good[:4], "big")
+        for bad in (b"", b"x", bytes(spoiled), good[first:]):
+            with pytest.raises(CorruptFrame, match="no frame that follows"):
+                await patch.add(bad)
+        assert not patch.is_proved
+        await patch.close()
+        await store.close()
+        await peer.close()
+
+    run(main())
+
+
+# -- a crash -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name", ["a segment in the middle is missing", "it rots at several places", "it is cut short"]
+)
+def test_a_crash_in_the_middle_of_a_repair_is_harmless(name: str) -> None:
+    async def main() -> None:
+        good = SimDisk()
+        peer = await filled(good)
+        base = SimDisk()
+        await (await filled(base)).close()
+        whole = segments(base)
+        DAMAGES[name](base, list(whole))
+        forget_indexes(base)
+        for seed in range(12):
+            random = Random(seed)
+            disk = base.copy()
+            disk.random = random
+            store = await open_store(disk)
+            damage = await store.ward.next_damage(1)
+            assert isinstance(damage, BrokenLog)
+            patch = await store.ward.patch(damage)
+            while not patch.is_proved:
+                await patch.add(await peer.ward.frames(1, patch.index, patch.prev_crc, 700))
+            if seed % 3:
+                disk.fail_sync() if seed % 3 == 1 else disk.fail_write()
+                with pytest.raises(Exception, match="Input/output"):
+                    await patch.apply()
+            disk = disk.crash(CrashMode.RANDOM)
+            store = await open_store(disk)
+            await repaired(store, peer)
+            assert segments(disk) == whole
+            assert not any(path.endswith("repair") for path in disk.paths()), "nothing is left aside"
+            await store.close()
+            assert not (await verify(disk)).problems
+        await peer.close()
+
+    run(main())
+
+
+# -- a sleeping replica in the journal -----------------------------------------------------------------------
+
+
+def test_the_journal_carries_a_damaged_replica_along() -> None:
+    """Other replicas write on for many journal files; its term, vote and entries are still there, and no old
+    file is held back for it."""
+
+    async def main() -> None:
+        disk, other = SimDisk(), SimDisk()
+        store = await filled(disk, count=60)
+        log = store.logs[1]
+        await grow(store, log, 7, term=7, commit=False)
+        await append(store, log, (), HardState(7, 3, log.committed))
+        frames = await contents(log)
+        neighbour = await store.create(spec(2, partition=1))
+        peer = await filled(other, count=60)
+        await store.close()
+        path = next(iter(segments(disk)))
+        forget_indexes(disk)
+        disk.flip(path, 200)
+        for _ in range(2):
+            store = await open_store(disk)
+            assert list(store.damaged) == [1]
+            neighbour = store.logs[2]
+            await grow(store, neighbour, 400, size=200)
+            await store.flush()
+            journals = [name for name in disk.paths() if name.startswith("journal/")]
+            assert len(journals) <= 4, journals
+            disk = disk.crash(CrashMode.NONE)
+        store = await open_store(disk)
+        await repaired(store, peer)
+        log = store.logs[1]
+        assert await contents(log) == frames
+        assert (log.hard_state.term, log.hard_state.vote) == (7, 3)
+        await grow(store, store.logs[2], 400, size=200)
+        disk = disk.crash(CrashMode.NONE)
+        store = await open_store(disk)
+        assert await contents(store.logs[1]) == frames
+        await store.close()
+        await peer.close()
+
+    run(main())
+
+
+def test_a_sleeper_can_be_removed() -> None:
+    async def main() -> None:
+        disk = SimDisk()
+        await (await filled(disk)).close()
+        remove(disk, next(iter(segments(disk))))
+        store = await open_store(disk)
+        await store.remove(1)
+        assert not store.ward.patients
+        assert not store.out_of_service
+        assert await store.ward.next_damage(1) is None
+        assert not any(path.startswith(replica_folder(1)) for path in disk.paths())
+        await store.close()
+        assert not (await open_store(disk)).damaged
+
+    run(main())
+
+
+# -- snapshots -----------------------------------------------------------------------------------------------
+
+
+async def compacted(disk: SimDisk) -> BrokerStore:
+    """A store whose log begins behind a snapshot; there is another one further on."""
+    store = await open_store(disk)
+    log = await store.create(spec())
+    while len(log.segments) < 5:
+        await grow(store, log, 1)
+        if log.is_segment_end(log.last_index):
+            log.save_snapshot(snapshot_at(log, log.last_index))
+    await store.flush()
+    await log.truncate_prefix(log.segments[2].base_index - 1)
+    assert log.first_index > 1
+    return store
+
+
+async def lend_snapshot(store: BrokerStore, peer: BrokerStore, damage: DamagedData) -> None:
+    assert isinstance(damage, BrokenSnapshot)
+    for index in damage.indexes:
+        data, total = await peer.ward.snapshot_chunk(1, index, 0, 1 << 20)
+        if total:
+            await store.ward.keep_snapshot(1, index, data)
+            return
+    raise damage
+
+
+def test_a_log_without_any_snapshot_gets_one() -> None:
+    async def main() -> None:
+        disk, other = SimDisk(), SimDisk()
+        peer, store = await compacted(other), await compacted(disk)
+        frames = await contents(store.logs[1])
+        indexes = list(store.logs[1].snapshots)
+        await store.close()
+        for index in indexes:
+            disk.flip(snapshot_path(1, index), 25)
+        store = await open_store(disk)
+        damage = await store.ward.next_damage(1)
+        assert damage is not None
+        assert str(damage) == str(store.damaged[1])
+        with pytest.raises(DamagedData):
+            await store.ward.keep_snapshot(1, indexes[0], disk.content(snapshot_path(1, indexes[0])))
+        await lend_snapshot(store, peer, damage)
+        assert await store.ward.next_damage(1) is None
+        assert await contents(store.logs[1]) == frames
+        # So is the one before its first entry, which a follower may need.
+        damage = await store.ward.next_damage(1)
+        assert damage is not None
+        await lend_snapshot(store, peer, damage)
+        assert await store.ward.next_damage(1) is None
+        assert not store.ward.patients
+        assert (await store.logs[1].snapshot_chunk(indexes[0], 0, 1 << 20))[1] > 0
+        await store.close()
+        await peer.close()
+
+    run(main())
+
+
+def test_first_segment_and_snapshot_are_missing() -> None:
+    async def main() -> None:
+        disk, other = SimDisk(), SimDisk()
+        peer, store = await compacted(other), await compacted(disk)
+        frames, border = await contents(store.logs[1]), store.logs[1].first_index - 1
+        await store.close()
+        whole = segments(disk)
+        remove(disk, next(iter(whole)))
+        remove(disk, snapshot_path(1, border))
+        store = await open_store(disk)
+        damage = await store.ward.next_damage(1)
+        assert isinstance(damage, BrokenSnapshot)
+        assert damage.indexes == (border,)
+        await lend_snapshot(store, peer, damage)
+        await repaired(store, peer)
+        assert segments(disk) == whole
+        assert await contents(store.logs[1]) == frames
+        await store.close()
+        await peer.close()
+
+    run(main())
+
+
+def test_a_border_snapshot_that_rots_is_noticed_when_it_is_sent() -> None:
+    async def main() -> None:
+        disk, other = SimDisk(), SimDisk()
+        peer, store = await compacted(other), await compacted(disk)
+        log: ReplicaLog = store.logs[1]
+        border = log.first_index - 1
+        disk.flip(snapshot_path(1, border), 30)
+        with pytest.raises(Exception, match="cannot be sent"):
+            await log.snapshot_chunk(border, 0, 100)
+        assert store.ward.patients == [1]
+        damage = await store.ward.next_damage(1)
+        assert damage is not None
+        await lend_snapshot(store, peer, damage)
+        assert await store.ward.next_damage(1) is None
+        assert not store.ward.patients
+        assert (await log.snapshot_chunk(border, 0, 1 << 20))[0] == other.content(snapshot_path(1, border))
+        await store.close()
+        await peer.close()
+
+    run(main())
