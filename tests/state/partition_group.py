@@ -5,6 +5,7 @@ from __future__ import annotations
 from raftlog.raft.types import Entry
 from raftlog.record.batch import check_batch, stamped
 from raftlog.record.codec import encode_batch
+from raftlog.record.control import Marker, encode_marker
 from raftlog.record.frame import FrameKind
 from raftlog.state.partition import Command, PartitionState, encode_command
 from raftlog.state.producers import Duplicate
@@ -19,15 +20,33 @@ class Group:
         self.term = 1
         self.now_ms = 1_000_000
 
-    def produce(self, count: int = 1, pid: int = -1, epoch: int = -1, seq: int = -1) -> int | Duplicate:
+    def produce(
+        self, count: int = 1, pid: int = -1, epoch: int = -1, seq: int = -1, txn: bool = False
+    ) -> int | Duplicate:
         """Send a batch; returns its base offset, or the Duplicate it was recognised as."""
         batch = encode_batch(
-            [b"v"] * count, None, 5, producer_id=pid, producer_epoch=epoch, base_sequence=seq
+            [b"v"] * count,
+            None,
+            5,
+            producer_id=pid,
+            producer_epoch=epoch,
+            base_sequence=seq,
+            transactional=txn,
         )
         duplicate = self.state.check(check_batch(batch))
         if duplicate is not None:
             return duplicate
         offset = self.append(FrameKind.BATCH, stamped(batch, self.state.next_offset, self.term))
+        assert isinstance(offset, int)
+        return offset
+
+    def mark(self, pid: int, epoch: int, commit: bool, coordinator: int = 1) -> int | None:
+        """Send a marker; returns its offset, or None if that transaction has ended so already."""
+        marker = Marker(pid, epoch, coordinator, commit)
+        if not self.state.check_marker(marker):
+            return None
+        batch = stamped(encode_marker(marker, self.now_ms), self.state.next_offset, self.term)
+        offset = self.append(FrameKind.BATCH, batch)
         assert isinstance(offset, int)
         return offset
 
