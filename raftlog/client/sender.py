@@ -347,8 +347,8 @@ class Sender:
         """Give the partition an identity to go on with; False while there is none, or nothing to send."""
         window = queue.window
         if window.broken:
-            if window.identity == self._identity:
-                self._identity = None
+            if self._identity is not None and window.identity == self._identity:
+                self._identity = self._identity.renewed()
             movable, doubtful = window.dissolve()
             self.accumulator.put_back(queue, movable)
             for batch in doubtful:

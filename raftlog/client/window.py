@@ -13,8 +13,8 @@ provided this::
     sent     2 3 4 5        -> then all that failed again, in order; only then new ones
 
 A batch that is given up leaves a gap that nothing can follow: the window is *broken*. Once all others are
-    answered, the
-producer goes on under a new identity with sequences from 0. Only what is certainly not in the log may move to
+answered, the producer goes on under its next epoch, with sequences from 0; the partition then refuses copies
+of the earlier one that are still on their way (KIP-360). Only what is certainly not in the log may move to
 it; what is in doubt would be doubled if its first copy survived (rp#3039), so its caller is told
 "indeterminate" instead.
 
@@ -31,6 +31,7 @@ from typing import Final, Generic, NamedTuple, Protocol, TypeVar
 
 from raftlog.errors import DuplicateSequence, OutOfOrderSequence, RaftlogError, UnknownProducer
 
+EPOCH_MAX: Final = 2**15 - 1
 WINDOW_SIZE: Final = 5
 """Batches in flight per partition: as many as a leader remembers of each producer."""
 
@@ -40,6 +41,10 @@ class Identity(NamedTuple):
 
     producer_id: int
     epoch: int
+
+    def renewed(self) -> Identity | None:
+        """The next epoch of this producer, which fences this one; None after the last."""
+        return Identity(self.producer_id, self.epoch + 1) if self.epoch < EPOCH_MAX else None
 
 
 class Sent(Protocol):

@@ -29,6 +29,7 @@ from raftlog.errors import (
     DeliveryTimeout,
     LeadershipLost,
     OutOfOrderSequence,
+    ProducerFenced,
     RaftlogError,
     StorageFull,
     UnknownProducer,
@@ -257,7 +258,7 @@ def test_a_delivery_that_waited_for_a_producer_id_says_why_there_was_none(world:
 
 def test_what_is_in_doubt_is_never_sent_under_another_identity(world: SimWorld) -> None:
     """0000 is appended silently; when its time is up, 0001 to 0004 are in doubt too and must not be sent
-    anew, yet what was never sent goes on under a new producer id."""
+    anew, yet what was never sent goes on under a new epoch."""
     (partition,) = world.cluster.create(TOPIC)
     world.cluster.faults.extend([append_silently] * 5)
 
@@ -280,8 +281,29 @@ def test_what_is_in_doubt_is_never_sent_under_another_identity(world: SimWorld) 
     assert all(isinstance(each, RaftlogError) and each.indeterminate for each in outcomes[:5])
     assert outcomes[5:] == [5, 6, 7]
     assert partition.values() == numbered(8)
-    assert len(partition.state.producers) == 2
-    assert world.cluster.count(InitProducerRequest) == 2
+    assert [state.epoch for state in partition.state.producers.values()] == [1]
+    assert world.cluster.count(InitProducerRequest) == 1
+
+
+def test_what_was_given_up_and_comes_late_is_fenced_by_what_followed(world: SimWorld) -> None:
+    """Found by simulation (a receiver so slow that a batch arrived after later ones of its producer)."""
+    (partition,) = world.cluster.create(TOPIC)
+    late: list[bytes] = []
+    world.cluster.faults.extend([lambda broker, at, payload, reply: late.append(bytes(payload))])
+
+    async def work() -> RaftlogError:
+        log = world.log()
+        producer = log.producer(delivery_timeout_ms=1000, linger_ms=0)
+        with pytest.raises(RaftlogError) as caught:
+            await (await producer.send(TOPIC, b"early"))
+        assert (await (await producer.send(TOPIC, b"later"))).offset == 0
+        await log.close()
+        return caught.value
+
+    assert world.run(work()).indeterminate
+    with pytest.raises(ProducerFenced):
+        partition.append(memoryview(late[0]), 0)
+    assert partition.values() == [b"later"]
 
 
 def test_a_batch_refused_for_good_fails_alone_and_the_rest_goes_on_in_order(world: SimWorld) -> None:

@@ -204,3 +204,8 @@ def test_whatever_fails_the_log_holds_each_batch_once_and_in_order(fates: list[s
             assert window.refused(batch, error) is Verdict.RETRY, error
     assert len(sent) == 20
     assert leader.log == sent
+
+
+def test_epochs_run_out() -> None:
+    assert Identity(7, 0).renewed() == Identity(7, 1)
+    assert Identity(7, 2**15 - 1).renewed() is None
