@@ -158,6 +158,13 @@ class Group:
         holders = [each.replica_id for each in self.members.values() if each.durable >= index]
         return is_quorum(conf, holders)
 
+    def confs_in_force(self) -> list[ConfState]:
+        """Every configuration that a log of a member ends with, from the last one that is committed on."""
+        confs = {index: conf for member in self.members.values() for index, conf in member.confs}
+        committed = max((index for index in confs if index <= self.commit), default=0)
+        ends = [member.confs[-1] for member in self.members.values() if member.confs]
+        return [conf for index, conf in ends if index >= committed]
+
     def log_start_moved(self, start: int) -> None:
         """A replica has applied that the log begins at ``start``.
 

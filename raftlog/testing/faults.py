@@ -31,6 +31,7 @@ from raftlog.raft.types import Role
 from raftlog.storage.journal_format import FILE_HEADER_BYTES
 from raftlog.storage.journal_scan import scan_journal
 from raftlog.testing.disk import CrashMode
+from raftlog.testing.moves import Mover
 from raftlog.testing.sim_cluster import SimCluster, broker_name
 from raftlog.testing.swarm import Profile
 
@@ -67,6 +68,7 @@ class Nemesis:
     def __init__(self, cluster: SimCluster, profile: Profile, crash_client: Callable[[], None]) -> None:
         self.cluster = cluster
         self.profile = profile
+        self.mover = Mover(cluster)
         self.fired: Counter[str] = Counter()
         self.log: list[str] = []
         """What was done, for people."""
@@ -92,6 +94,7 @@ class Nemesis:
             "full disk": self._full_disk,
             "failed sync": self._failed_sync,
             "transfer": self._transfer,
+            "move": self._move,
             "fall behind": self._fall_behind,
             "rot": self._rot,
             "wipe": self._wipe,
@@ -149,6 +152,8 @@ class Nemesis:
             if name in ("rot", "wipe") and (self.spare <= 0 or self.spare_copies <= 0):
                 continue
             if name == "fall behind" and not self.profile.retains:
+                continue
+            if name == "move" and (self.profile.replication >= len(self._whole) or not self.mover.topics):
                 continue
             if name in ("usurp", "deafen"):
                 victims = [broker for broker in up if self._leads(broker)]
@@ -246,14 +251,13 @@ class Nemesis:
                 if a != b:
                     self.cluster.network.set_latency(a, b, *self.profile.latency)
 
-    def heal_quorum(self, is_quorum: Callable[[set[int]], bool]) -> None:
+    def heal_quorum(self) -> None:
         """Heal a random quorum of brokers among themselves; the others stay away or cannot be heard."""
         rng = random.Random(f"quorum {self.profile.seed}")
         chosen: set[int] = set()
-        whole = [broker_id for broker_id in sorted(self.cluster.disks) if broker_id not in self.lost]
         self.revive()
-        for broker_id in rng.sample(whole, len(whole)):
-            if is_quorum(chosen):
+        for broker_id in rng.sample(self._whole, len(self._whole)):
+            if 2 * len(chosen) > self.profile.brokers and self.mover.is_quorum(chosen):
                 break
             chosen.add(broker_id)
         self.cluster.network.heal()
@@ -394,6 +398,15 @@ class Nemesis:
                     except (NotLeader, RaftlogError):
                         continue
                     broker.mark(replica)
+
+    @property
+    def _whole(self) -> list[int]:
+        """Brokers that are not lost for good."""
+        return [broker_id for broker_id in sorted(self.cluster.disks) if broker_id not in self.lost]
+
+    def _move(self, broker_id: int) -> None:
+        """A partition's replicas shall be on other brokers, reachable or not."""
+        self._say(self.mover.move(self._random, self._whole, broker_id))
 
     def _fall_behind(self, broker_id: int) -> None:
         """A broker is away until others have dropped entries that it has not got, if that comes soon."""

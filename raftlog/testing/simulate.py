@@ -35,6 +35,7 @@ EVENTS_EXPECTED: Final = (
     "truncations",
     "snapshot installs",
     "log starts moved",
+    "joint changes",
     "duplicates recognised",
     "sends ok",
     "sends failed",

@@ -33,6 +33,7 @@ FAULTS: Final[dict[str, float]] = {
     "full disk": 0.7,
     "failed sync": 0.5,
     "transfer": 0.7,
+    "move": 2.0,
     "fall behind": 1.5,
     "client crash": 0.5,
     "rot": 0.4,
@@ -86,7 +87,7 @@ class Profile:
 def draw(seed: int) -> Profile:
     """The profile of a seed."""
     rng = random.Random(f"profile {seed}")
-    brokers = rng.choices([1, 3, 5], [1, 6, 2])[0]
+    brokers = rng.choices([1, 3, 4, 5], [1, 5, 1, 3])[0]
     latency = rng.choice([0.001, 0.002, 0.02])
     kinds = rng.sample(sorted(FAULTS), rng.randint(4, len(FAULTS)))
     journal = rng.choice([32, 128, 256])

@@ -141,7 +141,7 @@ class Workload:
 
     def _check_liveness(self) -> None:
         """Heal a random quorum, keep the rest broken: it must go on by itself."""
-        self.nemesis.heal_quorum(self._is_quorum)
+        self.nemesis.heal_quorum()
         loop = self.cluster.loop
         work = loop.run_as("prober", self._probe())
         until = loop.time() + PROGRESS_SECONDS
@@ -154,18 +154,6 @@ class Workload:
                     f"brokers {up} are a quorum and acknowledged nothing in {PROGRESS_SECONDS:.0f} s"
                 )
         work.result()
-
-    def _is_quorum(self, brokers: set[int]) -> bool:
-        """Whether every group can go on with these brokers."""
-        if 2 * len(brokers) <= self.profile.brokers:
-            return False
-        image = next(iter(self.cluster.brokers.values())).metadata.image
-        for topic in image.topics.values():
-            for partition in topic.partitions:
-                hosts = [broker_id for _, broker_id in partition.replicas]
-                if 2 * len(brokers.intersection(hosts)) <= len(hosts):
-                    return False
-        return True
 
     # -- clients ---------------------------------------------------------------------------------------------
 
@@ -316,7 +304,9 @@ class Workload:
         return [
             replica
             for replica in self.cluster.brokers[broker_id].replicas()
-            if isinstance(replica, PartitionReplica) and replica.fault is None
+            if isinstance(replica, PartitionReplica)
+            and replica.fault is None
+            and replica.replica_id in replica.assignment.wanted
         ]
 
     def _by_partition(self) -> dict[int, list[PartitionReplica]]:
@@ -327,8 +317,8 @@ class Workload:
         return found
 
     def _all_equal(self) -> bool:
-        """Every replica has applied as much as every other, and all that it has."""
-        return all(
+        """No replica is on its way, and each has applied as much as every other, and all that it has."""
+        return self.nemesis.mover.has_arrived(self.nemesis.lost) and all(
             len({replica.node.applied for replica in replicas}) == 1
             and all(replica.node.applied == replica.node.last_index for replica in replicas)
             for replicas in self._by_partition().values()
