@@ -8,6 +8,7 @@ frame per connection. That is where the cost of a message is shared between grou
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import random
@@ -151,10 +152,10 @@ class Broker:
             broker = cls(seams, disk, identity, store, config, place)
             try:
                 await broker._begin()
-            except BaseException:
+            except (Exception, asyncio.CancelledError):
                 await broker._stop()
                 raise
-        except BaseException:
+        except (Exception, asyncio.CancelledError):
             await store.close()
             raise
         return broker
@@ -298,10 +299,14 @@ class Broker:
 
     # -- peers -----------------------------------------------------------------------------------------------
 
-    def _peer_up(self, broker_id: int) -> None:
+    def _peer_up(self, broker_id: int, incarnation: int | None) -> None:
+        if incarnation is not None:
+            # What the former incarnation acknowledged and is not read yet must not count from here on.
+            with contextlib.suppress(StaleIncarnation):  # a newer one has dialled us and is to be dialled
+                self.server.note_incarnation(broker_id, incarnation)
         self.repairs.hurry()
         for replica in self.hosting.by_id.values():
-            replica.peer_up(broker_id)
+            replica.peer_up(broker_id, restarted=incarnation is not None)
 
     def _peer_down(self, broker_id: int) -> None:
         for replica in self.hosting.by_id.values():
@@ -455,7 +460,7 @@ class Broker:
             durable_index=node.durable_index,
             voters=sorted(replica.hosts[member] for member in node.conf.voters if member in replica.hosts),
             lagging=lagging,
-            fault=str(replica.fault or self.repairs.note(replica.replica_id)),
+            fault=str(replica.fault or self.repairs.note(replica.replica_id) or replica.note),
         )
 
 
