@@ -94,3 +94,5 @@ class RecoveredLog:
     """Of the last entry; looked at only when ``tail`` is empty although the log is not, or when the log is
     empty behind a snapshot (then the time of the entry at ``first_index - 1``, and the crc is
     ``prev_crc``)."""
+    amnesiac: bool = False
+    """Entries that it had acknowledged may be missing at the log's end (see ``raftlog.raft.amnesia``)."""

@@ -106,7 +106,8 @@ def leader_lost(node: Node, replica: int) -> None:
 def handle_vote_request(node: Node, message: VoteRequest) -> None:
     """RequestVote, receiver's side (Raft figure 2). The caller has dealt with terms and leases."""
     candidate = message.sender
-    up_to_date = node.log.is_up_to_date(message.last_index, message.last_term)
+    # Who has forgotten what its own log held cannot compare.
+    up_to_date = not node.amnesiac and node.log.is_up_to_date(message.last_index, message.last_term)
     if message.pre:
         # Would we vote, were it real? Several candidates may hear yes. A replica with a leader of this very
         # term and a lease has refused before it came here.

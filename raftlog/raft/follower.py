@@ -8,7 +8,7 @@ answer to an append therefore often waits for the disk, and answers to several a
 
 from __future__ import annotations
 
-from raftlog.raft import quiescence
+from raftlog.raft import amnesia, quiescence
 from raftlog.raft.log import UNKNOWN_CRC, LogDiverged
 from raftlog.raft.node import Node
 from raftlog.raft.types import (
@@ -61,6 +61,8 @@ def handle_append(node: Node, message: AppendRequest) -> None:
         node.ack_wanted = last
     if node.ack_wanted >= 0 and node.ack_wanted <= node.durability.index:
         acknowledge(node)
+    if node.amnesiac:
+        amnesia.told(node, message.commit)
 
 
 def _merge(node: Node, entries: tuple[Entry, ...]) -> None:
@@ -152,5 +154,7 @@ def handle_heartbeat(node: Node, message: Heartbeat) -> None:
         log.commit = message.commit
     if not quiescence.rest_with_leader(node, message):
         node.messages.append(
-            HeartbeatResponse(message.sender, node.id, node.term, message.context, log.last_index)
+            HeartbeatResponse(
+                message.sender, node.id, node.term, message.context, log.last_index, node.amnesiac
+            )
         )

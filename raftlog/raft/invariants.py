@@ -34,6 +34,7 @@ def check_invariants(node: Node) -> None:
         assert node.matched_index <= log.last_index, (node.matched_index, log)
         assert node.acked_index <= node.matched_index
         assert node.acked_index <= node.durability.index, (node.acked_index, node.durability.index)
+    assert not node.amnesiac or node.role in (Role.FOLLOWER, Role.LEARNER)
     if node.role in (Role.CANDIDATE, Role.LEADER):
         assert node.vote == node.id
     if node.role in (Role.CANDIDATE, Role.PRE_CANDIDATE):

@@ -242,17 +242,20 @@ def handle_heartbeat_response(node: Node, message: HeartbeatResponse) -> None:
     progress.heard_ms = node.now_ms
     progress.connected = True
     heartbeats.answered(node, progress, message.context)
+    log = node.log
     if progress.state is ProgressState.PROBE:
         progress.paused = False
         node.pump_wanted = True
     elif progress.state is ProgressState.REPLICATE and progress.match < progress.next - 1:
         # Something is in flight. If neither log nor acknowledgement moved for a whole heartbeat, ask with an
         # empty append behind it: a slow follower answers in its time, one that lost a message refuses it.
-        if progress.next < node.log.first_index:
+        if progress.next < log.first_index:
             node.pump_wanted = True  # what comes next was compacted away meanwhile
         elif (progress.seen_match, progress.seen_last) == (progress.match, message.last_index):
-            _send(node, progress, node.log.crc(progress.next - 1), ())
+            _send(node, progress, log.crc(progress.next - 1), ())
         progress.seen_match, progress.seen_last = progress.match, message.last_index
+    elif progress.state is ProgressState.REPLICATE and message.amnesiac and progress.next >= log.first_index:
+        _send(node, progress, log.crc(progress.next - 1), ())  # it waits for our commit index
 
 
 # -- connections and time ------------------------------------------------------------------------------------
@@ -275,6 +278,8 @@ def peer_restored(node: Node, replica: int, forgot: bool) -> None:
     if progress is not None:
         if forgot:
             progress.match = 0
+            # What was said to the former incarnation, commit indexes above all, must not reach this one.
+            node.messages = [message for message in node.messages if message.to != replica]
         progress.connected = True
         progress.become_probe()
         progress.next = node.log.last_index + 1 if forgot else progress.next

@@ -55,8 +55,10 @@ class Node:
     __slots__ = (
         "ack_wanted",
         "acked_index",
+        "amnesiac",
         "config",
         "confs",
+        "cure_index",
         "deadline_ms",
         "durability",
         "early_until_ms",
@@ -106,6 +108,10 @@ class Node:
         """What storage was last given."""
         self.role = Role.FOLLOWER
         self.leader = 0
+        self.amnesiac = False
+        """It may have forgotten what it acknowledged, and must not vote (see amnesia)."""
+        self.cure_index = -1
+        """Then: where its log must be to be trusted again (-1: this term's leader has not said)."""
         # timers
         self.deadline_ms = NEVER
         self.leader_heard_ms = now_ms
@@ -148,12 +154,15 @@ class Node:
 
     @property
     def is_promotable(self) -> bool:
-        """Whether this node may campaign: a voter of the configuration in force, or of one that still may be.
+        """Whether this node may campaign: a voter of the configuration in force, or of one that still may be,
+        who has forgotten nothing.
 
         A leader that appended the configuration which removes it, and fell before anyone had that entry, may
         hold the longest log: those who need its vote to win cannot have it, so it must be able to campaign
         itself and finish (thesis section 4.2.2). Its own vote does not count then.
         """
+        if self.amnesiac:
+            return False
         return any(is_voter(conf, self.id) for conf in self.confs.possible(self.log.commit))
 
     @property
@@ -213,6 +222,7 @@ class Node:
         if term > self.term:
             self.term = term
             self.vote = 0
+            self.cure_index = -1
         self.role = Role.LEARNER if self.id in self.confs.current.learners else Role.FOLLOWER
         self.leader = leader
         self.votes = {}

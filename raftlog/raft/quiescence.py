@@ -85,7 +85,7 @@ def rest_with_leader(node: Node, message: Heartbeat) -> bool:
 
     Committed entries are the same everywhere, so equal numbers are equal logs."""
     log = node.log
-    if not message.quiet or not message.commit == log.commit == log.last_index:
+    if node.amnesiac or not message.quiet or not message.commit == log.commit == log.last_index:
         return False
     node.rest()
     return True

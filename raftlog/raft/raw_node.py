@@ -19,7 +19,17 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Mapping, Sequence
 
-from raftlog.raft import election, follower, heartbeats, invariants, leader, proposals, quiescence, transfer
+from raftlog.raft import (
+    amnesia,
+    election,
+    follower,
+    heartbeats,
+    invariants,
+    leader,
+    proposals,
+    quiescence,
+    transfer,
+)
 from raftlog.raft.config import RaftConfig, RecoveredLog
 from raftlog.raft.node import Node
 from raftlog.raft.progress import Progress
@@ -64,7 +74,8 @@ class RawNode:
     def __init__(
         self, config: RaftConfig, recovered: RecoveredLog, random: random.Random, now_ms: int
     ) -> None:
-        self._node = Node(config, recovered, random, now_ms)
+        node = self._node = Node(config, recovered, random, now_ms)
+        node.amnesiac = amnesia.matters(recovered, node.confs, node.log.commit)
         self._soft = (self._node.role, self._node.term, 0)
 
     # -- inputs ----------------------------------------------------------------------------------------------
@@ -251,8 +262,9 @@ class RawNode:
         Args:
             replica: the peer.
             now_ms: time.
-            forgot: the peer may have lost entries that it had acknowledged (a power cut with flush=interval):
-                what it was known to hold counts no longer.
+            forgot: the peer is a new incarnation and may have lost entries that the former one acknowledged
+                (a power cut with flush=interval): these acknowledgements count no longer, and none of them
+                may be stepped after this call.
         """
         node = self._node
         node.advance(now_ms)
@@ -294,6 +306,8 @@ class RawNode:
                 leader.advance_commit(node)
         else:
             follower.acknowledge(node)
+            if node.amnesiac:
+                amnesia.review(node)
         node.log.trim(node.config.cache_bytes_max, node.durability.index)
 
     def _release(self, message: Message) -> None:
@@ -459,6 +473,12 @@ class RawNode:
     def quiet(self) -> bool:
         """Whether this node rests: it has no deadline until something wakes it (see ``quiescence``)."""
         return self._node.quiet
+
+    @property
+    def amnesiac(self) -> bool:
+        """Whether this replica may have forgotten what it acknowledged, and has not caught up with a leader
+        yet."""
+        return self._node.amnesiac
 
     @property
     def commit(self) -> int:

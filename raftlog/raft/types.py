@@ -180,8 +180,11 @@ class Heartbeat(_Message, frozen=True, tag=5):
 
 
 class HeartbeatResponse(_Message, frozen=True, tag=6):
+    """``amnesiac``: the sender waits to be told the commit index in an AppendRequest."""
+
     context: int = 0
     last_index: int = 0
+    amnesiac: bool = False
 
 
 class InstallSnapshot(_Message, frozen=True, tag=7):
