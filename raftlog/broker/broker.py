@@ -29,7 +29,14 @@ from raftlog.broker.retention import keep_house
 from raftlog.broker.service import Service
 from raftlog.broker.snapshots import SnapshotSlots
 from raftlog.config import BrokerConfig
-from raftlog.errors import DamagedData, RaftlogError, StaleIncarnation, StorageFull, UnknownReplica
+from raftlog.errors import (
+    DamagedData,
+    ForeignDataDir,
+    RaftlogError,
+    StaleIncarnation,
+    StorageFull,
+    UnknownReplica,
+)
 from raftlog.net.handshake import Local
 from raftlog.net.network import Seams
 from raftlog.net.rpc import BrokerRow, MetadataCommandRequest, ReplicaRow
@@ -178,6 +185,7 @@ class Broker:
         )
         self.metadata = MetadataService(self, replica, self.identity, registration)
         await self.hosting.open()
+        self.follow_removals()
         self.pulse.start()
         self.spawn(self.hosting.follow())
         self.spawn(self.repairs.run())
@@ -381,8 +389,25 @@ class Broker:
         if not isinstance(fault, StorageFull):
             self._fail(fault)
 
-    def _replaced(self, error: StaleIncarnation) -> None:
-        """A newer process runs this broker: this one must not go on."""
+    def check_belongs(self, broker_id: int) -> None:
+        """Raise ForeignDataDir if that broker was removed from the cluster."""
+        if broker_id in self.metadata.image.removed:
+            raise ForeignDataDir(
+                f"broker {broker_id} was removed from the cluster: move its data directory away, an empty "
+                "one joins as a new broker"
+            )
+
+    def follow_removals(self) -> None:
+        """Have done with brokers that the metadata has removed; with this one too."""
+        try:
+            self.check_belongs(self.broker_id)
+        except ForeignDataDir as error:
+            self._replaced(error)
+        else:
+            self.peers.forget(self.metadata.image.removed)
+
+    def _replaced(self, error: RaftlogError) -> None:
+        """A newer process runs this broker, or it was removed: this one must not go on."""
         logger.error("broker %d: %s", self.broker_id, error)
         self._fail(error)
 

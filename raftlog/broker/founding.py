@@ -89,18 +89,18 @@ def decide(name: str, found: Mapping[int, Identity | None], random: Random | Non
 
 
 def may_run(plan: FoundingPlan, found: Mapping[int, Identity | None]) -> list[int]:
-    """Which founding brokers may be started: those with an identity. A member whose identity is gone has lost
-    its data, or its node is away: an empty replica in its place must not vote.
+    """Which brokers may be started: those with an identity, founded or joined later. A member whose identity
+    is gone has lost its data, or its node is away: an empty replica in its place must not vote.
 
-    All may, where nobody has an identity (a new cluster), or a majority has one and has never run: then
-    nobody can have been elected, nothing was ever acknowledged, and a founding that was interrupted is
+    All founders may, where nobody has an identity (a new cluster), or a majority has one and has never run:
+    then nobody can have been elected, nothing was ever acknowledged, and a founding that was interrupted is
     completed.
     """
-    known = [identity for broker_id, identity in found.items() if identity and broker_id in plan.brokers]
-    never_ran = sum(identity.incarnation == 0 for identity in known)
+    known = {broker_id: identity for broker_id, identity in found.items() if identity is not None}
+    never_ran = sum(known[each].incarnation == 0 for each in plan.brokers if each in known)
     if not known or never_ran > len(plan.brokers) // 2:
         return list(plan.brokers)
-    return [broker_id for broker_id in plan.brokers if found.get(broker_id) is not None]
+    return sorted(known)
 
 
 async def found(disk: Disk, plan: FoundingPlan, broker_id: int, random: Random | None = None) -> Identity:

@@ -58,6 +58,7 @@ class Hosting:
         while True:
             await self._changed.wait()
             self._changed.clear()
+            broker.follow_removals()
             try:
                 await self._drop()
                 await self._create()

@@ -14,11 +14,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Final
 
 from raftlog.broker.wire import encode_messages
-from raftlog.errors import ConnectionLost, RaftlogError, StaleIncarnation
+from raftlog.errors import ConnectionLost, ForeignDataDir, RaftlogError, StaleIncarnation
 from raftlog.net.connection import RpcConnection
 from raftlog.net.handshake import Local
 from raftlog.net.network import Seams
@@ -62,7 +62,8 @@ class Peers:
         on_up: told when both connections to a broker stand.
         on_down: told when one of them broke.
         on_learned: told when the address book changed (to remember it on disk).
-        on_replaced: told when a peer knows a newer incarnation of this broker, which must then end.
+        on_replaced: told when a peer knows that this broker must end: a newer incarnation of it runs, or it
+            was removed from the cluster.
     """
 
     def __init__(
@@ -74,7 +75,7 @@ class Peers:
         on_up: Callable[[int], None],
         on_down: Callable[[int], None],
         on_learned: Callable[[], None],
-        on_replaced: Callable[[StaleIncarnation], None],
+        on_replaced: Callable[[RaftlogError], None],
     ) -> None:
         self._seams = seams
         self.local = local
@@ -85,6 +86,7 @@ class Peers:
         self._on_replaced = on_replaced
         self._links: dict[int, _Link] = {}
         self._waiting: set[_Link] = set()
+        self._gone: frozenset[int] = frozenset()
         self._closed = False
         self.book: dict[int, Address] = {}
 
@@ -95,8 +97,7 @@ class Peers:
         news = {
             broker_id: address
             for broker_id, address in addresses.items()
-            if broker_id not in self.book
-            or (broker_id != self.local.broker_id and address[0] > self.book[broker_id][0])
+            if self._is_news(broker_id, address)
         }
         if not news:
             return
@@ -108,6 +109,23 @@ class Peers:
             if link.broker_id not in news:
                 _send(link.control, Addresses(self.book))
         self._on_learned()
+
+    def _is_news(self, broker_id: int, address: Address) -> bool:
+        known = self.book.get(broker_id)
+        if known is None:
+            return broker_id not in self._gone
+        return broker_id != self.local.broker_id and address[0] > known[0]
+
+    def forget(self, brokers: Iterable[int]) -> None:
+        """These belong to the cluster no more: end the links to them, and learn of them from nobody."""
+        for broker_id in frozenset(brokers) - self._gone:
+            self._gone |= {broker_id}
+            self.book.pop(broker_id, None)
+            link = self._links.pop(broker_id, None)
+            if link is not None and link.task is not None:
+                self._waiting.discard(link)
+                link.task.cancel()
+                self._on_down(broker_id)
 
     def hurry(self, broker_id: int) -> None:
         """That broker has just shown signs of life: do not wait for the back-off to dial it."""
@@ -181,7 +199,7 @@ class Peers:
             down = asyncio.Event()
             try:
                 control, bulk = await self._open_both(link.broker_id, down)
-            except StaleIncarnation as error:
+            except (StaleIncarnation, ForeignDataDir) as error:
                 self._on_replaced(error)
                 return
             except (RaftlogError, ValueError, OverflowError) as error:

@@ -16,7 +16,7 @@ from raftlog.errors import Busy, ConfigError, ProtocolError, RaftlogError
 from raftlog.net import rpc
 from raftlog.net.server import Reply, ServerConnection
 from raftlog.state.command import UnknownCommand
-from raftlog.state.metadata_commands import CreateTopic
+from raftlog.state.metadata_commands import AddBroker, CreateTopic
 from raftlog.version import software_version
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ class Service:
             rpc.DeleteTopicRequest: self._delete_topic,
             rpc.InitProducerRequest: self._init_producer,
             rpc.MetadataCommandRequest: self._metadata_command,
+            rpc.JoinRequest: self._join,
             rpc.BrokerStatusRequest: self._status,
             rpc.LogFramesRequest: self._lend_frames,
             rpc.SnapshotBytesRequest: self._lend_snapshot,
@@ -58,6 +59,7 @@ class Service:
             raise Busy(f"broker {self._broker.broker_id} is starting")
         peer = connection.peer
         if peer.role == "broker" and peer.address is not None:
+            self._broker.check_belongs(peer.broker_id)
             host, port = peer.address
             self._broker.learn({peer.broker_id: (peer.incarnation, host, port)})
             self._broker.peers.hurry(peer.broker_id)
@@ -206,6 +208,18 @@ class Service:
         if isinstance(command, CreateTopic):
             check_topic(command.name, len(command.assignment), command.config)
         self._broker.metadata.replica.command(command, done)
+
+    def _join(self, request: rpc.JoinRequest, payload: memoryview, reply: Reply) -> None:
+        self._broker.spawn(_answer_with(reply, partial(self._add_broker, request)))
+
+    async def _add_broker(self, request: rpc.JoinRequest) -> rpc.JoinResponse:
+        if len(request.disk_id) != 16:
+            raise ProtocolError(f"a disk id has 16 bytes, not {len(request.disk_id)}")
+        broker = self._broker
+        added, founders = await broker.metadata.call(
+            AddBroker(request.disk_id, request.node_id, request.zone, request.level)
+        )
+        return rpc.JoinResponse(added.broker_id, added.metadata_replica, founders, dict(broker.peers.book))
 
     # -- repair ----------------------------------------------------------------------------------------------
 

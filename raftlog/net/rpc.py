@@ -249,6 +249,30 @@ class MetadataCommandRequest(Request[MetadataCommandResponse], frozen=True):
     response = MetadataCommandResponse
 
 
+class JoinResponse(Struct, frozen=True):
+    broker_id: int
+    metadata_replica: int
+    """Id of its replica of the metadata group."""
+    founders: tuple[tuple[int, int], ...]
+    """(broker id, replica id) of that group's first configuration."""
+    addresses: dict[int, tuple[int, str, int]]
+    """Broker id -> (incarnation, host, port)."""
+
+
+class JoinRequest(Request[JoinResponse], frozen=True):
+    """From an empty data directory: let me become a broker. Any broker has it done."""
+
+    disk_id: bytes
+    """16 random bytes. The same ones give the same broker again."""
+    node_id: str
+    zone: str
+    level: int
+    """The newest feature level that its release knows."""
+
+    api = 19
+    response = JoinResponse
+
+
 # -- status --------------------------------------------------------------------------------------------------
 
 
@@ -562,6 +586,7 @@ REQUESTS: Final[dict[int, type[Request[Any]]]] = {
         DeleteTopicRequest,
         InitProducerRequest,
         MetadataCommandRequest,
+        JoinRequest,
         BrokerStatusRequest,
         GroupHeartbeatRequest,
         OffsetCommitRequest,

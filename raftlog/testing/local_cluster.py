@@ -19,11 +19,13 @@ import uvloop
 
 from raftlog.broker.broker import Broker, BrokerPlace
 from raftlog.broker.founding import FoundingPlan, decide, found, may_run
+from raftlog.broker.joining import JoiningPlan, join
 from raftlog.client.cluster import Bootstrap
 from raftlog.client.log import Log
 from raftlog.config import BrokerConfig
+from raftlog.controller.replacing import carry_out
 from raftlog.net.network import real_seams
-from raftlog.storage.identity import find_identity
+from raftlog.storage.identity import Identity, find_identity
 from raftlog.storage.real_disk import RealDisk
 
 T = TypeVar("T")
@@ -91,19 +93,55 @@ class LocalCluster:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(_START_TIMEOUT_S)
 
     async def _start_all(self) -> None:
-        disks = {broker_id: RealDisk(self._folder(broker_id)) for broker_id in range(self._count)}
-        found_before = {broker_id: await find_identity(disk) for broker_id, disk in disks.items()}
-        self._plan = decide("local", found_before)
-        members = may_run(self._plan, found_before)
+        there = [int(path.name.removeprefix("broker-")) for path in self.data_dir.glob("broker-*")]
+        identities = {
+            broker_id: await self._identity(broker_id) for broker_id in {*there, *range(self._count)}
+        }
+        if any(identities.values()):  # those without one have lost their data, or never were
+            identities = {broker_id: each for broker_id, each in identities.items() if each is not None}
+        self._plan = decide("local", identities)
+        members = may_run(self._plan, identities)
         for broker_id in members:
-            await found(disks[broker_id], self._plan, broker_id)
-        for disk in disks.values():
+            disk = RealDisk(self._folder(broker_id))
+            await found(disk, self._plan, broker_id)
             await disk.close()
         for broker_id in members:
             await self._start_one(broker_id)
         self._introduce()
         for broker in self._brokers.values():
             await broker.ready()
+        for number in range(self._count - len(members)):
+            await self._join_one(number)
+        self._introduce()
+        self._replace_lost()
+
+    async def _identity(self, broker_id: int) -> Identity | None:
+        disk = RealDisk(self._folder(broker_id))
+        try:
+            return await find_identity(disk)
+        finally:
+            await disk.close()
+
+    async def _join_one(self, number: int) -> None:
+        """A broker with an empty directory, where one has lost its data or has not been before."""
+        assert self._plan is not None
+        folder = self.data_dir / f"joining-{number}"
+        addresses = tuple(broker.address[1:] for broker in self._brokers.values())
+        plan = JoiningPlan(self._plan.cluster_id, self._plan.cluster_name, self._plan.secret, addresses)
+        disk = RealDisk(folder)
+        identity = await join(real_seams(), disk, plan, node_id=f"local-{number}")
+        await disk.close()
+        folder.rename(self._folder(identity.broker_id))
+        await self._start_one(identity.broker_id)
+
+    def _replace_lost(self) -> None:
+        """Put each broker that holds nothing in the place of one whose data are gone, in the background."""
+        broker = next(iter(self._brokers.values()))
+        image = broker.metadata.image
+        lost = [broker_id for broker_id in image.brokers if broker_id not in self._brokers]
+        free = [broker_id for broker_id in self._brokers if not any(image.replicas_on(broker_id))]
+        for old, new in zip(lost, free, strict=False):
+            broker.spawn(carry_out(broker.metadata.call, lambda: broker.metadata.image, old, new))
 
     def _folder(self, broker_id: int) -> Path:
         return self.data_dir / f"broker-{broker_id}"

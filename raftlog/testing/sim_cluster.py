@@ -15,6 +15,7 @@ import msgspec
 
 from raftlog.broker.broker import Broker, BrokerPlace
 from raftlog.broker.founding import FoundingPlan, found
+from raftlog.broker.joining import JoiningPlan, join
 from raftlog.broker.peers import Address
 from raftlog.client.connections import Bootstrap
 from raftlog.config import BrokerConfig
@@ -59,6 +60,7 @@ class SimCluster:
     ) -> None:
         self.random = random.Random(seed)
         self.loop = SimLoop(self.random.getrandbits(64))
+        self._sync_seconds = sync_seconds
         self.network = SimNetwork(self.loop, self._fork(), latency=latency)
         self.config = config or BrokerConfig()
         self.storage = storage or StorageConfig(
@@ -117,6 +119,19 @@ class SimCluster:
             place=BrokerPlace(host=name, port=PORT, node_id=name),
             storage=self.storage,
         )
+
+    def join_broker(self) -> int:
+        """Start a new broker on an empty disk; returns its id once it runs."""
+        joiner = f"joining-{len(self.disks)}"
+        disk = SimDisk(self._fork(), latency=self.random.uniform(*self._sync_seconds))
+        addresses = tuple((broker_name(broker_id), PORT) for broker_id in self.brokers)
+        plan = JoiningPlan(self.plan.cluster_id, self.plan.cluster_name, self.plan.secret, addresses)
+        seams = self.seams(joiner, joiner)
+        work = join(seams, disk, plan, node_id=joiner, random=self._fork())
+        broker_id = self.run(work, node=joiner).broker_id
+        self.disks[broker_id] = disk
+        self.start_broker(broker_id)
+        return broker_id
 
     def introduce(self) -> None:
         """Tell the brokers where the others are, as whoever starts them does."""

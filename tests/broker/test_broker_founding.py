@@ -114,8 +114,10 @@ def test_a_directory_that_cannot_be_seen_does_not_run_here() -> None:
     assert may_run(PLAN, {1: identity(1, incarnation=1)}) == [1]
 
 
-def test_a_stranger_to_the_plan_does_not_run() -> None:
-    assert may_run(PLAN, {0: identity(0, incarnation=1), 7: identity(7, incarnation=1)}) == [0]
+def test_a_broker_that_joined_later_runs_like_the_founders() -> None:
+    joined = identity(7, incarnation=0, metadata_replica=1000)
+    assert may_run(PLAN, {0: identity(0, incarnation=1), 7: joined}) == [0, 7]
+    assert may_run(PLAN, {7: joined}) == [7]
 
 
 # -- found ---------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from raftlog.net.rpc import (
     FetchPartition,
     FetchRequest,
     InitProducerRequest,
+    JoinRequest,
     ListOffsetsRequest,
     LogFramesRequest,
     MetadataCommandRequest,
@@ -65,6 +66,9 @@ STRATEGIES: dict[type[Any], st.SearchStrategy[Any]] = {
     DeleteTopicRequest: st.builds(DeleteTopicRequest, names.filter(lambda name: name != TOPIC)),
     InitProducerRequest: st.builds(InitProducerRequest, st.none() | st.text(max_size=3)),
     MetadataCommandRequest: st.just(MetadataCommandRequest()),
+    JoinRequest: st.builds(
+        JoinRequest, st.binary(max_size=20).filter(lambda disk_id: len(disk_id) != 16), names, names, numbers
+    ),
     BrokerStatusRequest: st.builds(BrokerStatusRequest, st.none() | st.lists(names, max_size=3)),
     LogFramesRequest: st.builds(LogFramesRequest, topic_ids, numbers, numbers, numbers, numbers),
     SnapshotBytesRequest: st.builds(SnapshotBytesRequest, topic_ids, numbers, numbers, numbers, numbers),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,6 +12,12 @@ import pytest
 import raftlog
 from raftlog.errors import ForeignDataDir
 from raftlog.testing import LocalCluster
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come about"
 
 
 def test_the_fixture_gives_a_log(raftlog_log: raftlog.Log) -> None:
@@ -33,6 +42,30 @@ def test_it_recovers_what_an_earlier_one_left(tmp_path: Path) -> None:
         with cluster.log.consumer("kept") as consumer:
             values = [record.value for record in consumer.records(until="end")]
         assert sorted(int(value) for value in values) == list(range(1000))
+
+
+def test_a_wiped_directory_is_a_new_broker_in_the_place_of_the_old_one(tmp_path: Path) -> None:
+    with LocalCluster(brokers=3, data_dir=tmp_path) as cluster:
+        cluster.log.create_topic("kept", partitions=2)
+        with cluster.log.producer() as producer:
+            producer.send_batch("kept", [b"%d" % n for n in range(100)]).result(30)
+    shutil.rmtree(tmp_path / "broker-1")
+    for _ in range(2):  # and it stays so
+        with LocalCluster(brokers=3, data_dir=tmp_path) as cluster:
+
+            def brokers(cluster: LocalCluster = cluster) -> list[int]:
+                return [broker.id for broker in cluster.log.describe_cluster().brokers]
+
+            def holders(cluster: LocalCluster = cluster) -> list[list[int]]:
+                topic = cluster.log.describe_topic("kept")
+                return [sorted(partition.replicas) for partition in topic.partitions]
+
+            wait_until(lambda: brokers() == [0, 2, 3])
+            assert holders() == [[0, 2, 3]] * 2
+            with cluster.log.consumer("kept") as consumer:
+                assert len(list(consumer.records(until="end"))) == 100
+    founded = sorted(path.parent.name for path in tmp_path.glob("*/IDENTITY"))
+    assert founded == ["broker-0", "broker-2", "broker-3"]
 
 
 def test_a_temporary_cluster_leaves_nothing() -> None:
