@@ -1,9 +1,7 @@
-"""The parts of the core, each against a plain model of what it should do."""
+"""The parts of the core: single cases. ``test_machines`` holds them against plain models."""
 
 from __future__ import annotations
 
-import itertools
-import random
 from dataclasses import replace
 
 import pytest
@@ -12,9 +10,9 @@ from raft_cluster import MemoryDisk, chain
 from raftlog.errors import ConfigError, CorruptFrame
 from raftlog.raft.config import RaftConfig, RecoveredLog
 from raftlog.raft.confstack import ConfStack, encode_conf
-from raftlog.raft.log import UNKNOWN_CRC, LogDiverged, RaftLog
+from raftlog.raft.log import LogDiverged, RaftLog
 from raftlog.raft.progress import Progress, ProgressState
-from raftlog.raft.quorum import VoteResult, majority, quorum_index, vote_result, voter_ids
+from raftlog.raft.quorum import VoteResult, vote_result
 from raftlog.raft.types import ConfState, Entry, HardState
 from raftlog.record.frame import FrameKind
 
@@ -22,58 +20,6 @@ CONF = ConfState((1, 2, 3))
 
 
 # -- quorum --------------------------------------------------------------------------------------------------
-
-CONFS = [
-    ConfState((1,)),
-    ConfState((1, 2)),
-    ConfState((1, 2, 3)),
-    ConfState((1, 2, 3, 4)),
-    ConfState((1, 2, 3, 4, 5)),
-    ConfState((1, 2), outgoing=(3,)),
-    ConfState((1, 2, 3), outgoing=(3, 4, 5)),
-    ConfState((1,), outgoing=(1, 2, 3)),
-]
-
-
-@pytest.mark.parametrize("conf", CONFS)
-def test_quorum_index_is_the_highest_that_every_half_has_a_majority_for(conf: ConfState) -> None:
-    chance = random.Random(7)
-    for _ in range(200):
-        match = {replica: chance.randrange(6) for replica in conf.members if chance.random() < 0.8}
-        reached = [
-            index
-            for index in range(6)
-            if all(
-                sum(match.get(voter, 0) >= index for voter in half) >= majority(len(half))
-                for half in (conf.voters, conf.outgoing)
-                if half
-            )
-        ]
-        assert quorum_index(conf, match) == max(reached)
-
-
-@pytest.mark.parametrize("conf", CONFS)
-def test_vote_result_says_won_or_lost_exactly_when_it_can_no_longer_change(conf: ConfState) -> None:
-    voters = voter_ids(conf)
-    for given in itertools.product((True, False, None), repeat=len(voters)):
-        votes = {voter: vote for voter, vote in zip(voters, given, strict=True) if vote is not None}
-        open_voters = [voter for voter in voters if voter not in votes]
-        outcomes = set()
-        for rest in itertools.product((True, False), repeat=len(open_voters)):
-            full = votes | dict(zip(open_voters, rest, strict=True))
-            outcomes.add(
-                all(
-                    sum(full[voter] for voter in half) >= majority(len(half))
-                    for half in (conf.voters, conf.outgoing)
-                    if half
-                )
-            )
-        expected = VoteResult.PENDING
-        if outcomes == {True}:
-            expected = VoteResult.WON
-        elif outcomes == {False}:
-            expected = VoteResult.LOST
-        assert vote_result(conf, votes) is expected, votes
 
 
 def test_votes_of_strangers_do_not_count() -> None:
@@ -100,49 +46,6 @@ def test_an_entry_is_parsed_from_where_its_frame_begins() -> None:
 def log_of(terms: list[int], *, applied: int = 0, commit: int = 0, keep: int = 99) -> RaftLog:
     disk = MemoryDisk(CONF, HardState(max([0, *terms]), 0, commit), chain(terms))
     return RaftLog(disk.recovered(applied, keep))
-
-
-def test_a_random_log_agrees_with_a_plain_list() -> None:
-    for seed in range(60):
-        chance = random.Random(seed)
-        log = log_of([])
-        model: list[Entry] = []
-        term, first, removed = 1, 1, 0
-        for _ in range(60):
-            act = chance.random()
-            if act < 0.5:
-                term += chance.random() < 0.4
-                entries = chain(
-                    [term] * chance.randint(1, 3), first=log.last_index + 1, prev_crc=log.last_crc
-                )
-                log.append(entries)
-                model += entries
-            elif act < 0.65 and log.last_index > log.commit:
-                index = chance.randint(log.commit + 1, log.last_index)
-                log.cut(index)
-                del model[index - 1 :]
-                term += 1
-            elif act < 0.85:
-                log.commit = log.taken = log.applied = chance.randint(log.commit, log.last_index)
-                log.take_unhanded()
-                log.trim(chance.choice((0, 200, 10_000)), log.last_index)
-            elif log.applied >= first:
-                removed = chance.randint(first, log.applied)
-                first = removed + 1
-                log.compact(first, model[removed - 1].crc)
-            log.check()
-            assert (log.first_index, log.last_index) == (first, len(model))
-            assert log.memory_bytes == sum(entry.size for entry in model[log.offset - 1 :])
-            for index in range(first - 1, len(model) + 1):
-                expected = model[index - 1].term if index else 0
-                assert log.term(index) == expected, (seed, index)
-                crc = model[index - 1].crc if index else 0
-                assert log.crc(index) in ((crc,) if index >= log.offset - 1 else (crc, UNKNOWN_CRC))
-            assert log.term(first - 2) is None
-            assert log.term(len(model) + 1) is None
-            at, limit = chance.randint(0, len(model) + 2), chance.randint(0, term + 1)
-            candidates = [i for i in range(first, min(at, len(model)) + 1) if model[i - 1].term <= limit]
-            assert log.meeting_point(at, limit) == max(candidates, default=first - 1)
 
 
 def test_batch_respects_the_limit_but_gives_at_least_one() -> None:
