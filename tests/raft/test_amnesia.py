@@ -6,7 +6,9 @@ import random
 from dataclasses import replace
 from typing import Any
 
+import msgspec
 import pytest
+from incarnations import power_cut, reconnect
 from raft_cluster import Cluster
 
 from raftlog.raft.config import RaftConfig
@@ -14,43 +16,12 @@ from raftlog.raft.raw_node import RawNode
 from raftlog.raft.types import (
     AppendRequest,
     ConfState,
-    HardState,
     Heartbeat,
     Role,
     TimeoutNow,
     VoteRequest,
     VoteResponse,
 )
-
-
-def power_cut(cluster: Cluster, replica: int, keep: int, *, amnesiac: bool = True) -> RawNode:
-    """The replica comes back with the first ``keep`` entries of its log; term and vote are whole. Its peers
-    see its connections break and come back, and a new incarnation behind them."""
-    disk = cluster.disks[replica]
-    disk.pending.clear()
-    del disk.entries[keep:]
-    disk.hard_state = replace_commit(disk.hard_state, min(disk.hard_state.commit, keep))
-    cluster.wire = type(cluster.wire)(m for m in cluster.wire if replica not in (m.to, m.sender))
-    recovered = replace(disk.recovered(), amnesiac=amnesiac)
-    config = RaftConfig(id=replica, **cluster.settings)
-    node = cluster.nodes[replica] = RawNode(config, recovered, random.Random(replica), cluster.now)
-    cluster.committed[replica] = []
-    cluster.down.discard(replica)
-    for other, peer in cluster.nodes.items():
-        if other != replica:
-            peer.peer_lost(replica, cluster.now)
-    return node
-
-
-def replace_commit(state: HardState, commit: int) -> HardState:
-    return HardState(state.term, state.vote, commit)
-
-
-def reconnect(cluster: Cluster, replica: int) -> None:
-    """The connections to the replica's new incarnation stand."""
-    for other, peer in cluster.nodes.items():
-        if other != replica and (other, replica) not in cluster.cut_links:
-            peer.peer_restored(replica, cluster.now, forgot=True)
 
 
 def committed_by_two(cluster: Cluster) -> RawNode:
@@ -135,7 +106,7 @@ def test_what_a_new_leader_has_not_committed_yet_does_not_cure() -> None:
     cluster = Cluster(3)
     committed_by_two(cluster)
     power_cut(cluster, 1, keep=4, amnesiac=False)
-    cluster.disks[1].hard_state = replace_commit(cluster.disks[1].hard_state, 1)
+    cluster.disks[1].hard_state = msgspec.structs.replace(cluster.disks[1].hard_state, commit=1)
     power_cut(cluster, 1, keep=4, amnesiac=False)
     two = power_cut(cluster, 2, keep=1)
     cluster.heal()

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from incarnations import power_cut, reconnect
 from raft_cluster import Cluster, chain
 
 from raftlog.errors import RaftlogError
@@ -124,9 +125,10 @@ def message_words(message: Message) -> str:
             return f"{words}, holds {message.index}"
         case Heartbeat():
             read = f", read round {message.context}" if message.context else ""
-            return f"{words}, commit {message.commit}{read}{', quiet' if message.quiet else ''}"
+            return f"{words}, commit {message.commit}{read}{', quiet' * message.quiet}"
         case HeartbeatResponse():
-            return f"{words}{f', read round {message.context}' if message.context else ''}"
+            read = f", read round {message.context}" if message.context else ""
+            return f"{words}{read}{', amnesiac' * message.amnesiac}"
         case InstallSnapshot():
             return f"{words}, {snapshot_words(message.snapshot)}"
         case ReadIndexRequest():
@@ -252,6 +254,16 @@ class Stage:
             self.group.start(replica)
             self.status_(str(replica))
 
+    def power_cut_(self, replica: str, keep: str) -> None:
+        """``power-cut 2 keep=1``: it comes back, amnesiac, with the first ``keep`` entries that it had
+        acknowledged; nobody is connected to it."""
+        power_cut(self.group, int(replica), int(keep))
+        self.status_(replica)
+
+    def reconnect_(self, replica: str) -> None:
+        """``reconnect 2``: all notice 2's new incarnation and forget what the former one acknowledged."""
+        reconnect(self.group, int(replica))
+
     def hide_(self, *kinds: str) -> None:
         """``hide Heartbeat``: messages of these types happen without being told; without any: tell all."""
         self.group.hidden = tuple(getattr(types, kind) for kind in kinds)
@@ -367,7 +379,7 @@ class Stage:
     def status_(self, *replicas: str) -> None:
         for replica in self._each(replicas):
             node = self.group.nodes[replica]
-            role = f"{node.role.value}{' at rest' if node.quiet else ''}"
+            role = f"{node.role.value}{' at rest' * node.quiet}{', amnesiac' * node.amnesiac}"
             self.group.tell(
                 f"{replica}: {role}, term {node.term}, vote {node.vote}, leader {node.leader}, "
                 f"log [{node.first_index}, {node.last_index}], durable {node.durable_index}, "
