@@ -154,7 +154,12 @@ class TopicConfig(Settings):
     """Settings of a topic, replicated with it. What was set explicitly:
     ``model_dump(exclude_unset=True)``."""
 
-    kafka_names = {"max.message.bytes": "max_message_bytes", "segment.bytes": "segment_bytes"}
+    kafka_names = {
+        "flush.ms": "flush_interval_ms",
+        "max.message.bytes": "max_message_bytes",
+        "segment.bytes": "segment_bytes",
+        "unclean.leader.election.enable": "unclean_leader_election",
+    }
 
     retention_ms: _Limit = None
     """Records older than this may be removed; None: never."""
@@ -167,7 +172,10 @@ class TopicConfig(Settings):
     flush: Literal["commit", "interval"] = "commit"
     """commit: synced on a majority before it is acknowledged. interval: acknowledged when a majority has
     written it, synced within flush_interval_ms; a killed process loses nothing then, a power cut may."""
-    flush_interval_ms: Annotated[int, Field(ge=1, le=60_000)] = 50
+    flush_interval_ms: Annotated[int, Field(ge=1, le=60_000)] = 1000
+    unclean_leader_election: bool = False
+    """With flush="interval": go on after a power cut of a majority of the replicas, though they may have lost
+    the last interval of what was acknowledged. False: the partition has no leader then."""
 
 
 class ProducerConfig(Settings):

@@ -110,6 +110,7 @@ class Hosting:
                     conf=ConfState(voters=topic.partitions[index].founders),
                     segment_bytes=settings.segment_bytes,
                     internal=topic.internal,
+                    flush_interval_ms=settings.flush_interval_ms if settings.flush == "interval" else 0,
                 )
             )
         if specs:
@@ -135,9 +136,19 @@ class Hosting:
     async def _open(self, replica_id: int, topic: Topic, index: int, partition: Partition) -> None:
         broker = self._broker
         settings = TopicConfig.model_validate(topic.config)
+        log = broker.store.logs[replica_id]
+        if log.amnesiac and settings.unclean_leader_election:
+            logger.warning(
+                "broker %d: %s/%d may lack its last acknowledged records, and goes on all the same "
+                "(unclean_leader_election)",
+                broker.broker_id,
+                topic.name,
+                index,
+            )
+            await log.cured()
         replica = await PartitionReplica.open(
             broker,
-            broker.store.logs[replica_id],
+            log,
             partition,
             batch_bytes_max=settings.max_message_bytes,
             retention=Retention.of(settings),

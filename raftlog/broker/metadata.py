@@ -160,8 +160,13 @@ class MetadataReplica(Replica[MetadataState]):
         return len(conf.voters) == METADATA_VOTERS_MAX or not conf.learners
 
 
-def check_topic(name: str, partitions: int, config: Mapping[str, Any]) -> dict[str, Any]:
+def check_topic(
+    name: str, partitions: int, config: Mapping[str, Any], *, internal: bool = False
+) -> dict[str, Any]:
     """Check what a new topic is to be; every broker has to open what is created here.
+
+    Args:
+        internal: the brokers keep state of their own in it.
 
     Returns:
         The settings by their own names.
@@ -174,11 +179,8 @@ def check_topic(name: str, partitions: int, config: Mapping[str, Any]) -> dict[s
     if not 1 <= partitions <= TOPIC_PARTITIONS_MAX:
         raise ConfigError(f"a topic has 1 to {TOPIC_PARTITIONS_MAX} partitions, not {partitions}")
     settings = TopicConfig.model_validate(config)
-    if settings.flush != "commit":
-        raise ConfigError(
-            f"flush={settings.flush!r}: brokers of this release sync every write before it is acknowledged "
-            "(flush='commit') and have no other mode"
-        )
+    if internal and settings.flush != "commit":
+        raise ConfigError(f"flush={settings.flush!r}: internal topics are always synced (flush='commit')")
     return settings.model_dump(exclude_unset=True, mode="json")
 
 

@@ -40,10 +40,21 @@ _BULK: Final = (AppendRequest, AppendResponse, InstallSnapshot)
 class _Link:
     """The two connections to one peer, kept up by one task."""
 
-    __slots__ = ("broker_id", "bulk", "bulk_out", "control", "control_out", "nudge", "task")
+    __slots__ = (
+        "broker_id",
+        "bulk",
+        "bulk_out",
+        "control",
+        "control_out",
+        "incarnation",
+        "nudge",
+        "task",
+    )
 
     def __init__(self, broker_id: int) -> None:
         self.broker_id = broker_id
+        self.incarnation = -1
+        """Of the peer when it was last connected."""
         self.control: RpcConnection | None = None
         self.bulk: RpcConnection | None = None
         self.control_out: list[Message] = []
@@ -59,7 +70,8 @@ class Peers:
         seams: the way out.
         local: who this broker is; its ``address`` is set by the time of :meth:`start`.
         secret: the cluster's.
-        on_up: told when both connections to a broker stand.
+        on_up: told when both connections to a broker stand, and to which incarnation of it if it is another
+            one than the last time (else None).
         on_down: told when one of them broke.
         on_learned: told when the address book changed (to remember it on disk).
         on_replaced: told when a peer knows that this broker must end: a newer incarnation of it runs, or it
@@ -72,7 +84,7 @@ class Peers:
         local: Local,
         secret: bytes,
         *,
-        on_up: Callable[[int], None],
+        on_up: Callable[[int, int | None], None],
         on_down: Callable[[int], None],
         on_learned: Callable[[], None],
         on_replaced: Callable[[RaftlogError], None],
@@ -218,7 +230,9 @@ class Peers:
             backoff = _BACKOFF_MIN_S
             link.control, link.bulk = control, bulk
             _send(control, Addresses(self.book))
-            self._on_up(link.broker_id)
+            incarnation = control.peer.incarnation
+            restarted, link.incarnation = incarnation != link.incarnation, incarnation
+            self._on_up(link.broker_id, incarnation if restarted else None)
             try:
                 await down.wait()
             finally:
@@ -238,6 +252,9 @@ class Peers:
                 raise ConnectionLost(
                     f"the first connection to broker {broker_id} broke during the second's making"
                 )
+            if bulk.peer.incarnation != control.peer.incarnation:
+                bulk.close()
+                raise ConnectionLost(f"broker {broker_id} was started anew between the two connections")
         except BaseException:
             control.close()
             raise

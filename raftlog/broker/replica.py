@@ -248,11 +248,12 @@ class Replica(Generic[M]):
             self.node.role is Role.LEADER and self.host.store.ward.is_hurt(self.replica_id)
         )
 
-    def peer_up(self, broker_id: int) -> None:
-        """The connections to that broker stand again."""
+    def peer_up(self, broker_id: int, *, restarted: bool) -> None:
+        """The connections to that broker stand again; ``restarted``: to a new incarnation of it."""
+        forgot = restarted and self.log.spec.flush_interval_ms > 0
         for replica_id, host_id in self.hosts.items():
             if host_id == broker_id and self.fault is None:
-                self.node.peer_restored(replica_id, self.host.now_ms())
+                self.node.peer_restored(replica_id, self.host.now_ms(), forgot=forgot)
                 self.host.mark(self)
 
     def peer_down(self, broker_id: int) -> None:
@@ -372,6 +373,8 @@ class Replica(Generic[M]):
                 self._exchange.begin(follower)
         if self.staged is None and node.serving:
             self._begin_serving()
+        if self.log.amnesiac and not node.amnesiac:
+            self._cured()
 
     def _durable(self, sequence: int, error: BaseException | None) -> None:
         if error is not None:
@@ -449,6 +452,17 @@ class Replica(Generic[M]):
         finally:
             if self.fault is None and log.first_index > node.first_index:
                 node.on_compacted(log.first_index, log.prev_crc)
+
+    def _cured(self) -> None:
+        logger.info("broker %d: %s has all that it may have forgotten", self.host.broker_id, self.name)
+        self.log.amnesiac = False
+        self.host.spawn(self._note_cure())
+
+    async def _note_cure(self) -> None:
+        try:
+            await self.log.cured()
+        except RaftlogError as error:  # it has to be cured again after a restart
+            logger.debug("%s: cannot note that it is cured: %s", self.name, error)
 
     def halt(self, what: str, error: AssertionError) -> None:
         """An invariant is broken: this replica must not go on. The broker's other groups can."""
@@ -538,6 +552,13 @@ class Replica(Generic[M]):
     # -- looking ---------------------------------------------------------------------------------------------
 
     @property
+    def note(self) -> str:
+        """What keeps this replica from its full part; empty: nothing."""
+        if self.node.amnesiac:
+            return "waits for a leader before it votes: a reboot may have lost its last writes"
+        return ""
+
+    @property
     def name(self) -> str:
         return f"{self.log.spec.topic}/{self.log.spec.partition}"
 
@@ -586,4 +607,5 @@ async def recover(log: ReplicaLog, machine: StateMachine) -> RecoveredLog:
         applied=applied,
         last_crc=found.last_crc,
         last_leader_time_ms=found.last_leader_time_ms,
+        amnesiac=log.amnesiac,
     )

@@ -206,7 +206,7 @@ class Service:
         except UnknownCommand as error:
             raise ProtocolError(str(error)) from error
         if isinstance(command, CreateTopic):
-            check_topic(command.name, len(command.assignment), command.config)
+            check_topic(command.name, len(command.assignment), command.config, internal=command.internal)
         self._broker.metadata.replica.command(command, done)
 
     def _join(self, request: rpc.JoinRequest, payload: memoryview, reply: Reply) -> None:

@@ -21,6 +21,7 @@ from raftlog.state.partition import SetLogStart, decode_command
 
 if TYPE_CHECKING:
     from raftlog.broker.replica import Replica
+    from raftlog.testing.disk import SimDisk
 
 GroupKey: TypeAlias = tuple[bytes, int]
 """(topic id, partition)."""
@@ -86,10 +87,13 @@ class Member:
     """The configurations in its log, oldest first."""
     trusted: bool = True
     """Its disk keeps what it synced (not after a failed sync, a wipe, or rot)."""
+    loose: bool = False
+    """flush=interval: what is written counts like what is synced, until the power is cut."""
 
-    def settle(self, commits_done: int) -> None:
+    def settle(self, disk: SimDisk) -> None:
         """Take over what the disk has synced by now."""
         flights = self.flights
+        commits_done = disk.commits_written if self.loose else disk.commits_done
         while flights and flights[0][0] <= commits_done:
             self.durable = max(self.durable, flights.popleft()[1])
 

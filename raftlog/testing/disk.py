@@ -131,6 +131,8 @@ class SimDisk:
         """Commits of the journal's lane that have begun, failed ones too."""
         self.commits_done = 0
         """The last of them that was synced (with it, those before that were only written)."""
+        self.commits_written = 0
+        """The last of them that was written, or synced if it was to be."""
         self.boot_id = "boot 1"
         self.trace: list[Step] | None = [] if record else None
         self._nodes: dict[str, _Node] = {}
@@ -261,6 +263,7 @@ class SimDisk:
             self.commits += 1
             ordinal = self.commits
             await self._write(writes, sync=sync)
+            self.commits_written = ordinal
             if sync:
                 self.commits_done = ordinal
 

@@ -127,7 +127,7 @@ class Watch:
         """Entries are handed to a disk."""
         member, group = view.member, view.group
         first, last = append.entries[0].index, append.entries[-1].index
-        member.settle(disk.commits_done)
+        member.settle(disk)
         if first <= member.handed:
             self.counts["truncations"] += 1
             known = member.rows.get(first)
@@ -192,7 +192,7 @@ class Watch:
     def _check_acknowledgement(self, view: View, index: int) -> None:
         member = view.member
         _, disk = self._brokers[f"broker-{member.broker_id}"]
-        member.settle(disk.commits_done)
+        member.settle(disk)
         if member.trusted and index > member.durable:
             raise Violation(
                 f"durable before told: {view.name} acknowledged index {index}, synced is {member.durable}"
@@ -252,6 +252,7 @@ class Watch:
             group = Group(f"{spec.topic}/{spec.partition}", spec.partition, spec.internal, policy)
             self.groups[spec.topic_id, spec.partition] = group
         member = group.members.setdefault(spec.replica_id, Member(spec.replica_id, broker.broker_id))
+        member.loose = spec.flush_interval_ms > 0
         recovered = log.recovered.last_index
         view = View(replica, group, member, conf=core.conf, commit=core.commit, applied=core.applied)
         if member.trusted:
@@ -272,7 +273,7 @@ class Watch:
 
     def _check_recovered(self, view: View, recovered: int) -> None:
         core, member = view.replica.node, view.member
-        if recovered < member.durable:
+        if recovered < member.durable and not member.loose:
             raise Violation(
                 f"nothing synced is lost: {view.name} came back with entries up to {recovered}, synced were "
                 f"{member.durable}"
@@ -396,7 +397,7 @@ class Watch:
         for member in group.members.values():
             running = self._brokers.get(f"broker-{member.broker_id}")
             if running is not None:
-                member.settle(running[1].commits_done)
+                member.settle(running[1])
 
     def _committed(self, view: View) -> None:
         core, group = view.replica.node, view.group

@@ -97,10 +97,10 @@ WRONG_NAMES: dict[str, tuple[type[RaftlogError], str, Callable[[Log], object]]] 
         "segment_bytes",
         lambda log: log.create_topic("t", config={"segment_bytes": 1}),
     ),
-    "a setting not carried out yet": (
+    "setting of an unknown value": (
         ConfigError,
-        "flush='interval'",
-        lambda log: log.create_topic("t", config={"flush": "interval"}),
+        "flush='sometimes'",
+        lambda log: log.create_topic("t", config={"flush": "sometimes"}),
     ),
     "no partitions": (ConfigError, "0", lambda log: log.create_topic("t", partitions=0)),
     "too many partitions": (

@@ -40,7 +40,7 @@ class Member:
             seams,
             self.server.local,
             SECRET,
-            on_up=lambda other: self.heard.append(f"up {other}"),
+            on_up=lambda other, _: self.heard.append(f"up {other}"),
             on_down=lambda other: self.heard.append(f"down {other}"),
             on_learned=self._on_learned,
             on_replaced=lambda error: self.heard.append(type(error).__name__),
