@@ -194,15 +194,15 @@ class TransactionsState:
     def check_command(self, command: Command) -> RaftlogError | None:
         """Why the command would be refused, or None. A leader proposes no such command."""
         if isinstance(command, RemoveTransaction):
-            old, phase = self.transactions.get(command.transactional_id), Phase.DEAD
+            new, name = None, command.transactional_id
         else:
-            old, phase = (
-                self.transactions.get(command.transaction.transactional_id),
-                command.transaction.phase,
-            )
-        from_phase = Phase.DEAD if old is None else old.phase
-        if phase not in TRANSITIONS[from_phase]:
-            return InvalidTransaction(f"{from_phase.name} cannot become {phase.name}")
+            new, name = command.transaction, command.transaction.transactional_id
+        old = self.transactions.get(name)
+        before, after = (Phase.DEAD if each is None else each.phase for each in (old, new))
+        if after not in TRANSITIONS[before]:
+            return InvalidTransaction(f"{before.name} cannot become {after.name}")
+        if new is not None and old is not None and not _follows(old, new):
+            return InvalidTransaction(f"{tuple(new.identity)} cannot follow {tuple(old.identity)}")
         return None
 
     # -- apply (every replica) -------------------------------------------------------------------------------
