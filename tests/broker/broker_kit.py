@@ -25,6 +25,8 @@ from raftlog.net.rpc import (
 )
 from raftlog.record.codec import decode_batch, encode_batch
 from raftlog.record.frame import FRAME_HEADER_BYTES, FrameKind, iter_frames
+from raftlog.state.image import Partition
+from raftlog.state.metadata_commands import AlterPartition, TakeControl
 from raftlog.testing.sim_cluster import PORT, SimCluster, broker_name
 
 TOPIC = "orders"
@@ -113,6 +115,25 @@ class World:
         """Of the topic, as the broker that knows most has it."""
         images = [broker.metadata.image for broker in self.cluster.brokers.values()]
         return max(images, key=lambda image: image.applied_index).topics[TOPIC].topic_id
+
+    @property
+    def assignment(self) -> Partition:
+        """Where the topic's partition 0 is wanted, and where it is still."""
+        images = [broker.metadata.image for broker in self.cluster.brokers.values()]
+        return max(images, key=lambda image: image.applied_index).topics[TOPIC].partitions[0]
+
+    def move(self, *holders: int) -> None:
+        """Want the topic's partition 0 on these brokers, as a controller that has just taken over."""
+        here = {broker_id: replica_id for replica_id, broker_id in self.assignment.members}
+        replicas = [(broker_id, here.get(broker_id, 0)) for broker_id in holders]
+        broker_id = self.metadata_leader()
+        metadata = self.broker(broker_id).metadata
+
+        async def move() -> None:
+            epoch = await metadata.call(TakeControl())
+            await metadata.call(AlterPartition(epoch, self.topic_id, 0, replicas))
+
+        self.cluster.run(move(), node=broker_name(broker_id))
 
     def committed(self, broker_id: int) -> int:
         """Where a broker's replica of the topic's partition 0 ends; -1 while it has not opened it."""

@@ -7,14 +7,16 @@ Number 4, replay that resurrects truncated entries (etcd-io/etcd#22442), is held
 from __future__ import annotations
 
 from collections.abc import Iterator
+from random import Random
 
 import pytest
 from broker_kit import World, batch, outcome
 
 from raftlog.config import BrokerConfig
-from raftlog.errors import Busy, LeadershipLost, OutOfOrderSequence, UnknownProducer
+from raftlog.errors import Busy, DuplicateSequence, LeadershipLost, OutOfOrderSequence, UnknownProducer
 from raftlog.raft.types import Role
 from raftlog.testing.disk import CrashMode
+from raftlog.testing.sim_cluster import broker_name
 
 PRODUCER = 7
 
@@ -35,6 +37,13 @@ def restart_all(world: World) -> None:
         if broker_id not in world.cluster.brokers:
             world.cluster.start_broker(broker_id)
     world.cluster.introduce()
+
+
+def serving(world: World) -> list[int]:
+    """Brokers that take themselves for the partition's leader."""
+    place = world.topic_id, 0
+    found = {each: broker.hosting.by_place.get(place) for each, broker in world.cluster.brokers.items()}
+    return [each for each, replica in found.items() if replica is not None and replica.staged is not None]
 
 
 @pytest.mark.parametrize("kept", [CrashMode.NONE, CrashMode.RANDOM])
@@ -85,6 +94,72 @@ def test_2_a_late_sync_confirms_other_entries_in_a_higher_term(world: World) -> 
     world.until(lambda: replica.node.durable_index == replica.node.last_index)
     assert isinstance(outcome(in_doubt), LeadershipLost)
     assert world.fetched(world.dial(world.leader())) == [b"both have this", b"in its place"]
+
+
+@pytest.mark.parametrize("what", [".seg", ".snap"])
+def test_3_damage_on_a_minority_loses_nothing(what: str) -> None:
+    """nats-io/nats-server#7549 and #7556: one damaged file on one of three servers, and acknowledged messages,
+    or the whole stream, were deleted on all of them."""
+    with World(3, topic_config={"segment_bytes": 64 << 10}) as world:
+        connection = world.dial(world.leader())
+        acknowledged = [b"%d" % number * 10_000 for number in range(30)]
+        for value in acknowledged:
+            world.written(connection, batch(value))
+        for broker_id, broker in world.cluster.brokers.items():
+            world.until(lambda broker_id=broker_id: world.committed(broker_id) == 30)
+            world.cluster.run(broker.store.flush(), node=broker_name(broker_id))
+        victim = world.leader()
+        replica_id = world.replica(victim).replica_id
+        for broker_id in list(world.cluster.brokers):
+            world.cluster.kill_broker(broker_id)
+        disk = world.cluster.disks[victim]
+        paths = [path for path in disk.paths() if f"/{replica_id}/" in path and path.endswith(what)]
+        assert paths, disk.paths()
+        for path in paths:
+            disk.flip(path, len(disk.content(path)) // 2)
+        restart_all(world)
+        world.until(lambda: all(world.committed(broker_id) == 30 for broker_id in world.cluster.brokers))
+        connection = world.dial(world.leader())
+        assert [value for at in range(30) for value in world.fetched(connection, at)[:1]] == acknowledged
+        assert world.written(connection, batch(b"next")) == 30
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_5_membership_changes_while_the_network_is_cut(seed: int) -> None:
+    """nats-io/nats-server#7545: with members changing while the network was partitioned, acknowledged messages
+    were lost. Replicas move away from half of their brokers here while cuts come and go."""
+    with World(5, replication=3, seed=seed, config=BrokerConfig(election_timeout_ms=500)) as world:
+        random = Random(seed)
+        acknowledged: dict[int, bytes] = {}
+        for number in range(8):
+            connection = world.dial(world.leader())
+            value = b"%d" % number
+            acknowledged[world.written(connection, batch(value))] = value
+            wanted = random.sample(sorted(world.cluster.brokers), 3)
+            world.move(*wanted)
+            world.loop.run_for(random.uniform(0.0, 0.3))
+            sides = random.sample(sorted(world.cluster.brokers), 5)
+            left, right = sides[:2], sides[2:]
+            world.cluster.network.partition(
+                [broker_name(each) for each in left], [broker_name(each) for each in right]
+            )
+            value = b"%d cut" % number
+            tasks = [world.produce(world.dial(each), batch(value)) for each in serving(world)]
+            world.loop.run_for(random.uniform(0.0, 3.0))
+            for task in tasks:
+                if task.done() and task.exception() is None:
+                    offset = task.result()[0].base_offset
+                    assert acknowledged.setdefault(offset, value) == value
+            world.cluster.network.heal()
+            world.until(lambda: all(task.done() for task in tasks))
+            for task in tasks:
+                if task.exception() is None:
+                    offset = task.result()[0].base_offset
+                    assert acknowledged.setdefault(offset, value) == value
+        world.until(lambda: not world.assignment.leaving, 60.0)
+        connection = world.dial(world.leader())
+        found = dict(enumerate(world.fetched(connection)))
+        assert acknowledged.items() <= found.items()
 
 
 def test_9_dedup_advanced_before_persisting(world: World) -> None:
@@ -165,6 +240,31 @@ def test_10_state_changed_before_append_poisons_a_snapshot() -> None:
         with pytest.raises((UnknownProducer, OutOfOrderSequence)):
             world.written(connection, numbered(3))
         assert world.written(connection, numbered(0)) == 5
+
+
+def test_19_duplicates_when_a_partition_moves() -> None:
+    """AutoMQ/automq#437: the state of producers did not move with the partition; what was sent again was
+    appended again."""
+    with World(6, replication=3) as world:
+        old = world.leader()
+        connection = world.dial(old)
+        for sequence in range(7):
+            assert world.written(connection, numbered(sequence)) == sequence
+        before = {broker_id for _, broker_id in world.assignment.members}
+        world.move(*(set(world.cluster.brokers) - before))
+        in_flight = world.produce(connection, numbered(7))
+        world.until(lambda: not world.assignment.leaving)
+        assert not before & {broker_id for _, broker_id in world.assignment.replicas}
+        world.until(in_flight.done)
+        new = world.leader()
+        assert new not in before
+        connection = world.dial(new)
+        for sequence in (*range(3, 7), 7, 7):
+            assert world.written(connection, numbered(sequence)) == sequence
+        with pytest.raises(DuplicateSequence):
+            world.written(connection, numbered(1))
+        assert world.written(connection, numbered(8)) == 8
+        assert world.fetched(connection) == [b"%d" % sequence for sequence in range(9)]
 
 
 def test_20_heartbeats_that_do_not_put_off_elections() -> None:
