@@ -21,8 +21,10 @@ import ray
 from raftlog.actors.options import NAMESPACE, Actor, broker_name
 from raftlog.broker.broker import Broker, BrokerPlace
 from raftlog.broker.founding import FoundingPlan, found
+from raftlog.broker.joining import JoiningPlan, join
 from raftlog.broker.peers import Address
 from raftlog.config import BrokerConfig
+from raftlog.controller.replacing import replace_lost
 from raftlog.net.network import real_seams
 from raftlog.storage.identity import Identity, find_identity
 from raftlog.storage.real_disk import RealDisk
@@ -102,6 +104,23 @@ def probe_node(data_dir: str) -> NodeProbe:
     return NodeProbe(node_id, software_version(), asyncio.run(_identities(folders)))
 
 
+async def _join(data_dir: str, plan: JoiningPlan, node_id: str, zone: str) -> int:
+    folder = Path(data_dir).expanduser() / "joining"
+    disk = RealDisk(folder)
+    try:
+        identity = await join(real_seams(), disk, plan, node_id=node_id, zone=zone)
+    finally:
+        await disk.close()
+    folder.rename(broker_folder(data_dir, identity.broker_id))
+    return identity.broker_id
+
+
+@ray.remote
+def join_cluster(data_dir: str, plan: JoiningPlan, zone: str) -> int:
+    """Run on a node: make a data directory there for a new broker of a running cluster; returns its id."""
+    return asyncio.run(_join(data_dir, plan, ray.get_runtime_context().get_node_id(), zone))
+
+
 @ray.remote
 def remove_data(data_dir: str) -> None:
     """Run on a node: remove what an ephemeral cluster kept there."""
@@ -135,6 +154,16 @@ class BrokerHost:
                 await found(disk, self._launch.plan, self._launch.broker_id)
             finally:
                 await disk.close()
+
+    async def has_data(self) -> bool:
+        """Whether the broker's directory has its identity."""
+        if self._broker is not None:
+            return True
+        disk = self._disk()
+        try:
+            return await find_identity(disk) is not None
+        finally:
+            await disk.close()
 
     async def start(self) -> BrokerInfo:
         """Recover what is in the directory and serve.
@@ -182,6 +211,16 @@ class BrokerHost:
         """Wait until the broker is registered with the metadata group."""
         assert self._broker is not None, "start() comes first"
         await self._broker.ready()
+
+    async def replace_lost(self, known: list[int]) -> None:
+        """Let others take the place of brokers whose data are gone, in the background.
+
+        Args:
+            known: broker ids whose data are there.
+        """
+        broker = self._broker
+        assert broker is not None, "start() comes first"
+        broker.spawn(replace_lost(broker.metadata.call, lambda: broker.metadata.image, known))
 
     async def watch(self) -> str:
         """Return only when the broker cannot go on, with the reason. (The call fails when the process

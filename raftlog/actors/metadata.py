@@ -11,6 +11,7 @@ answers only when it dies is always pending) and otherwise looks around every fe
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import os
 from collections import Counter
@@ -26,12 +27,14 @@ from raftlog.actors.broker import (
     BrokerLaunch,
     NodeProbe,
     find_broker,
+    join_cluster,
     probe_node,
     remove_data,
     running_brokers,
 )
 from raftlog.actors.options import Actor, broker_options, probe_options
 from raftlog.broker.founding import FoundingPlan, decide, may_run
+from raftlog.broker.joining import JoiningPlan
 from raftlog.client.cluster import Bootstrap
 from raftlog.errors import (
     ClusterInUse,
@@ -95,6 +98,8 @@ class MetadataHost:
         self._running: dict[int, tuple[Actor, BrokerInfo]] = {}
         self._troubles: dict[int, str] = {}
         self._founding = False
+        self._emptied: list[Node] = []
+        """Nodes with an empty directory where a broker's data should be."""
         self._wake = asyncio.Event()
         self._watchers: set[asyncio.Task[None]] = set()
         self._begun: asyncio.Task[None] = asyncio.get_running_loop().create_task(self._begin())
@@ -201,6 +206,8 @@ class MetadataHost:
         await asyncio.wait_for(
             asyncio.gather(*(actor.ready.remote() for actor, _ in self._running.values())), _CALL_TIMEOUT_S
         )
+        self._emptied += self._without_data(nodes, probes)
+        await self._reconcile()
         self._loop_task = asyncio.get_running_loop().create_task(self._reconcile_forever())
 
     async def _adopt(self) -> dict[int, tuple[BrokerLaunch, BrokerInfo]]:
@@ -257,8 +264,9 @@ class MetadataHost:
             if count < 1:
                 raise ConfigError(f"brokers={count}: a cluster has at least one")
             found = dict.fromkeys(range(count))
-            self._founding = True
         plan = decide(spec.name, found)
+        # Else an identity that is missing has been lost, and the directory must not be founded again.
+        self._founding = not set(may_run(plan, found)) <= {each for each in found if found[each] is not None}
         node_ids = sorted(nodes)
         load = Counter(dict.fromkeys(node_ids, 0))
         assigned = {}
@@ -274,6 +282,49 @@ class MetadataHost:
                 "directories of the others"
             )
         return plan, assigned
+
+    # -- lost data -------------------------------------------------------------------------------------------
+
+    def _without_data(self, nodes: dict[str, Node], probes: list[NodeProbe]) -> list[Node]:
+        """Where to put a new broker for each one whose data are gone: on a node that has none of this cluster's
+        data. Where all nodes see the same directories (one machine, a shared file system), on any."""
+        assert self._plan is not None
+        lost = len(self._plan.brokers) - len(self._nodes)
+        see_the_same = len({frozenset(probe.identities) for probe in probes}) == 1
+        free = [probe.node_id for probe in probes if see_the_same or not probe.identities]
+        return [nodes[node_id] for _, node_id in zip(range(lost), itertools.cycle(free), strict=False)]
+
+    async def _join(self, node: Node) -> None:
+        """Let a new broker join from an empty directory on this node, and take the place of one that is lost."""
+        assert self._plan is not None
+        plan = self._plan
+        addresses = tuple(info.address[1:] for _, info in self._running.values())
+        joining = JoiningPlan(plan.cluster_id, plan.cluster_name, plan.secret, addresses)
+        try:
+            broker_id: int = await asyncio.wait_for(
+                join_cluster.options(**probe_options(node.node_id)).remote(
+                    self._spec.data_dir, joining, node.zone
+                ),
+                _CALL_TIMEOUT_S,
+            )
+        except (RayError, RaftlogError, TimeoutError) as error:
+            logger.warning("no new broker of %s on node %s yet: %s", self._spec.name, node.node_id, error)
+            self._emptied.append(node)
+            return
+        logger.warning("broker %d of %s is new on node %s", broker_id, self._spec.name, node.node_id)
+        self._nodes[broker_id] = node
+
+    async def _replace_lost(self) -> None:
+        """Ask a broker to see to it that new ones take the place of lost ones, should there be any. As long as
+        there are fewer than were founded, the others may come back."""
+        assert self._plan is not None
+        if len(self._nodes) < len(self._plan.brokers):
+            return
+        actor, _ = next(iter(self._running.values()))
+        try:
+            await asyncio.wait_for(actor.replace_lost.remote(list(self._nodes)), _CALL_TIMEOUT_S)
+        except (RayError, RaftlogError, TimeoutError) as error:
+            logger.warning("lost brokers of %s are not replaced yet: %s", self._spec.name, error)
 
     def _why_nothing_runs(self) -> RaftlogError:
         reasons = "; ".join(f"broker {one}: {why}" for one, why in sorted(self._troubles.items()))
@@ -292,13 +343,25 @@ class MetadataHost:
             await self._reconcile()
 
     async def _reconcile(self) -> None:
-        """Start what should run and does not, and tell everyone where everyone is."""
+        """Have every broker run that has data, and others in the place of those that have lost theirs."""
+        started = await self._start_missing()
+        if self._emptied and self._running:
+            emptied, self._emptied = self._emptied, []
+            for node in emptied:
+                await self._join(node)
+            started |= await self._start_missing()
+        if started:
+            await self._replace_lost()
+
+    async def _start_missing(self) -> bool:
+        """Start what should run and does not, and tell everyone where everyone is. Returns whether anything was
+        started."""
         missing = [broker_id for broker_id in self._nodes if broker_id not in self._running]
         if not missing:
-            return
+            return False
         actors = await asyncio.gather(*(self._place_broker(broker_id) for broker_id in missing))
         if self._founding and not all(actors):
-            return  # no broker of a new cluster runs before every one of them knows who belongs to it
+            return False  # no broker of a new cluster runs before every one of them knows who belongs to it
         self._founding = False
         started = await asyncio.gather(
             *(
@@ -308,14 +371,16 @@ class MetadataHost:
             )
         )
         if not any(started):
-            return
+            return False
         addresses = {broker_id: info.address for broker_id, (_, info) in self._running.items()}
         await asyncio.gather(
             *(actor.learn.remote(addresses) for actor, _ in self._running.values()), return_exceptions=True
         )
+        return True
 
     async def _place_broker(self, broker_id: int) -> Actor | None:
-        """Find the broker's actor or make one, and see that its directory has its identity."""
+        """Find the broker's actor or make one, and see that its directory has its identity: it is given one
+        while the cluster is founded, and never again."""
         assert self._plan is not None
         actor = await self._find_alive(broker_id)
         try:
@@ -333,7 +398,13 @@ class MetadataHost:
                 )
                 options = broker_options(self._spec.name, broker_id, node.node_id)
                 actor = BrokerActor.options(**options).remote(launch)
-            await asyncio.wait_for(actor.found.remote(), _CALL_TIMEOUT_S)
+            if self._founding:
+                await asyncio.wait_for(actor.found.remote(), _CALL_TIMEOUT_S)
+            elif not await asyncio.wait_for(actor.has_data.remote(), _CALL_TIMEOUT_S):
+                self._emptied.append(self._nodes.pop(broker_id))
+                logger.error("broker %d of %s has lost its data", broker_id, self._spec.name)
+                ray.kill(actor)
+                return None
         except (RayError, RaftlogError, TimeoutError, ValueError) as error:
             # ValueError: the name of the actor that died is not free yet.
             self._failed_to_start(broker_id, actor, error)

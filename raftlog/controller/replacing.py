@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
-from typing import Any, Final
+from collections.abc import Awaitable, Callable, Collection
+from typing import Any, Final, TypeAlias
 
 from raftlog.errors import RaftlogError
 from raftlog.state.metadata import MetadataState
@@ -17,6 +17,33 @@ from raftlog.state.metadata_commands import AlterPartition, Command, RemoveBroke
 logger = logging.getLogger("raftlog.controller")
 
 _AGAIN_S: Final = 0.25
+
+Call: TypeAlias = Callable[[Command], Awaitable[Any]]
+Image: TypeAlias = Callable[[], MetadataState]
+
+
+def substitutes(image: MetadataState, known: Collection[int]) -> list[tuple[int, int]]:
+    """(lost broker, one to take its place) for each broker of the image that is not known.
+
+    The choice falls on the one that has the fewest of its partitions already, and then the fewest of all: one
+    that has just joined, or had begun to take over.
+
+    Args:
+        known: broker ids whose data are there.
+    """
+    held: dict[int, set[tuple[bytes, int]]] = {broker_id: set() for broker_id in image.brokers}
+    for topic in image.topics.values():
+        for index, partition in enumerate(topic.partitions):
+            for _, broker_id in partition.replicas:
+                held[broker_id].add((topic.topic_id, index))
+    free = sorted(broker_id for broker_id in held if broker_id in known)
+    pairs = []
+    for old in sorted(broker_id for broker_id in held if broker_id not in known):
+        if free:
+            new = min(free, key=lambda each: (len(held[old] & held[each]), len(held[each])))
+            free.remove(new)
+            pairs.append((old, new))
+    return pairs
 
 
 def replace_broker(image: MetadataState, epoch: int, old: int, new: int) -> list[AlterPartition]:
@@ -41,16 +68,29 @@ def replace_broker(image: MetadataState, epoch: int, old: int, new: int) -> list
     return moves
 
 
-async def carry_out(
-    call: Callable[[Command], Awaitable[Any]], image: Callable[[], MetadataState], old: int, new: int
-) -> None:
-    """Move everything from ``old``, which is lost, to ``new``, and forget ``old``.
-
-    Returns when that is done, or when only partitions are left that both should hold.
+async def replace_lost(call: Call, image: Image, known: Collection[int]) -> None:
+    """Let others take the place of all brokers that are not known.
 
     Args:
         call: has a command applied (``MetadataService.call``).
         image: the metadata as it is now.
+        known: broker ids whose data are there; those that have just joined are waited for.
+
+    Raises:
+        RaftlogError: see :func:`carry_out`.
+    """
+    while True:
+        if image().brokers.keys() >= set(known):
+            break
+        await asyncio.sleep(_AGAIN_S)
+    for old, new in substitutes(image(), known):
+        await carry_out(call, image, old, new)
+
+
+async def carry_out(call: Call, image: Image, old: int, new: int) -> None:
+    """Move everything from ``old``, which is lost, to ``new``, and forget ``old``.
+
+    Returns when that is done, or when only partitions are left that both should hold.
 
     Raises:
         RaftlogError: not retriable: another controller has taken over, or ``old`` cannot be removed.
@@ -69,7 +109,7 @@ async def carry_out(
         await asyncio.sleep(_AGAIN_S)
 
 
-async def _insist(call: Callable[[Command], Awaitable[Any]], command: Command) -> Any:
+async def _insist(call: Call, command: Command) -> Any:
     """Ask until it is applied or refused. One that was applied although nobody said so is refused or changes
     nothing when it is asked for again."""
     while True:

@@ -9,10 +9,11 @@ from typing import Any, Final, TypeVar
 import msgspec
 
 from raftlog.errors import ConfigError, ConnectionLost, ProtocolError, RaftlogError, RequestTimeout
+from raftlog.net.catalogue import REQUESTS
 from raftlog.net.frames import Buffer, Frame, Kind, encode_head
 from raftlog.net.handshake import HANDSHAKE_VERSION, Handshake, Hello, Local, decode_error
 from raftlog.net.network import Seams
-from raftlog.net.rpc import REQUESTS, OneWay, Request
+from raftlog.net.rpc import OneWay, Request
 from raftlog.net.stream import FrameStream, Limits, logger
 
 R = TypeVar("R", bound=msgspec.Struct)
@@ -227,7 +228,7 @@ class RpcConnection(FrameStream):
             )
 
     def send(self, message: OneWay, payload: Sequence[Buffer] = ()) -> None:
-        """Send a one-way message (one of ``rpc.ONE_WAY``).
+        """Send a one-way message (one of ``catalogue.ONE_WAY``).
 
         Raises:
             ConnectionLost: the connection is closed; nothing was sent.

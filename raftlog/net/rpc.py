@@ -1,4 +1,4 @@
-"""The rpc catalogue: every request and response, with its api number.
+"""The rpcs: every request and response, with its api number; ``catalogue`` lists them.
 
 A request is a msgspec struct (the *header*) and, where bytes move in bulk, a *payload* behind it that is
 never decoded on the way: record batches in Produce, contiguous log frames in Fetch and Raft. Structs travel
@@ -538,7 +538,7 @@ class SnapshotBytesRequest(Request[SnapshotBytesResponse], frozen=True):
 
 
 class OneWay(Protocol):
-    """A message that is not answered: its class is in ``ONE_WAY``."""
+    """A message that is not answered: its class is in ``catalogue.ONE_WAY``."""
 
     @property
     def api(self) -> int:
@@ -573,35 +573,3 @@ class BrokerHeartbeat(Struct, frozen=True):
     retired: list[int] = []
 
     api: ClassVar[int] = 32
-
-
-REQUESTS: Final[dict[int, type[Request[Any]]]] = {
-    cls.api: cls
-    for cls in (
-        ProduceRequest,
-        FetchRequest,
-        ListOffsetsRequest,
-        MetadataRequest,
-        CreateTopicRequest,
-        DeleteTopicRequest,
-        InitProducerRequest,
-        MetadataCommandRequest,
-        JoinRequest,
-        BrokerStatusRequest,
-        GroupHeartbeatRequest,
-        OffsetCommitRequest,
-        OffsetFetchRequest,
-        DescribeGroupsRequest,
-        DeleteGroupRequest,
-        StageOffsetsRequest,
-        DeleteOffsetsRequest,
-        LogFramesRequest,
-        SnapshotBytesRequest,
-    )
-}
-ONE_WAY: Final[dict[int, type[Struct]]] = {
-    Addresses.api: Addresses,
-    RaftMessages.api: RaftMessages,
-    BrokerHeartbeat.api: BrokerHeartbeat,
-    ProduceRequest.api: ProduceRequest,
-}

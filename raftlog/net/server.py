@@ -20,10 +20,11 @@ from raftlog.errors import (
     RaftlogError,
     StaleIncarnation,
 )
+from raftlog.net.catalogue import ONE_WAY, REQUESTS
 from raftlog.net.frames import PREFIX_BYTES, Buffer, Frame, Kind, encode_head
 from raftlog.net.handshake import HANDSHAKE_VERSION, Handshake, Hello, Local, encode_error
 from raftlog.net.network import Listener, Seams
-from raftlog.net.rpc import ONE_WAY, REQUESTS, Request, Struct
+from raftlog.net.rpc import Request, Struct
 from raftlog.net.stream import FrameStream, Limits, logger
 
 _REQUEST_DECODERS: Final = {api: msgspec.msgpack.Decoder(cls) for api, cls in REQUESTS.items()}

@@ -23,7 +23,7 @@ from raftlog.broker.joining import JoiningPlan, join
 from raftlog.client.cluster import Bootstrap
 from raftlog.client.log import Log
 from raftlog.config import BrokerConfig
-from raftlog.controller.replacing import carry_out
+from raftlog.controller.replacing import replace_lost
 from raftlog.net.network import real_seams
 from raftlog.storage.identity import Identity, find_identity
 from raftlog.storage.real_disk import RealDisk
@@ -113,7 +113,8 @@ class LocalCluster:
         for number in range(self._count - len(members)):
             await self._join_one(number)
         self._introduce()
-        self._replace_lost()
+        broker = next(iter(self._brokers.values()))
+        broker.spawn(replace_lost(broker.metadata.call, lambda: broker.metadata.image, [*self._brokers]))
 
     async def _identity(self, broker_id: int) -> Identity | None:
         disk = RealDisk(self._folder(broker_id))
@@ -133,15 +134,6 @@ class LocalCluster:
         await disk.close()
         folder.rename(self._folder(identity.broker_id))
         await self._start_one(identity.broker_id)
-
-    def _replace_lost(self) -> None:
-        """Put each broker that holds nothing in the place of one whose data are gone, in the background."""
-        broker = next(iter(self._brokers.values()))
-        image = broker.metadata.image
-        lost = [broker_id for broker_id in image.brokers if broker_id not in self._brokers]
-        free = [broker_id for broker_id in self._brokers if not any(image.replicas_on(broker_id))]
-        for old, new in zip(lost, free, strict=False):
-            broker.spawn(carry_out(broker.metadata.call, lambda: broker.metadata.image, old, new))
 
     def _folder(self, broker_id: int) -> Path:
         return self.data_dir / f"broker-{broker_id}"

@@ -12,9 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from raftlog.errors import RaftlogError
+from raftlog.net.catalogue import REQUESTS
 from raftlog.net.connection import RpcConnection
 from raftlog.net.rpc import (
-    REQUESTS,
     BrokerStatusRequest,
     CreateTopicRequest,
     DeleteTopicRequest,

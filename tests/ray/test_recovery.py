@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -60,6 +63,45 @@ def test_a_cluster_survives_the_sigkill_of_all_its_brokers(ray_session: None, tm
     assert sorted(values, key=int) == [b"%d" % n for n in range(201)]
     log.close()
     raftlog.shutdown("all-killed")
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 90.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come about"
+
+
+def test_a_wiped_disk_comes_back_as_a_new_broker(ray_session: None, tmp_path: Path) -> None:
+    """Once while the cluster is stopped, once under it; the new ones hold what the old ones held."""
+    log = raftlog.start("wiped", brokers=3, data_dir=str(tmp_path))
+    log.create_topic("kept", partitions=2)
+    with log.producer() as producer:
+        producer.send_batch("kept", [b"%d" % n for n in range(500)]).result(60)
+    log.close()
+    raftlog.shutdown("wiped")
+
+    def place_of(gone: int, expected: list[int]) -> None:
+        def is_so() -> bool:
+            brokers = [broker.id for broker in log.describe_cluster().brokers]
+            topic = log.describe_topic("kept")
+            holders = [sorted(partition.replicas) for partition in topic.partitions]
+            return brokers == expected and holders == [expected] * 2
+
+        wait_until(is_so)
+        assert not (tmp_path / f"broker-{gone}" / "IDENTITY").exists()
+        with log.consumer("kept") as consumer:
+            values = [record.value for record in consumer.records(until="end")]
+        assert sorted(values, key=int) == [b"%d" % n for n in range(500)]
+
+    shutil.rmtree(tmp_path / "broker-1")
+    log = raftlog.start("wiped", data_dir=str(tmp_path))
+    place_of(1, [0, 2, 3])
+    victim = next(broker for broker in log.describe_cluster().brokers if broker.id == 2)
+    shutil.rmtree(tmp_path / "broker-2")
+    os.kill(victim.pid, signal.SIGKILL)
+    place_of(2, [0, 3, 4])
+    log.close()
+    raftlog.shutdown("wiped")
 
 
 def test_data_of_another_cluster_is_refused(ray_session: None, tmp_path: Path) -> None:
