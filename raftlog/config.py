@@ -314,6 +314,16 @@ class BrokerConfig(Settings):
     """Snapshots that a broker sends to others at the same time."""
     producer_expiry_ms: Annotated[int, Field(ge=1000)] = DAY_MS
     """A partition forgets a producer that has not written to it for this long."""
+    internal_partitions: Annotated[int, Field(ge=1, le=1000)] = 8
+    """Of the topics that hold groups and transactions, when they are made; it stays."""
+    internal_segment_bytes: Annotated[int, Field(ge=64 * KIB, le=2**31 - 1)] = 8 * MIB
+    """Size of their segments, when they are made; they keep two or three of them."""
+    offsets_retention_ms: Annotated[int, Field(ge=1000)] = 7 * DAY_MS
+    """A group without members forgets offsets this old."""
+    transaction_timeout_ms_max: Annotated[int, Field(ge=1000)] = 15 * 60_000
+    """The longest time for which a producer may keep a transaction open."""
+    transactional_id_expiry_ms: Annotated[int, Field(ge=1000)] = 7 * DAY_MS
+    """A transactional id that is not used for this long is forgotten."""
 
     def _check(self) -> None:
         if self.heartbeat_ms * 2 > self.election_timeout_ms:

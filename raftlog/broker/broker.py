@@ -18,7 +18,11 @@ from typing import Any, Final
 
 import msgspec
 
+from raftlog.broker.assigned import AssignedReplica
+from raftlog.broker.group_replica import GroupReplica
 from raftlog.broker.hosting import Hosting
+from raftlog.broker.internal_topics import InternalTopics
+from raftlog.broker.markers import MarkedReplica, Markers
 from raftlog.broker.metadata import MetadataReplica, MetadataService, metadata_spec
 from raftlog.broker.partition import PartitionReplica
 from raftlog.broker.peers import Address, Peers
@@ -32,6 +36,7 @@ from raftlog.config import BrokerConfig
 from raftlog.errors import (
     DamagedData,
     ForeignDataDir,
+    InvalidTopic,
     RaftlogError,
     StaleIncarnation,
     StorageFull,
@@ -39,7 +44,7 @@ from raftlog.errors import (
 )
 from raftlog.net.handshake import Local
 from raftlog.net.network import Seams
-from raftlog.net.rpc import BrokerRow, MetadataCommandRequest, ReplicaRow
+from raftlog.net.rpc import BrokerRow, MetadataCommandRequest, ReplicaRow, Request
 from raftlog.net.server import RpcServer
 from raftlog.net.stream import Limits
 from raftlog.raft.config import RaftConfig
@@ -52,6 +57,8 @@ from raftlog.storage.spec import StorageConfig
 from raftlog.storage.store import BrokerStore
 
 logger = logging.getLogger("raftlog.broker")
+
+_AMNESIAC: Final = "waits for a leader before it votes: a reboot may have lost its last writes"
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +136,9 @@ class Broker:
         self.pulse = Pulse(self)
         self.repairs = Repairs(self)
         self.snapshot_slots = SnapshotSlots(config.snapshots_sent_max)
+        self.markers = Markers(self)
         self.metadata: MetadataService
+        self.internal_topics: InternalTopics
         self._registered: asyncio.Task[None]
         store.on_fault = self._store_fault
 
@@ -184,6 +193,7 @@ class Broker:
             MetadataState.level_max,
         )
         self.metadata = MetadataService(self, replica, self.identity, registration)
+        self.internal_topics = InternalTopics(self.metadata, self.config, self.random_bytes)
         await self.hosting.open()
         self.follow_removals()
         self.pulse.start()
@@ -366,8 +376,8 @@ class Broker:
     def replicas(self) -> Iterable[Replica[Any]]:
         return self.hosting.by_id.values()
 
-    def partition(self, topic_id: bytes, partition: int) -> PartitionReplica:
-        """The replica of a partition on this broker.
+    def place_of(self, topic_id: bytes, partition: int) -> AssignedReplica[Any]:
+        """The replica of a partition on this broker, whatever its topic.
 
         Raises:
             UnknownReplica: there is none (any more, or yet).
@@ -378,6 +388,47 @@ class Broker:
             name = topic.name if topic is not None else topic_id.hex()
             raise UnknownReplica(f"broker {self.broker_id} has no replica of {name}/{partition}")
         return found
+
+    def partition(self, topic_id: bytes, partition: int) -> PartitionReplica:
+        """The replica of a partition that holds records.
+
+        Raises:
+            UnknownReplica: there is none (any more, or yet).
+            InvalidTopic: the topic is internal.
+        """
+        found = self.place_of(topic_id, partition)
+        if not isinstance(found, PartitionReplica):
+            raise InvalidTopic(f"topic {found.log.spec.topic!r} is internal: brokers alone read and write it")
+        return found
+
+    # -- what markers need -----------------------------------------------------------------------------------
+
+    @property
+    def image(self) -> MetadataState:
+        """The applied metadata."""
+        return self.metadata.image
+
+    def marked(self, topic_id: bytes, partition: int) -> MarkedReplica:
+        """The replica of a partition that takes markers: of records, or of groups.
+
+        Raises:
+            UnknownReplica: there is none.
+            InvalidTopic: a partition that takes none.
+        """
+        found = self.place_of(topic_id, partition)
+        if not isinstance(found, PartitionReplica | GroupReplica):
+            raise InvalidTopic(f"{found.name} takes no markers")
+        return found
+
+    def known_leader(self, topic_id: bytes, partition: int) -> int | None:
+        """Broker id of the partition's leader, as far as a replica here knows."""
+        found = self.hosting.by_place.get((topic_id, partition))
+        return None if found is None else found.leader_broker
+
+    async def ask_broker(self, broker_id: int, request: Request[Any], timeout: float) -> Any:
+        """The answer of another broker to a request without payload."""
+        response, _ = await self.peers.connection(broker_id).call(request, timeout=timeout)
+        return response
 
     # -- trouble and the end ---------------------------------------------------------------------------------
 
@@ -469,6 +520,7 @@ class Broker:
                 and (progress.match < node.commit or not self.peers.is_up(host))
             )
         leader = replica.leader_broker
+        amnesiac = _AMNESIAC if node.amnesiac else ""
         return ReplicaRow(
             topic=log.spec.topic,
             partition=log.spec.partition,
@@ -485,7 +537,7 @@ class Broker:
             durable_index=node.durable_index,
             voters=sorted(replica.hosts[member] for member in node.conf.voters if member in replica.hosts),
             lagging=lagging,
-            fault=str(replica.fault or self.repairs.note(replica.replica_id) or replica.note),
+            fault=str(replica.fault or self.repairs.note(replica.replica_id) or amnesiac),
         )
 
 

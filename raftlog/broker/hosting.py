@@ -12,14 +12,20 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING, Any, Final
 
+from raftlog.broker.assigned import AssignedReplica
+from raftlog.broker.coordinator_replica import CoordinatorReplica
+from raftlog.broker.group_replica import GroupReplica
+from raftlog.broker.internal_topics import GROUPS_TOPIC, TRANSACTIONS_TOPIC
 from raftlog.broker.partition import PartitionReplica
 from raftlog.broker.replica import Replica
 from raftlog.broker.retention import Retention
+from raftlog.broker.transaction_replica import TransactionReplica
 from raftlog.config import TopicConfig
 from raftlog.errors import DamagedData, RaftlogError, UnknownReplica
 from raftlog.raft.types import ConfState
 from raftlog.state.image import Partition, Topic
 from raftlog.state.metadata_commands import Command, CompletePartition, ReplaceReplica
+from raftlog.storage.replica_log import ReplicaLog
 from raftlog.storage.spec import ReplicaSpec
 
 if TYPE_CHECKING:
@@ -27,6 +33,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("raftlog.broker")
 
+COORDINATORS: Final[dict[str, type[CoordinatorReplica[Any]]]] = {
+    GROUPS_TOPIC: GroupReplica,
+    TRANSACTIONS_TOPIC: TransactionReplica,
+}
+"""Internal topic -> what its replicas are."""
 _AGAIN_S: Final = 1.0
 
 
@@ -46,7 +57,7 @@ class Hosting:
         self._changed = asyncio.Event()
         self._asked: set[Command] = set()
         self.by_id: dict[int, Replica[Any]] = {}
-        self.by_place: dict[tuple[bytes, int], PartitionReplica] = {}
+        self.by_place: dict[tuple[bytes, int], AssignedReplica[Any]] = {}
 
     def image_changed(self) -> None:
         """The metadata has changed: look at it soon."""
@@ -68,6 +79,8 @@ class Hosting:
                 await asyncio.sleep(_AGAIN_S)
                 self._changed.set()
             self._tell()
+            for replica in self.by_place.values():
+                replica.metadata_changed()
 
     def _assigned(self) -> dict[int, tuple[Topic, int]]:
         """Replica id -> (topic, partition) of what should be here."""
@@ -87,7 +100,7 @@ class Hosting:
             if replica_id in assigned or replica_id == own or replica_id >= known_below:
                 continue
             replica = self.by_id.pop(replica_id, None)
-            if isinstance(replica, PartitionReplica):
+            if isinstance(replica, AssignedReplica):
                 spec = replica.log.spec
                 if self.by_place.get((spec.topic_id, spec.partition)) is replica:
                     del self.by_place[spec.topic_id, spec.partition]
@@ -122,7 +135,7 @@ class Hosting:
         for replica_id, (topic, index) in self._assigned().items():
             partition = topic.partitions[index]
             known = self.by_id.get(replica_id)
-            if isinstance(known, PartitionReplica):
+            if isinstance(known, AssignedReplica):
                 if known.assignment is not partition and known.assign(partition):
                     broker.pulse.rouse(known)
             elif replica_id in broker.store.logs:
@@ -135,8 +148,24 @@ class Hosting:
 
     async def _open(self, replica_id: int, topic: Topic, index: int, partition: Partition) -> None:
         broker = self._broker
-        settings = TopicConfig.model_validate(topic.config)
         log = broker.store.logs[replica_id]
+        replica: AssignedReplica[Any]
+        coordinator = COORDINATORS.get(topic.name) if topic.internal else None
+        if coordinator is not None:
+            replica = await coordinator.open(broker, log, partition, self._complete)
+        else:
+            replica = await self._open_partition(log, topic, index, partition)
+        self.by_id[replica_id] = replica
+        if replica_id in partition.wanted or (topic.topic_id, index) not in self.by_place:
+            self.by_place[topic.topic_id, index] = replica
+        replica.tick(broker.now_ms())
+        broker.pulse.watch(replica)
+
+    async def _open_partition(
+        self, log: ReplicaLog, topic: Topic, index: int, partition: Partition
+    ) -> PartitionReplica:
+        broker = self._broker
+        settings = TopicConfig.model_validate(topic.config)
         if log.amnesiac and settings.unclean_leader_election:
             logger.warning(
                 "broker %d: %s/%d may lack its last acknowledged records, and goes on all the same "
@@ -146,7 +175,7 @@ class Hosting:
                 index,
             )
             await log.cured()
-        replica = await PartitionReplica.open(
+        return await PartitionReplica.open(
             broker,
             log,
             partition,
@@ -154,15 +183,10 @@ class Hosting:
             retention=Retention.of(settings),
             complete=self._complete,
         )
-        self.by_id[replica_id] = replica
-        if replica_id in partition.wanted or (topic.topic_id, index) not in self.by_place:
-            self.by_place[topic.topic_id, index] = replica
-        replica.tick(broker.now_ms())
-        broker.pulse.watch(replica)
 
     # -- what the metadata is told ---------------------------------------------------------------------------
 
-    def _complete(self, replica: PartitionReplica) -> None:
+    def _complete(self, replica: AssignedReplica[Any]) -> None:
         """The group's configuration is what this version of the assignment wants."""
         spec = replica.log.spec
         self._ask(CompletePartition(spec.topic_id, spec.partition, replica.assignment.version))

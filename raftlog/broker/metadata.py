@@ -15,13 +15,14 @@ from typing import Any, Final, Protocol
 
 import msgspec
 
+from raftlog.broker.internal_topics import METADATA_TOPIC, check_reserved
 from raftlog.broker.membership import Wanted
-from raftlog.broker.replica import Done, Host, Replica, recover
+from raftlog.broker.recovery import restored
+from raftlog.broker.replica import Done, Host, Replica
 from raftlog.config import TopicConfig, validate_topic_name
 from raftlog.controller.placement import BrokerInfo, place
 from raftlog.errors import (
     ConfigError,
-    InvalidTopic,
     NotLeader,
     RaftlogError,
     TopicExists,
@@ -55,7 +56,6 @@ from raftlog.storage.spec import ReplicaSpec
 
 logger = logging.getLogger("raftlog.broker")
 
-METADATA_TOPIC: Final = "__metadata"
 METADATA_TOPIC_ID: Final = bytes(16)
 METADATA_VOTERS_MAX: Final = 5
 """Voters of the metadata group; every further broker is a learner of it."""
@@ -115,8 +115,7 @@ class MetadataReplica(Replica[MetadataState]):
         cls, host: Host, log: ReplicaLog, members: Sequence[tuple[int, int]], changed: Callable[[], None]
     ) -> MetadataReplica:
         """Restore the image from the newest snapshot and the committed log above it."""
-        machine = MetadataState.restore(log.snapshot.data) if log.snapshot is not None else MetadataState()
-        recovered = await recover(log, machine)
+        machine, recovered = await restored(log, MetadataState)
         return cls(host, log, machine, recovered, members, changed)
 
     def command(self, command: Command, done: Done) -> None:
@@ -174,8 +173,7 @@ def check_topic(
     Raises:
         InvalidTopic, ConfigError.
     """
-    if validate_topic_name(name) == METADATA_TOPIC:
-        raise InvalidTopic(f"topic name {name!r} is taken by the metadata group")
+    check_reserved(validate_topic_name(name), internal)
     if not 1 <= partitions <= TOPIC_PARTITIONS_MAX:
         raise ConfigError(f"a topic has 1 to {TOPIC_PARTITIONS_MAX} partitions, not {partitions}")
     settings = TopicConfig.model_validate(config)
@@ -242,7 +240,7 @@ class MetadataService:
             topic_id=self._host.random_bytes(16),
             config=config,
             internal=False,
-            assignment=self._place(staged, request.partitions, request.replication_factor),
+            assignment=self.place(staged, request.partitions, request.replication_factor),
         )
 
         def created(result: Any, error: RaftlogError | None) -> None:
@@ -256,7 +254,8 @@ class MetadataService:
 
         self.replica.command(command, created)
 
-    def _place(self, staged: MetadataState, partitions: int, replication_factor: int) -> list[list[int]]:
+    def place(self, staged: MetadataState, partitions: int, replication_factor: int) -> list[list[int]]:
+        """Brokers for each partition of a new topic, the preferred leader first; factor 0: "auto"."""
         alive = self._host.alive_brokers()
         replicas: dict[int, int] = dict.fromkeys(staged.brokers, 0)
         leaders: dict[int, int] = dict.fromkeys(staged.brokers, 0)
@@ -286,6 +285,7 @@ class MetadataService:
             NotLeader, UnknownTopic.
         """
         staged = self.replica.check_serving()
+        check_reserved(request.name, internal=False)
         topic = staged.topics.get(request.name)
         if topic is None:
             raise UnknownTopic(f"no topic {request.name!r}")

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import logging
 import struct
-from collections.abc import Callable, Set
 from typing import Any, Final, Protocol
 
-from raftlog.broker.membership import Wanted
-from raftlog.broker.replica import Done, Host, Replica, recover
+from raftlog.broker.assigned import AssignedReplica, Complete
+from raftlog.broker.recovery import restored
+from raftlog.broker.replica import Done, Host
 from raftlog.broker.retention import EXPIRY_INTERVAL_MS, Retention, last_index_below
 from raftlog.errors import OffsetOutOfRange, RaftlogError
 from raftlog.net.rpc import ProduceResponse
 from raftlog.raft.config import RecoveredLog
 from raftlog.raft.types import Entry
 from raftlog.record.batch import check_batch, stamped
+from raftlog.record.control import Marker, encode_marker
 from raftlog.record.frame import Buffer, FrameKind
 from raftlog.state.image import Partition
 from raftlog.state.partition import Command, ExpireProducers, PartitionState, SetLogStart, encode_command
@@ -31,15 +32,13 @@ class Waiter(Protocol):
     def wake(self) -> None: ...
 
 
-class PartitionReplica(Replica[PartitionState]):
+class PartitionReplica(AssignedReplica[PartitionState]):
     """One replica of one partition of a topic.
 
     Args:
-        assignment: who holds the partition, now and when all moves are done.
+        assignment, complete: see :class:`~raftlog.broker.assigned.AssignedReplica`.
         batch_bytes_max: a batch above this is refused (topic setting ``max_message_bytes``).
         retention: what must be kept.
-        complete: called on a leader whose configuration is what ``assignment`` wants, again and again until
-            that shows nobody leaving.
     """
 
     def __init__(
@@ -52,12 +51,9 @@ class PartitionReplica(Replica[PartitionState]):
         *,
         batch_bytes_max: int,
         retention: Retention,
-        complete: Callable[[PartitionReplica], None],
+        complete: Complete,
     ) -> None:
-        preferred = assignment.founders[0] == log.spec.replica_id
-        super().__init__(host, log, machine, recovered, assignment.hosts, preferred=preferred)
-        self.assignment = assignment
-        self._complete = complete
+        super().__init__(host, log, machine, recovered, assignment, complete)
         self.batch_bytes_max = batch_bytes_max
         self.retention = retention
         self._expired_ms = 0
@@ -76,11 +72,10 @@ class PartitionReplica(Replica[PartitionState]):
         *,
         batch_bytes_max: int,
         retention: Retention,
-        complete: Callable[[PartitionReplica], None],
+        complete: Complete,
     ) -> PartitionReplica:
         """Restore the machine from the newest snapshot and the committed log above it."""
-        machine = PartitionState.restore(log.snapshot.data) if log.snapshot is not None else PartitionState()
-        recovered = await recover(log, machine)
+        machine, recovered = await restored(log, PartitionState)
         return cls(
             host,
             log,
@@ -91,24 +86,6 @@ class PartitionReplica(Replica[PartitionState]):
             retention=retention,
             complete=complete,
         )
-
-    # -- members ---------------------------------------------------------------------------------------------
-
-    def assign(self, assignment: Partition) -> bool:
-        """Take in who should hold the partition; returns whether that is news."""
-        news = assignment.version != self.assignment.version
-        self.assignment = assignment
-        self.hosts = assignment.hosts
-        self.membership.due = self.membership.due or news
-        return news
-
-    def wanted_members(self, able: Set[int]) -> Wanted:
-        return Wanted(self.assignment.wanted)
-
-    def members_reached(self) -> bool:
-        if self.assignment.leaving:
-            self._complete(self)
-        return not self.assignment.leaving
 
     # -- produce ---------------------------------------------------------------------------------------------
 
@@ -140,6 +117,21 @@ class PartitionReplica(Replica[PartitionState]):
         entry = self.propose(staged, FrameKind.BATCH, payload, done)
         self._in_flight[base_offset] = entry.index
 
+    def write_marker(self, marker: Marker, done: Done) -> None:
+        """End a transaction here; ``done`` hears when that is committed and applied. A marker that was
+        written before is not written again.
+
+        Raises:
+            NotLeader, Busy, StorageFull, StaleCoordinator, ProducerFenced, InvalidTransaction: nothing was
+                appended.
+        """
+        staged = self.check_serving()
+        if not staged.check_marker(marker):
+            self.when_applied(staged, None, done)
+            return
+        batch = encode_marker(marker, self.leader_time_ms())
+        self.propose(staged, FrameKind.BATCH, stamped(batch, staged.next_offset, self.node.term), done)
+
     def applied(self, entry: Entry, result: object) -> object:
         if entry.kind != FrameKind.BATCH:
             return result
@@ -153,7 +145,7 @@ class PartitionReplica(Replica[PartitionState]):
     async def keep_house(self) -> None:
         """As leader, decide what may go; on any replica, drop what the log says is gone."""
         if self.staged is not None:
-            now_ms = max(self.host.wall_ms(), self.node.last_leader_time_ms)
+            now_ms = self.leader_time_ms()
             try:
                 self._retain(now_ms)
                 self._expire_producers(now_ms)
@@ -173,7 +165,8 @@ class PartitionReplica(Replica[PartitionState]):
         if now_ms - self._expired_ms < EXPIRY_INTERVAL_MS or not staged.producers:
             return
         before_ms = now_ms - self.host.config.producer_expiry_ms
-        if next(iter(staged.producers.values())).last_time_ms < before_ms:  # the idlest comes first
+        idlest = next((state for each, state in staged.producers.items() if each not in staged.open), None)
+        if idlest is not None and idlest.last_time_ms < before_ms:
             self._expired_ms = now_ms
             self._command(staged, ExpireProducers(before_ms))
 

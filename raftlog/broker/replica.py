@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Coroutine, Mapping, Sequence, Set
+from contextlib import suppress
 from functools import partial
 from typing import Any, Final, Generic, Protocol, Self, TypeVar
 
@@ -47,7 +48,6 @@ Done = Callable[[Any, RaftlogError | None], None]
 _CAMPAIGN_AGAIN_MS: Final = 50
 _HURT_PATIENCE: Final = 3
 """A damaged replica campaigns this many election timeouts later than others."""
-_RECOVERY_CHUNK_BYTES: Final = 8 << 20
 
 
 class StateMachine(Protocol):
@@ -309,7 +309,7 @@ class Replica(Generic[M]):
             Busy: too much is in flight. Nothing happened.
         """
         node = self.node
-        entry = node.propose(kind, payload, max(self.host.wall_ms(), node.last_leader_time_ms))
+        entry = node.propose(kind, payload, self.leader_time_ms())
         if staged.applied_index < entry.index - 1:
             own = node.entries_in_memory(staged.applied_index + 1, entry.index)
             assert own is not None, "what was not handed to storage is in memory"
@@ -321,7 +321,11 @@ class Replica(Generic[M]):
 
     def wait_for(self, index: int, done: Done) -> None:
         """``done`` also hears the result of the entry at ``index``, which is in flight."""
-        self._waiters[index].append(done)
+        self._waiters.setdefault(index, []).append(done)
+
+    def leader_time_ms(self) -> int:
+        """The time that an entry proposed now gets: it never goes back along the log."""
+        return max(self.host.wall_ms(), self.node.last_leader_time_ms)
 
     async def confirm_leadership(self) -> None:
         """Wait until a quorum has confirmed that this replica leads: what it has applied then covers all
@@ -374,7 +378,8 @@ class Replica(Generic[M]):
         if self.staged is None and node.serving:
             self._begin_serving()
         if self.log.amnesiac and not node.amnesiac:
-            self._cured()
+            self.log.amnesiac = False
+            host.spawn(self._cured())
 
     def _durable(self, sequence: int, error: BaseException | None) -> None:
         if error is not None:
@@ -428,6 +433,9 @@ class Replica(Generic[M]):
         yet to be done about it (for subclasses)."""
         return True
 
+    def began_serving(self, staged: M) -> None:
+        """This replica serves as leader from now on (for subclasses)."""
+
     def stopped_serving(self) -> None:
         """This replica served as leader and does no longer (for subclasses)."""
 
@@ -453,16 +461,9 @@ class Replica(Generic[M]):
             if self.fault is None and log.first_index > node.first_index:
                 node.on_compacted(log.first_index, log.prev_crc)
 
-    def _cured(self) -> None:
-        logger.info("broker %d: %s has all that it may have forgotten", self.host.broker_id, self.name)
-        self.log.amnesiac = False
-        self.host.spawn(self._note_cure())
-
-    async def _note_cure(self) -> None:
-        try:
+    async def _cured(self) -> None:
+        with suppress(RaftlogError):  # if the disk cannot note it, the replica is cured again after a restart
             await self.log.cured()
-        except RaftlogError as error:  # it has to be cured again after a restart
-            logger.debug("%s: cannot note that it is cured: %s", self.name, error)
 
     def halt(self, what: str, error: AssertionError) -> None:
         """An invariant is broken: this replica must not go on. The broker's other groups can."""
@@ -504,6 +505,7 @@ class Replica(Generic[M]):
             for entry in above:
                 staged.apply(entry)
         self.staged = staged
+        self.began_serving(staged)
         logger.info("broker %d serves %s in term %d", self.host.broker_id, self.name, node.term)
 
     def _fail_waiters(self) -> None:
@@ -552,13 +554,6 @@ class Replica(Generic[M]):
     # -- looking ---------------------------------------------------------------------------------------------
 
     @property
-    def note(self) -> str:
-        """What keeps this replica from its full part; empty: nothing."""
-        if self.node.amnesiac:
-            return "waits for a leader before it votes: a reboot may have lost its last writes"
-        return ""
-
-    @property
     def name(self) -> str:
         return f"{self.log.spec.topic}/{self.log.spec.partition}"
 
@@ -575,37 +570,3 @@ def _stage(staged: StateMachine, entries: Sequence[Entry]) -> None:
         for entry in entries:
             if entry.index > staged.applied_index:
                 staged.apply(entry)
-
-
-async def recover(log: ReplicaLog, machine: StateMachine) -> RecoveredLog:
-    """Apply what a recovered log knows to be committed above the machine's snapshot.
-
-    Args:
-        log: as storage recovered it.
-        machine: restored from ``log.snapshot``, or new when there is none.
-
-    Returns:
-        What the core begins with.
-    """
-    found = log.recovered
-    applied = log.snapshot.index if log.snapshot is not None else found.first_index - 1
-    commit = min(found.hard_state.commit, found.last_index)
-    while applied < commit:
-        for entry in await log.entries(applied + 1, commit + 1, _RECOVERY_CHUNK_BYTES):
-            machine.apply(entry)
-            applied = entry.index
-    log.set_committed(applied)
-    return RecoveredLog(
-        hard_state=found.hard_state,
-        confs=found.confs,
-        first_index=found.first_index,
-        prev_term=found.prev_term,
-        prev_crc=found.prev_crc,
-        terms=found.terms,
-        last_index=found.last_index,
-        tail=found.tail,
-        applied=applied,
-        last_crc=found.last_crc,
-        last_leader_time_ms=found.last_leader_time_ms,
-        amnesiac=log.amnesiac,
-    )

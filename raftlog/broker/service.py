@@ -8,12 +8,15 @@ from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from raftlog.broker.answers import answer, answer_with
+from raftlog.broker.coordination import Coordination
 from raftlog.broker.fetch import FetchSession, wire_error
 from raftlog.broker.metadata import check_topic
 from raftlog.broker.out_of_service import out_of_service_rows
 from raftlog.broker.wire import decode_messages
 from raftlog.errors import Busy, ConfigError, ProtocolError, RaftlogError
 from raftlog.net import rpc
+from raftlog.net.rpc_transactions import WriteMarkersRequest
 from raftlog.net.server import Reply, ServerConnection
 from raftlog.state.command import UnknownCommand
 from raftlog.state.metadata_commands import AddBroker, CreateTopic
@@ -24,7 +27,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("raftlog.broker")
 
-_FOR_BROKERS = (rpc.LogFramesRequest, rpc.SnapshotBytesRequest)
+_FOR_BROKERS = (rpc.LogFramesRequest, rpc.SnapshotBytesRequest, WriteMarkersRequest)
 
 
 class Service:
@@ -50,6 +53,8 @@ class Service:
             rpc.LogFramesRequest: self._lend_frames,
             rpc.SnapshotBytesRequest: self._lend_snapshot,
         }
+        self._coordination = Coordination(broker)
+        self._handlers |= self._coordination.handlers
 
     # -- Handler ---------------------------------------------------------------------------------------------
 
@@ -105,18 +110,18 @@ class Service:
         self._broker.pump()
 
     def on_close(self, connection: ServerConnection, error: Exception | None) -> None:
-        pass
+        self._coordination.connection_lost(connection)
 
     # -- records ---------------------------------------------------------------------------------------------
 
     def _produce(self, request: rpc.ProduceRequest, payload: memoryview, reply: Reply) -> None:
-        self._broker.partition(request.topic_id, request.partition).produce(payload, partial(_answer, reply))
+        self._broker.partition(request.topic_id, request.partition).produce(payload, partial(answer, reply))
 
     def _fetch(self, request: rpc.FetchRequest, payload: memoryview, reply: Reply) -> None:
         FetchSession(request, reply, self._broker.partition, self._broker.spawn).serve()
 
     def _list_offsets(self, request: rpc.ListOffsetsRequest, payload: memoryview, reply: Reply) -> None:
-        self._broker.spawn(_answer_with(reply, partial(self._find_offsets, request)))
+        self._broker.spawn(answer_with(reply, partial(self._find_offsets, request)))
 
     async def _find_offsets(self, request: rpc.ListOffsetsRequest) -> rpc.ListOffsetsResponse:
         return rpc.ListOffsetsResponse(list(await asyncio.gather(*map(self._answer_query, request.queries))))
@@ -143,6 +148,17 @@ class Service:
     # -- metadata --------------------------------------------------------------------------------------------
 
     def _metadata(self, request: rpc.MetadataRequest, payload: memoryview, reply: Reply) -> None:
+        missing = self._coordination.missing(request.topics or ())
+        if missing:
+            self._broker.spawn(answer_with(reply, partial(self._made, missing, request)))
+        else:
+            reply.ok(self._known(request))
+
+    async def _made(self, missing: list[str], request: rpc.MetadataRequest) -> rpc.MetadataResponse:
+        await self._broker.internal_topics.ensure(missing)
+        return self._known(request)
+
+    def _known(self, request: rpc.MetadataRequest) -> rpc.MetadataResponse:
         broker = self._broker
         service = broker.metadata
         image = service.image
@@ -158,16 +174,14 @@ class Service:
                 else:
                     topics.append(topic)
         leader = service.replica.leader_broker
-        reply.ok(
-            rpc.MetadataResponse(
-                cluster_id=broker.identity.cluster_id,
-                brokers=broker.broker_rows(),
-                topics=[service.row(topic, self._leader_of) for topic in topics],
-                unknown_topics=unknown,
-                version=image.applied_index,
-                metadata_leader=-1 if leader is None else leader,
-                metadata_term=service.replica.node.term,
-            )
+        return rpc.MetadataResponse(
+            cluster_id=broker.identity.cluster_id,
+            brokers=broker.broker_rows(),
+            topics=[service.row(topic, self._leader_of) for topic in topics],
+            unknown_topics=unknown,
+            version=image.applied_index,
+            metadata_leader=-1 if leader is None else leader,
+            metadata_term=service.replica.node.term,
         )
 
     def _leader_of(self, replica_id: int) -> tuple[int, int]:
@@ -177,15 +191,15 @@ class Service:
         return replica.leader_broker, replica.node.term
 
     def _create_topic(self, request: rpc.CreateTopicRequest, payload: memoryview, reply: Reply) -> None:
-        self._broker.metadata.create_topic(request, partial(_answer, reply))
+        self._broker.metadata.create_topic(request, partial(answer, reply))
 
     def _delete_topic(self, request: rpc.DeleteTopicRequest, payload: memoryview, reply: Reply) -> None:
-        self._broker.metadata.delete_topic(request, partial(_answer, reply))
+        self._broker.metadata.delete_topic(request, partial(answer, reply))
 
     def _init_producer(self, request: rpc.InitProducerRequest, payload: memoryview, reply: Reply) -> None:
         if request.transactional_id is not None:
-            raise ConfigError("transactional_id: this release has no transactions")
-        self._broker.spawn(_answer_with(reply, self._producer))
+            raise ConfigError("a transactional id is opened with InitTransactions")
+        self._broker.spawn(answer_with(reply, self._producer))
 
     async def _producer(self) -> rpc.InitProducerResponse:
         return rpc.InitProducerResponse(await self._broker.metadata.producer_id(), 0)
@@ -210,7 +224,7 @@ class Service:
         self._broker.metadata.replica.command(command, done)
 
     def _join(self, request: rpc.JoinRequest, payload: memoryview, reply: Reply) -> None:
-        self._broker.spawn(_answer_with(reply, partial(self._add_broker, request)))
+        self._broker.spawn(answer_with(reply, partial(self._add_broker, request)))
 
     async def _add_broker(self, request: rpc.JoinRequest) -> rpc.JoinResponse:
         if len(request.disk_id) != 16:
@@ -248,26 +262,6 @@ class Service:
             }
         )
         reply.ok(rpc.BrokerStatusResponse(broker.row(), rows, clients, software_version(), broker.started_ms))
-
-
-def _answer(reply: Reply, result: Any, error: RaftlogError | None) -> None:
-    if error is not None:
-        reply.fail(error)
-    else:
-        reply.ok(result)
-
-
-async def _answer_with(reply: Reply, work: Callable[[], Coroutine[Any, Any, rpc.Struct]]) -> None:
-    """Answer with what ``work`` returns, or with why it could not. (It is called in here, for a task that is
-    cancelled before it began would leave a coroutine behind that nobody awaits.)"""
-    try:
-        reply.ok(await work())
-    except RaftlogError as error:
-        reply.fail(error)
-    except Exception as bug:
-        # whoever asked must not wait in vain; raised again, it is logged where the task ends
-        reply.fail(RaftlogError(f"internal error of the broker: {bug!r}"))
-        raise
 
 
 async def _lend(reply: Reply, work: Callable[[], Coroutine[Any, Any, tuple[rpc.Struct, bytes]]]) -> None:

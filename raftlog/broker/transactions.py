@@ -198,8 +198,12 @@ class TransactionCoordinator:
         identity: Identity,
         partitions: Iterable[Target] = (),
         groups: Iterable[str] = (),
+        topics_version: int = 0,
     ) -> Decision:
         """Partitions and groups are about to take part; the first one begins the transaction.
+
+        Args:
+            topics_version: of metadata that has all of them.
 
         Raises:
             ConcurrentTransactions: the one before is still being ended; ask again.
@@ -222,6 +226,7 @@ class TransactionCoordinator:
             start_ms=old.start_ms if begun else now_ms,
             partitions=all_partitions,
             groups=all_groups,
+            topics_version=max(topics_version, old.topics_version),
         )
         return Decision(PutTransaction(new))
 

@@ -1,63 +1,42 @@
-"""The rpc catalogue: which api number stands for which request or one-way message."""
+"""All requests and one-way messages by their numbers."""
 
 from __future__ import annotations
 
 from typing import Any, Final
 
-from raftlog.net.rpc import (
-    Addresses,
-    BrokerHeartbeat,
-    BrokerStatusRequest,
-    CreateTopicRequest,
-    DeleteGroupRequest,
-    DeleteOffsetsRequest,
-    DeleteTopicRequest,
-    DescribeGroupsRequest,
-    FetchRequest,
-    GroupHeartbeatRequest,
-    InitProducerRequest,
-    JoinRequest,
-    ListOffsetsRequest,
-    LogFramesRequest,
-    MetadataCommandRequest,
-    MetadataRequest,
-    OffsetCommitRequest,
-    OffsetFetchRequest,
-    ProduceRequest,
-    RaftMessages,
-    Request,
-    SnapshotBytesRequest,
-    StageOffsetsRequest,
-    Struct,
-)
+from raftlog.net import rpc, rpc_transactions
 
-REQUESTS: Final[dict[int, type[Request[Any]]]] = {
+REQUESTS: Final[dict[int, type[rpc.Request[Any]]]] = {
     cls.api: cls
     for cls in (
-        ProduceRequest,
-        FetchRequest,
-        ListOffsetsRequest,
-        MetadataRequest,
-        CreateTopicRequest,
-        DeleteTopicRequest,
-        InitProducerRequest,
-        MetadataCommandRequest,
-        JoinRequest,
-        BrokerStatusRequest,
-        GroupHeartbeatRequest,
-        OffsetCommitRequest,
-        OffsetFetchRequest,
-        DescribeGroupsRequest,
-        DeleteGroupRequest,
-        StageOffsetsRequest,
-        DeleteOffsetsRequest,
-        LogFramesRequest,
-        SnapshotBytesRequest,
+        rpc.ProduceRequest,
+        rpc.FetchRequest,
+        rpc.ListOffsetsRequest,
+        rpc.MetadataRequest,
+        rpc.CreateTopicRequest,
+        rpc.DeleteTopicRequest,
+        rpc.InitProducerRequest,
+        rpc.MetadataCommandRequest,
+        rpc.JoinRequest,
+        rpc.BrokerStatusRequest,
+        rpc.GroupHeartbeatRequest,
+        rpc.OffsetCommitRequest,
+        rpc.OffsetFetchRequest,
+        rpc.DescribeGroupsRequest,
+        rpc.DeleteGroupRequest,
+        rpc.StageOffsetsRequest,
+        rpc.DeleteOffsetsRequest,
+        rpc.LogFramesRequest,
+        rpc.SnapshotBytesRequest,
+        rpc_transactions.InitTransactionsRequest,
+        rpc_transactions.EnlistRequest,
+        rpc_transactions.EndTransactionRequest,
+        rpc_transactions.WriteMarkersRequest,
+        rpc_transactions.DescribeTransactionsRequest,
+        rpc_transactions.AbortTransactionRequest,
+        rpc_transactions.OpenTransactionsRequest,
     )
 }
-ONE_WAY: Final[dict[int, type[Struct]]] = {
-    Addresses.api: Addresses,
-    RaftMessages.api: RaftMessages,
-    BrokerHeartbeat.api: BrokerHeartbeat,
-    ProduceRequest.api: ProduceRequest,
+ONE_WAY: Final[dict[int, type[rpc.Struct]]] = {
+    cls.api: cls for cls in (rpc.Addresses, rpc.RaftMessages, rpc.BrokerHeartbeat, rpc.ProduceRequest)
 }

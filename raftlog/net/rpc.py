@@ -1,4 +1,5 @@
-"""The rpcs: every request and response, with its api number; ``catalogue`` lists them.
+"""The rpcs: every request and response, with its api number (those of transactions are in
+``rpc_transactions``; ``catalogue`` lists all).
 
 A request is a msgspec struct (the *header*) and, where bytes move in bulk, a *payload* behind it that is
 never decoded on the way: record batches in Produce, contiguous log frames in Fetch and Raft. Structs travel

@@ -76,6 +76,11 @@ class Reply:
         self._bytes = size
 
     @property
+    def connection(self) -> ServerConnection | None:
+        """What the request came on; None once it is answered."""
+        return self._connection
+
+    @property
     def is_done(self) -> bool:
         """Whether it was given."""
         return self._connection is None
@@ -103,6 +108,7 @@ class ServerConnection(FrameStream):
     Attributes:
         peer: who dialed; proved by the handshake.
         in_flight_bytes: of requests that have not been answered yet.
+        remote: the address it comes from.
         rpc_version: agreed in the handshake.
     """
 
@@ -111,11 +117,11 @@ class ServerConnection(FrameStream):
         "_handshake",
         "_is_open",
         "_pauses",
-        "_remote",
         "_serial",
         "_server",
         "in_flight_bytes",
         "peer",
+        "remote",
         "rpc_version",
     )
 
@@ -127,7 +133,7 @@ class ServerConnection(FrameStream):
         self._handshake = Handshake(server.local, server.secret, "client", server.seams.random)
         self._is_open = False
         self._pauses = 0
-        self._remote = "?"
+        self.remote = "?"
         self._on_frame = self._on_hello
         self.in_flight_bytes = 0
         self.rpc_version = 0
@@ -140,7 +146,7 @@ class ServerConnection(FrameStream):
         return self is other
 
     def __repr__(self) -> str:
-        return f"<ServerConnection {self._serial} {getattr(self, 'peer', None) or self._remote}>"
+        return f"<ServerConnection {self._serial} {getattr(self, 'peer', None) or self.remote}>"
 
     @property
     def closed(self) -> bool:
@@ -155,17 +161,17 @@ class ServerConnection(FrameStream):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
-        self._remote = str(transport.get_extra_info("peername"))
+        self.remote = str(transport.get_extra_info("peername"))
         waiting = self._server._handshaking
         if len(waiting) >= self._limits.handshakes_max:
-            logger.warning("refused %s: %d handshakes under way", self._remote, len(waiting))
+            logger.warning("refused %s: %d handshakes under way", self.remote, len(waiting))
             self.close()
             return
         waiting[self] = None
         self._start_timer(self._limits.handshake_seconds, self._on_handshake_timeout)
 
     def _on_handshake_timeout(self) -> None:
-        logger.warning("closed %s: no handshake within %s s", self._remote, self._limits.handshake_seconds)
+        logger.warning("closed %s: no handshake within %s s", self.remote, self._limits.handshake_seconds)
         self.close(ProtocolError("no handshake in time"))
 
     def _on_hello(self, frame: Frame) -> None:
@@ -208,7 +214,7 @@ class ServerConnection(FrameStream):
 
     def _refuse(self, error: RaftlogError) -> None:
         peer = self._handshake.peer
-        logger.warning("refused %s from %s: %s", peer or "a peer", self._remote, error)
+        logger.warning("refused %s from %s: %s", peer or "a peer", self.remote, error)
         self._write(encode_head(Kind.REFUSED, 0, HANDSHAKE_VERSION, 0, encode_error(error)), (), 0)
         self._shut(error, flush=True)
 
@@ -341,7 +347,7 @@ class ServerConnection(FrameStream):
     # -- the end ---------------------------------------------------------------------------------------------
 
     def _on_garbage(self, error: ProtocolError) -> None:
-        logger.warning("closed %r from %s: %s", self, self._remote, error)
+        logger.warning("closed %r from %s: %s", self, self.remote, error)
         self.close(error)
 
     def _on_lost(self, error: Exception | None) -> None:

@@ -123,6 +123,9 @@ class Transaction(msgspec.Struct, frozen=True, array_like=True):
     """Enlisted consumer groups: the ``__groups`` partition of each gets a marker."""
     ended: Ended | None = None
     """None: none has ended since the present producer opened the id."""
+    topics_version: int = 0
+    """A version of the metadata that has, or had, all that is enlisted: what one as new as this does not know
+    was deleted."""
 
 
 class PutTransaction(CommandStruct, frozen=True):

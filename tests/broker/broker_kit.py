@@ -36,7 +36,12 @@ TIMEOUT_S = 30.0
 
 
 def batch(
-    *values: bytes, producer: int = -1, epoch: int = -1, sequence: int = -1, timestamp_ms: int = 1_000
+    *values: bytes,
+    producer: int = -1,
+    epoch: int = -1,
+    sequence: int = -1,
+    timestamp_ms: int = 1_000,
+    transactional: bool = False,
 ) -> bytes:
     """A record batch as a producer would send it."""
     return encode_batch(
@@ -46,6 +51,7 @@ def batch(
         producer_id=producer,
         producer_epoch=0 if producer >= 0 and epoch < 0 else epoch,
         base_sequence=sequence,
+        transactional=transactional,
     )
 
 

@@ -277,7 +277,6 @@ CORRUPT: dict[str, bytes] = {
     "magic 1": changed(16, b"\1"),
     "a negative length": changed(8, struct.pack(">i", -7)),
     "a control batch": changed(ATTRIBUTES_AT, struct.pack(">h", 0x20), crc=True),
-    "a transactional batch": changed(ATTRIBUTES_AT, struct.pack(">h", 0x10), crc=True),
     "an unknown attribute": changed(ATTRIBUTES_AT, struct.pack(">h", 0x100), crc=True),
     "an unknown compression": changed(ATTRIBUTES_AT, struct.pack(">h", 7), crc=True),
     "count and delta differ": changed(23, struct.pack(">i", 9), crc=True),

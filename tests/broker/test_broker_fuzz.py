@@ -17,18 +17,37 @@ from raftlog.net.connection import RpcConnection
 from raftlog.net.rpc import (
     BrokerStatusRequest,
     CreateTopicRequest,
+    DeleteGroupRequest,
+    DeleteOffsetsRequest,
     DeleteTopicRequest,
+    DescribeGroupsRequest,
     FetchPartition,
     FetchRequest,
+    GroupHeartbeatRequest,
+    GroupOffset,
     InitProducerRequest,
     JoinRequest,
     ListOffsetsRequest,
     LogFramesRequest,
     MetadataCommandRequest,
     MetadataRequest,
+    OffsetCommitRequest,
+    OffsetFetchRequest,
     OffsetQuery,
     ProduceRequest,
     SnapshotBytesRequest,
+    StageOffsetsRequest,
+)
+from raftlog.net.rpc_transactions import (
+    AbortTransactionRequest,
+    DescribeTransactionsRequest,
+    EndTransactionRequest,
+    EnlistRequest,
+    HangingTransaction,
+    InitTransactionsRequest,
+    MarkerRow,
+    OpenTransactionsRequest,
+    WriteMarkersRequest,
 )
 
 numbers = st.sampled_from([0, 1, -1, 2, -2, 99, 2**31, -(2**31), 2**53, 2**63 - 1, -(2**63), 2**64 - 1])
@@ -38,8 +57,12 @@ names = st.sampled_from(["", ".", TOPIC, "new", "a b", "x" * 300, "\0", "ü", "_
 plain = (
     st.none() | st.booleans() | numbers | st.floats() | st.text(max_size=4) | st.lists(numbers, max_size=2)
 )
-topic_ids = st.sampled_from([b"", b"?" * 16, b"topic"]) | st.binary(max_size=17)
-"""b"topic" stands for the id of the topic that there is."""
+topic_ids = st.sampled_from([b"", b"?" * 16, b"topic", b"groups", b"transactions"]) | st.binary(max_size=17)
+"""b"topic" stands for the id of the topic that there is; the others for those of the internal ones."""
+places = st.tuples(topic_ids, numbers)
+producers = st.sampled_from([-1, 0, 1, 1000, 2**63 - 1])
+epochs = st.sampled_from([-1, 0, 1, 32_766, 32_767])
+group_offsets = st.lists(st.builds(GroupOffset, topic_ids, numbers, numbers, numbers, names), max_size=3)
 fetch_partitions = st.builds(FetchPartition, topic_ids, numbers, numbers, numbers, numbers)
 topic_settings = st.sampled_from(
     ["segment_bytes", "retention.ms", "max_message_bytes", "flush", "colour", ""]
@@ -72,6 +95,70 @@ STRATEGIES: dict[type[Any], st.SearchStrategy[Any]] = {
     BrokerStatusRequest: st.builds(BrokerStatusRequest, st.none() | st.lists(names, max_size=3)),
     LogFramesRequest: st.builds(LogFramesRequest, topic_ids, numbers, numbers, numbers, numbers),
     SnapshotBytesRequest: st.builds(SnapshotBytesRequest, topic_ids, numbers, numbers, numbers, numbers),
+    GroupHeartbeatRequest: st.builds(
+        GroupHeartbeatRequest,
+        topic_ids,
+        numbers,
+        names,
+        names,
+        epochs,
+        numbers,
+        st.lists(names, max_size=2).map(lambda found: tuple(sorted(set(found)))),
+        numbers,
+        numbers,
+        names,
+        st.sampled_from(["uniform", "sticky", ""]),
+        numbers.map(lambda wait: min(wait, 50)),
+    ),
+    OffsetCommitRequest: st.builds(
+        OffsetCommitRequest, topic_ids, numbers, names, names, epochs, group_offsets
+    ),
+    OffsetFetchRequest: st.builds(
+        OffsetFetchRequest, topic_ids, numbers, names, st.none() | st.lists(places, max_size=2)
+    ),
+    DescribeGroupsRequest: st.builds(
+        DescribeGroupsRequest, topic_ids, numbers, st.none() | st.lists(names, max_size=2)
+    ),
+    DeleteGroupRequest: st.builds(DeleteGroupRequest, topic_ids, numbers, names),
+    StageOffsetsRequest: st.builds(
+        StageOffsetsRequest, topic_ids, numbers, names, names, epochs, producers, epochs, group_offsets
+    ),
+    DeleteOffsetsRequest: st.builds(
+        DeleteOffsetsRequest, topic_ids, numbers, names, st.lists(places, max_size=2)
+    ),
+    InitTransactionsRequest: st.builds(
+        InitTransactionsRequest, topic_ids, numbers, names, numbers, producers, epochs
+    ),
+    EnlistRequest: st.builds(
+        EnlistRequest,
+        topic_ids,
+        numbers,
+        names,
+        producers,
+        epochs,
+        st.lists(places, max_size=2),
+        st.lists(names, max_size=2),
+    ),
+    EndTransactionRequest: st.builds(
+        EndTransactionRequest, topic_ids, numbers, names, producers, epochs, st.booleans()
+    ),
+    WriteMarkersRequest: st.builds(
+        WriteMarkersRequest,
+        st.lists(
+            st.builds(MarkerRow, topic_ids, numbers, producers, epochs, numbers, st.booleans()), max_size=3
+        ),
+    ),
+    DescribeTransactionsRequest: st.builds(
+        DescribeTransactionsRequest, topic_ids, numbers, st.none() | st.lists(names, max_size=2)
+    ),
+    AbortTransactionRequest: st.builds(
+        AbortTransactionRequest,
+        topic_ids,
+        numbers,
+        names,
+        st.none() | st.builds(HangingTransaction, topic_ids, numbers, producers, epochs),
+    ),
+    OpenTransactionsRequest: st.builds(OpenTransactionsRequest, topic_ids, numbers),
 }
 payloads = st.sampled_from([b"", batch(b"a"), batch(b"a")[:-1], b"\x92\x06\x01"]) | st.binary(max_size=80)
 

@@ -1,0 +1,337 @@
+"""A replica of one ``__transactions`` partition; as leader, the coordinator of the transactional ids that
+hash to it.
+
+What is decided is in ``raftlog.broker.transactions``. Here is what it leaves to its host: a decision that
+ends a transaction is applied, only then its markers are sent, and when every partition has its own the
+transaction is completed. A new leader finds in its state which ones are ending, and sends their markers again
+under its own term; what is twice at a partition is taken once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Final, TypeAlias
+
+from raftlog.broker.coordinator_replica import CoordinatorReplica, nobody_waits
+from raftlog.broker.internal_topics import GROUPS_TOPIC, internal_topic, partition_of
+from raftlog.broker.replica import Done
+from raftlog.broker.transactions import (
+    ABORT_SCAN_MS,
+    Decision,
+    NeedsProducerId,
+    TransactionCoordinator,
+)
+from raftlog.errors import Busy, InvalidTopic, RaftlogError, StaleCoordinator, UnknownReplica
+from raftlog.net.rpc import Empty
+from raftlog.net.rpc_transactions import (
+    AbortTransactionRequest,
+    DescribeTransactionsRequest,
+    DescribeTransactionsResponse,
+    EndTransactionRequest,
+    EnlistRequest,
+    InitTransactionsRequest,
+    MarkerRow,
+    ProducerIdentity,
+    TransactionRow,
+)
+from raftlog.raft.types import Entry
+from raftlog.record.control import Marker
+from raftlog.state.transactions import (
+    Cause,
+    Identity,
+    Phase,
+    Target,
+    Transaction,
+    TransactionsState,
+    encode_command,
+)
+
+logger = logging.getLogger("raftlog.broker")
+
+_AGAIN_S: Final = 0.1
+_EMPTY: Final = Empty()
+_OPEN: Final = (Phase.ONGOING, Phase.PREPARE_COMMIT, Phase.PREPARE_ABORT)
+
+_Decide: TypeAlias = "Callable[[TransactionCoordinator, TransactionsState, int, int | None], Decision]"
+
+
+class TransactionReplica(CoordinatorReplica[TransactionsState]):
+    """See the module."""
+
+    kind = TransactionsState
+
+    _coordinator: TransactionCoordinator | None = None
+    """Of the term in which this replica serves."""
+    _to_send: list[str]
+    """Transactional ids whose markers are due."""
+
+    def encode(self, command: Any) -> bytes:
+        return encode_command(command)
+
+    # -- leadership ------------------------------------------------------------------------------------------
+
+    def began_serving(self, staged: TransactionsState) -> None:
+        config = self.host.config
+        self._coordinator = TransactionCoordinator(
+            self.node.term,
+            self.leader_time_ms(),
+            timeout_ms_max=config.transaction_timeout_ms_max,
+            expiry_ms=config.transactional_id_expiry_ms,
+        )
+        self._to_send = []
+        for transaction in self.machine.ending():
+            self._is_ending(transaction.transactional_id)
+        self.call_later("scan", ABORT_SCAN_MS / 1000, self._scan)
+
+    def stopped_serving(self) -> None:
+        super().stopped_serving()
+        self._coordinator = None
+
+    def _serving(self) -> tuple[TransactionCoordinator, TransactionsState]:
+        staged = self.check_serving()
+        assert self._coordinator is not None
+        return self._coordinator, staged
+
+    # -- requests of producers -------------------------------------------------------------------------------
+
+    def init(self, request: InitTransactionsRequest, done: Done) -> None:
+        """A producer opens its transactional id; ``done(ProducerIdentity, None)``.
+
+        Raises:
+            NotLeader, Busy, StorageFull, and what the coordinator raises; all may come to ``done``, too.
+        """
+        holder = None if request.producer_id < 0 else Identity(request.producer_id, request.epoch)
+        name, timeout_ms = request.transactional_id, request.timeout_ms
+        self._decide(
+            name,
+            lambda coordinator, staged, now_ms, fresh: coordinator.init(
+                staged, now_ms, name, timeout_ms, holder, fresh
+            ),
+            done,
+        )
+
+    def enlist(self, request: EnlistRequest, done: Done) -> None:
+        """Partitions and groups become part of a transaction; ``done(Empty, None)``."""
+        image = self.host.metadata.image
+        for topic_id, partition in request.partitions:
+            topic = image.topic_by_id(topic_id)
+            if topic is None or not 0 <= partition < len(topic.partitions):
+                raise UnknownReplica(f"no partition {partition} of a topic {topic_id.hex()} is known here")
+            if topic.internal:
+                raise InvalidTopic(f"topic {topic.name!r} is internal: it takes no transactions")
+        if request.groups and internal_topic(image, GROUPS_TOPIC) is None:
+            raise UnknownReplica(f"{GROUPS_TOPIC} is not known here yet")
+        identity = Identity(request.producer_id, request.epoch)
+        name = request.transactional_id
+        self._decide(
+            name,
+            lambda coordinator, staged, now_ms, fresh: coordinator.enlist(
+                staged, now_ms, name, identity, request.partitions, request.groups, image.applied_index
+            ),
+            done,
+        )
+
+    def end(self, request: EndTransactionRequest, done: Done) -> None:
+        """A transaction is committed or aborted; ``done(ProducerIdentity, None)`` once that is decided."""
+        identity = Identity(request.producer_id, request.epoch)
+        name, commit = request.transactional_id, request.commit
+        self._decide(
+            name,
+            lambda coordinator, staged, now_ms, fresh: coordinator.end(
+                staged, now_ms, name, identity, commit, fresh
+            ),
+            done,
+        )
+
+    def _decide(self, name: str, decide: _Decide, done: Done, fresh: int | None = None) -> None:
+        coordinator, staged = self._serving()
+        self.check_name(name)
+        try:
+            decision = decide(coordinator, staged, self.leader_time_ms(), fresh)
+        except NeedsProducerId:
+            self.host.spawn(self._decide_with_id(name, decide, done))
+            return
+        answer: Any = _EMPTY if decision.answer is None else ProducerIdentity(*decision.answer)
+        if decision.error is not None:
+            done = partial(_refused, decision.error, done)
+        self.carry_out(staged, () if decision.command is None else (decision.command,), answer, done)
+
+    async def _decide_with_id(self, name: str, decide: _Decide, done: Done) -> None:
+        try:
+            try:
+                fresh = await self.host.metadata.producer_id()
+            except RaftlogError as error:
+                # as it is it would speak of another leader than this partition's
+                raise Busy(f"no producer id is to be had now: {error}") from error
+            self._decide(name, decide, done, fresh)
+        except RaftlogError as error:
+            done(None, error)
+
+    # -- markers ---------------------------------------------------------------------------------------------
+
+    def applied(self, entry: Entry, result: object) -> object:
+        if self.staged is not None and isinstance(result, Transaction) and result.phase.is_ending:
+            self._is_ending(result.transactional_id)
+        return result
+
+    def _is_ending(self, transactional_id: str) -> None:
+        """The decision is applied: send its markers, soon, not amid the entries being applied."""
+        if not self._to_send:
+            asyncio.get_running_loop().call_soon(self._send_all)
+        self._to_send.append(transactional_id)
+
+    def _send_all(self) -> None:
+        coordinator = self._coordinator
+        to_send, self._to_send = self._to_send, []
+        if coordinator is not None:
+            for transactional_id in to_send:
+                self._send_markers(coordinator, self.machine.transactions[transactional_id])
+
+    def _send_markers(self, coordinator: TransactionCoordinator, transaction: Transaction) -> None:
+        if not transaction.phase.is_ending or self._coordinator is not coordinator:
+            return
+        targets = self._targets(transaction)
+        if targets is None:
+            again = partial(self._send_markers, coordinator, transaction)
+            asyncio.get_running_loop().call_later(_AGAIN_S, again)
+            return
+        marker = coordinator.marker(transaction)
+        left = set(targets)
+
+        def landed(target: Target, error: RaftlogError | None) -> None:
+            if isinstance(error, StaleCoordinator):
+                logger.info("%s leaves %r to a later coordinator", self.name, transaction.transactional_id)
+                return
+            left.discard(target)
+            if not left:
+                self._complete_transaction(coordinator, transaction)
+
+        for target in targets:
+            self._send(coordinator, marker, target, partial(landed, target))
+        if not targets:
+            self._complete_transaction(coordinator, transaction)
+
+    def _targets(self, transaction: Transaction) -> list[Target] | None:
+        """The partitions that get a marker; None: this broker's metadata is too old to say."""
+        image = self.host.metadata.image
+        if image.applied_index < transaction.topics_version:
+            return None
+        targets = list(transaction.partitions)
+        if transaction.groups:
+            topic = internal_topic(image, GROUPS_TOPIC)
+            assert topic is not None, "it was there when the group was enlisted, and is never deleted"
+            count = len(topic.partitions)
+            targets += dict.fromkeys(
+                (topic.topic_id, partition_of(each, count)) for each in transaction.groups
+            )
+        return targets
+
+    def _send(
+        self,
+        coordinator: TransactionCoordinator,
+        marker: Marker,
+        target: Target,
+        landed: Callable[[RaftlogError | None], None],
+    ) -> None:
+        row = MarkerRow(*target, marker.producer_id, marker.epoch, marker.coordinator_epoch, marker.commit)
+        self.host.markers.send(row, landed, lambda: self._coordinator is coordinator)
+
+    def _complete_transaction(self, coordinator: TransactionCoordinator, transaction: Transaction) -> None:
+        if self._coordinator is not coordinator:
+            return
+        assert transaction.ended is not None
+        try:
+            staged = self.check_serving()
+            command = coordinator.complete(
+                staged, self.leader_time_ms(), transaction.transactional_id, transaction.ended.identity
+            )
+            if command is not None:
+                self.log_command(staged, command, nobody_waits)
+        except RaftlogError as error:
+            logger.debug("%s completes %r later: %s", self.name, transaction.transactional_id, error)
+            again = partial(self._complete_transaction, coordinator, transaction)
+            asyncio.get_running_loop().call_later(_AGAIN_S, again)
+
+    # -- time ------------------------------------------------------------------------------------------------
+
+    def _scan(self) -> None:
+        """Abort what is open for too long, forget what nobody uses."""
+        self.call_later("scan", ABORT_SCAN_MS / 1000, self._scan)
+        try:
+            coordinator, staged = self._serving()
+            now_ms = self.leader_time_ms()
+            for name in coordinator.overdue(staged, now_ms):
+                logger.info("%s: the transaction of %r is open for too long: aborted", self.name, name)
+                self._decide(name, partial(_abort, name, Cause.TIMEOUT), nobody_waits)
+            for command in coordinator.expired(staged, now_ms):
+                self.log_command(staged, command, nobody_waits)
+        except RaftlogError as error:
+            logger.debug("%s: transactions time out later: %s", self.name, error)
+
+    # -- operators -------------------------------------------------------------------------------------------
+
+    async def abort(self, request: AbortTransactionRequest, done: Done) -> None:
+        """Abort the transaction of an id, or what is open at a partition though no transaction knows of it;
+        ``done(Empty, None)`` once the first is decided, or the marker of the second is written."""
+        await self.confirm_leadership()  # what a replaced leader takes for an orphan may be a new transaction
+        hanging = request.hanging
+        if hanging is None:
+            name = request.transactional_id
+            self._decide(name, partial(_abort, name, Cause.OPERATOR), partial(_nothing, done))
+            return
+        coordinator, staged = self._serving()
+        target = hanging.topic_id, hanging.partition
+        identity = Identity(hanging.producer_id, hanging.epoch)
+        marker = coordinator.abort_hanging(staged, request.transactional_id, identity, target)
+        self._send(coordinator, marker, target, partial(_landed, done))
+
+    async def describe(self, request: DescribeTransactionsRequest) -> DescribeTransactionsResponse:
+        """Transactions of this partition."""
+        await self.confirm_leadership()
+        known = self.machine.transactions
+        if request.transactional_ids is None:
+            return DescribeTransactionsResponse([_row(each) for each in known.values()])
+        found = [known[name] for name in request.transactional_ids if name in known]
+        return DescribeTransactionsResponse([_row(each) for each in found])
+
+
+def _abort(
+    name: str,
+    cause: Cause,
+    coordinator: TransactionCoordinator,
+    staged: TransactionsState,
+    now_ms: int,
+    fresh: int | None,
+) -> Decision:
+    return coordinator.abort(staged, now_ms, name, cause, fresh)
+
+
+def _refused(refusal: RaftlogError, done: Done, answer: Any, error: RaftlogError | None) -> None:
+    """What was logged comes before what was asked for."""
+    done(None, error or refusal)
+
+
+def _nothing(done: Done, answer: Any, error: RaftlogError | None) -> None:
+    """The answer is for the producer, not for whoever asked."""
+    done(None if error is not None else _EMPTY, error)
+
+
+def _landed(done: Done, error: RaftlogError | None) -> None:
+    done(None if error is not None else _EMPTY, error)
+
+
+def _row(transaction: Transaction) -> TransactionRow:
+    return TransactionRow(
+        transaction.transactional_id,
+        *transaction.identity,
+        transaction.phase.name.lower(),
+        transaction.timeout_ms,
+        transaction.start_ms if transaction.phase in _OPEN else 0,
+        transaction.update_ms,
+        list(transaction.partitions),
+        list(transaction.groups),
+        transaction.coordinator_epoch,
+    )
