@@ -7,12 +7,14 @@ place in the chain, the index files against the frames, every snapshot.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from enum import StrEnum
 from hashlib import sha256
 
 import msgspec
 
 from raftlog.errors import CorruptFrame, DamagedData, RaftlogError
 from raftlog.record.frame import FRAME_HEADER_BYTES, Buffer, FrameKind, frame_length, parse_frame
+from raftlog.storage.damage import BrokenLog, BrokenSnapshot
 from raftlog.storage.disk import Disk
 from raftlog.storage.identity import find_identity
 from raftlog.storage.journal_format import RecordKind, record_begins
@@ -55,15 +57,29 @@ class ReplicaRow(msgspec.Struct, frozen=True):
         yield self.sha256
 
 
+class Outcome(StrEnum):
+    """What a broker does about damage when it runs."""
+
+    STOP = "stops the broker"
+    """The journal, the manifest or the identity: what it promised may be forgotten."""
+    REPLACE = "needs another replica in its place"
+    """What one replica promised may be forgotten."""
+    REPAIR = "is repaired by its peers"
+    """What others have is asked of them."""
+    IGNORE = "is read around"
+    """An index file: the frames say the same."""
+
+
 class Problem(msgspec.Struct, frozen=True):
     """Something that does not check."""
 
     path: str
     position: int
     what: str
+    outcome: Outcome = Outcome.STOP
 
     def __str__(self) -> str:
-        return self.what
+        return f"{self.what} ({self.outcome})"
 
 
 class VerifyReport(msgspec.Struct, frozen=True):
@@ -158,7 +174,8 @@ class _Verifier:
         for spec in manifest.replicas:
             found = replayed.get(spec.replica_id)
             if found is None:
-                self._add(replica_folder(spec.replica_id), 0, f"{_name(spec)}: nothing is left of it")
+                what = f"{_name(spec)}: nothing is left of it"
+                self._add(replica_folder(spec.replica_id), 0, what, Outcome.REPLACE)
                 continue
             await self._check_replica(spec, found, source)
 
@@ -186,7 +203,8 @@ class _Verifier:
         try:
             replica = await recover_replica(self._disk, StorageConfig(), spec, replayed, source)
         except DamagedData as error:
-            self._problem(error)
+            repairable = isinstance(error, BrokenLog | BrokenSnapshot)
+            self._problem(error, Outcome.REPAIR if repairable else Outcome.REPLACE)
             await self._check_snapshots(spec)
             return
         digest = _Digest(self._through.get((spec.topic, spec.partition)))
@@ -237,11 +255,12 @@ class _Verifier:
             try:
                 header = parse_frame(data, at)
             except CorruptFrame as error:
-                self._add(fresh.path, position + at, f"{fresh.path}: {error} at byte {position + at}")
+                what = f"{fresh.path}: {error} at byte {position + at}"
+                self._add(fresh.path, position + at, what, Outcome.REPAIR)
                 return 0
             if (header.index, header.prev_crc) != (fresh.last_index + 1, fresh.last_crc):
                 what = f"{fresh.path}: the frame at byte {position + at} does not follow the one before"
-                self._add(fresh.path, position + at, what)
+                self._add(fresh.path, position + at, what, Outcome.REPAIR)
                 return 0
             fresh.advance(header, data, at)
             digest.add(header.index, view[at : at + header.length])
@@ -256,19 +275,22 @@ class _Verifier:
         except FileNotFoundError:
             return
         except RaftlogError as error:
-            self._problem(error)
+            self._problem(error, Outcome.IGNORE)
             return
         assert fresh.index is not None
         size = await self._disk.file_size(segment.path)
         if summary.last_index == fresh.last_index:
             if summary != fresh.summary():
-                self._add(path, 0, f"{path}: the summary does not agree with the segment's frames")
+                what = f"{path}: the summary does not agree with the segment's frames"
+                self._add(path, 0, what, Outcome.IGNORE)
             if segment.is_full and size != segment.end_position:
-                self._add(segment.path, segment.end_position, f"{segment.path}: bytes after the last frame")
+                what = f"{segment.path}: bytes after the last frame"
+                self._add(segment.path, segment.end_position, what, Outcome.REPAIR)
         known = _slots(fresh.index)
         # The broker may have used another interval: compare the positions that both have.
         if any(known.get(position, row) != row for position, row in _slots(index).items()):
-            self._add(path, 0, f"{path}: the index does not agree with the segment's frames")
+            what = f"{path}: the index does not agree with the segment's frames"
+            self._add(path, 0, what, Outcome.IGNORE)
 
     async def _check_snapshots(self, spec: ReplicaSpec) -> None:
         for name in await self._disk.list(replica_folder(spec.replica_id)):
@@ -278,14 +300,14 @@ class _Verifier:
             try:
                 await read_snapshot(self._disk, spec.replica_id, index)
             except RaftlogError as error:
-                self._problem(error)
+                self._problem(error, Outcome.REPAIR)
 
-    def _add(self, path: str, position: int, what: str) -> None:
-        self._problems.append(Problem(path, position, what))
+    def _add(self, path: str, position: int, what: str, outcome: Outcome = Outcome.STOP) -> None:
+        self._problems.append(Problem(path, position, what, outcome))
 
-    def _problem(self, error: RaftlogError) -> None:
+    def _problem(self, error: RaftlogError, outcome: Outcome = Outcome.STOP) -> None:
         details = error.details
-        self._add(str(details.get("path", "")), int(details.get("position", 0)), error.message)
+        self._add(str(details.get("path", "")), int(details.get("position", 0)), error.message, outcome)
 
 
 def _slots(index: SparseIndex) -> dict[int, tuple[int, int]]:

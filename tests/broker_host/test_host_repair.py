@@ -338,14 +338,45 @@ def test_a_border_snapshot_that_nobody_has_is_replaced_by_a_newer_one() -> None:
 # -- what cannot be repaired ---------------------------------------------------------------------------------
 
 
-def test_a_replica_whose_missing_entries_retention_has_dropped_is_replaced() -> None:
-    host, _, _, behind = fall_behind(11)
-    disk = host.cluster.disks[behind]
-    path = min(path for path in disk.paths() if path.endswith(".seg") and "/1" in path)
-    assert path
+def test_a_replica_whose_missing_entries_are_nowhere_any_more_is_replaced() -> None:
+    host = Host(11)
+    host.produce(60)
+    host.wait(host.is_equal)
+    behind = host.followers()[0]
+    before = host.replica(behind).replica_id
+    host.cluster.run(host.cluster.brokers[behind].store.flush(), node=broker_name(behind))
+    damage(host, behind, 0.5, files=slice(0, 1))
+    host.cluster.kill_broker(behind)
+    forget_indexes(host, behind)
+    host.produce(60)
+    for broker_id in list(host.cluster.brokers):
+        host.compact(broker_id)
     host.cluster.start_broker(behind)
+    assert list(host.cluster.brokers[behind].store.damaged) == [before]
+    host.wait(lambda: host.find(behind) is not None)
+    host.wait(host.is_equal)
+    assert host.replica(behind).replica_id != before
+    host.produce(5)
     host.wait(host.is_equal)
     host.close()
+
+
+def test_a_crash_in_the_middle_of_a_repair_is_only_a_delay() -> None:
+    host = filled(14)
+    victim = host.followers()[0]
+    damage(host, victim, 0.2, 0.5, 0.8)
+    host.cluster.kill_broker(victim)
+    forget_indexes(host, victim)
+    for attempt in range(8):
+        host.cluster.start_broker(victim)
+        broker = host.cluster.brokers[victim]
+        host.loop.run_for(0.004 * (attempt + 1))
+        assert attempt > 3 or not broker.repairs.completed
+        host.cluster.cut_power(victim)
+    host.cluster.start_broker(victim)
+    host.wait(lambda: host.find(victim) is not None)
+    host.produce(5)
+    check_all(host)
 
 
 # -- the metadata group --------------------------------------------------------------------------------------

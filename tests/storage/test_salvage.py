@@ -16,7 +16,7 @@ from raftlog.storage.replica_log import ReplicaLog
 from raftlog.storage.segment import SEGMENT_HEADER_BYTES, replica_folder
 from raftlog.storage.snapshot_file import snapshot_path
 from raftlog.storage.store import BrokerStore
-from raftlog.storage.verify import verify
+from raftlog.storage.verify import Outcome, verify
 from raftlog.testing.disk import CrashMode, SimDisk
 
 ENTRIES = 150
@@ -519,5 +519,32 @@ def test_a_border_snapshot_that_rots_is_noticed_when_it_is_sent() -> None:
         assert (await log.snapshot_chunk(border, 0, 1 << 20))[0] == other.content(snapshot_path(1, border))
         await store.close()
         await peer.close()
+
+    run(main())
+
+
+# -- what the operator is told -------------------------------------------------------------------------------
+
+
+def test_verify_tells_what_peers_repair_from_what_stops_the_broker() -> None:
+    async def main() -> None:
+        base = SimDisk()
+        store = await compacted(base)
+        border = store.logs[1].first_index - 1
+        await store.close()
+        paths = list(segments(base))
+        journal = next(path for path in base.paths() if path.startswith("journal/"))
+        cases: dict[Outcome, list[str]] = {
+            Outcome.REPAIR: [paths[0], paths[-1], snapshot_path(1, border)],
+            Outcome.IGNORE: [paths[0].replace(".seg", ".idx")],
+            Outcome.STOP: [journal, "MANIFEST"],
+        }
+        for outcome, files in cases.items():
+            for path in files:
+                disk = base.copy()
+                disk.flip(path, len(disk.content(path)) // 2 if path.endswith(".seg") else 24)
+                problems = (await verify(disk)).problems
+                assert {problem.outcome for problem in problems} == {outcome}, (path, problems)
+                assert str(outcome) in str(problems[0])
 
     run(main())
