@@ -11,7 +11,7 @@ from raftlog.broker.recovery import restored
 from raftlog.broker.replica import Done, Host
 from raftlog.broker.retention import EXPIRY_INTERVAL_MS, Retention, last_index_below
 from raftlog.errors import OffsetOutOfRange, RaftlogError
-from raftlog.net.rpc import ProduceResponse
+from raftlog.net.rpc import READ_COMMITTED, READ_UNCOMMITTED, ProduceResponse
 from raftlog.raft.config import RecoveredLog
 from raftlog.raft.types import Entry
 from raftlog.record.batch import check_batch, stamped
@@ -60,8 +60,13 @@ class PartitionReplica(AssignedReplica[PartitionState]):
         """Leader time at which this leader last had producers forgotten."""
         self._in_flight: dict[int, int] = {}
         """base offset -> index of batches above the applied index, for duplicates of a batch in flight."""
-        self._waiters_for_records: set[Waiter] = set()
+        self._waiters_for_records: dict[int, dict[Waiter, None]] = {
+            READ_UNCOMMITTED: {},
+            READ_COMMITTED: {},
+        }
         self._woken = False
+        self._stable = machine.last_stable_offset
+        """As readers of committed records last heard of it."""
 
     @classmethod
     async def open(
@@ -198,29 +203,40 @@ class PartitionReplica(AssignedReplica[PartitionState]):
                 f"offset {offset} of {self.name} is outside [{start}, {end}]", start=start, end=end
             )
 
-    def wait_for_records(self, waiter: Waiter) -> None:
-        self._waiters_for_records.add(waiter)
+    def wait_for_records(self, waiter: Waiter, isolation: int = READ_UNCOMMITTED) -> None:
+        """Wake once when there is more for readers of this isolation, or when this replica leads no more."""
+        self._waiters_for_records[isolation][waiter] = None
 
-    def stop_waiting(self, waiter: Waiter) -> None:
-        self._waiters_for_records.discard(waiter)
+    def stop_waiting(self, waiter: Waiter, isolation: int = READ_UNCOMMITTED) -> None:
+        """Do not, after all."""
+        self._waiters_for_records[isolation].pop(waiter, None)
 
     def applied_all(self) -> None:
         if self._woken:
             self._woken = False
-            self._wake()
+            self._wake(READ_UNCOMMITTED)
+            stable = self.machine.last_stable_offset
+            if stable != self._stable:
+                self._stable = stable
+                self._wake(READ_COMMITTED)
 
-    def _wake(self) -> None:
-        if self._waiters_for_records:
-            waiters, self._waiters_for_records = self._waiters_for_records, set()
+    def _wake(self, isolation: int) -> None:
+        waiters = self._waiters_for_records[isolation]
+        if waiters:
+            self._waiters_for_records[isolation] = {}
             for waiter in waiters:
                 waiter.wake()
 
     def replaced(self) -> None:
-        self._wake()
+        self._wake_all()
 
     def stopped_serving(self) -> None:
         self._in_flight.clear()
-        self._wake()
+        self._wake_all()
+
+    def _wake_all(self) -> None:
+        self._wake(READ_UNCOMMITTED)
+        self._wake(READ_COMMITTED)
 
 
 def _nobody_waits(result: Any, error: RaftlogError | None) -> None:
