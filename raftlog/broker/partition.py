@@ -207,6 +207,11 @@ class PartitionReplica(AssignedReplica[PartitionState]):
         """Wake once when there is more for readers of this isolation, or when this replica leads no more."""
         self._waiters_for_records[isolation][waiter] = None
 
+    @property
+    def readers_waiting(self) -> int:
+        """How many wait."""
+        return sum(map(len, self._waiters_for_records.values()))
+
     def stop_waiting(self, waiter: Waiter, isolation: int = READ_UNCOMMITTED) -> None:
         """Do not, after all."""
         self._waiters_for_records[isolation].pop(waiter, None)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from raftlog.broker.answers import answer, answer_with
 from raftlog.broker.coordination import Coordination
 from raftlog.broker.fetch import FetchSession, wire_error
+from raftlog.broker.isolation import readable_end
 from raftlog.broker.metadata import check_topic
 from raftlog.broker.out_of_service import out_of_service_rows
 from raftlog.broker.wire import decode_messages
@@ -124,25 +125,26 @@ class Service:
         self._broker.spawn(answer_with(reply, partial(self._find_offsets, request)))
 
     async def _find_offsets(self, request: rpc.ListOffsetsRequest) -> rpc.ListOffsetsResponse:
-        return rpc.ListOffsetsResponse(list(await asyncio.gather(*map(self._answer_query, request.queries))))
+        answers = (self._answer_query(query, request.isolation) for query in request.queries)
+        return rpc.ListOffsetsResponse(list(await asyncio.gather(*answers)))
 
-    async def _answer_query(self, query: rpc.OffsetQuery) -> rpc.OffsetAnswer:
+    async def _answer_query(self, query: rpc.OffsetQuery, isolation: int) -> rpc.OffsetAnswer:
         try:
-            return await self._find_offset(query)
+            return await self._find_offset(query, isolation)
         except RaftlogError as error:
             return rpc.OffsetAnswer(wire_error(error), -1, -1)
 
-    async def _find_offset(self, query: rpc.OffsetQuery) -> rpc.OffsetAnswer:
+    async def _find_offset(self, query: rpc.OffsetQuery, isolation: int) -> rpc.OffsetAnswer:
         replica = self._broker.partition(query.topic_id, query.partition)
         # who reads "until the end" must get all that was acknowledged before, also by a later leader
         await replica.confirm_leadership()
         if query.timestamp_ms == rpc.OFFSET_EARLIEST:
             return rpc.OffsetAnswer(None, replica.machine.log_start, -1)
         if query.timestamp_ms == rpc.OFFSET_LATEST:
-            return rpc.OffsetAnswer(None, replica.committed_offset, -1)
+            return rpc.OffsetAnswer(None, readable_end(replica, isolation), -1)
         found = await replica.log.find_time(query.timestamp_ms, replica.node.applied)
         if found is None:
-            return rpc.OffsetAnswer(None, replica.committed_offset, -1)
+            return rpc.OffsetAnswer(None, readable_end(replica, isolation), -1)
         return rpc.OffsetAnswer(None, max(found, replica.machine.log_start), query.timestamp_ms)
 
     # -- metadata --------------------------------------------------------------------------------------------

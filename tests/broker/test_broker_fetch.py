@@ -96,7 +96,7 @@ def test_a_long_poll_ends_with_nothing_after_its_time(world: World) -> None:
     response, payload = world.call(reader, world.fetch_request(0, wait_ms=700))
     assert 0.7 <= world.loop.time() - before < 0.8
     assert (response.partitions[0].error, response.partitions[0].committed, len(payload)) == (None, 0, 0)
-    assert not world.replica(leader)._waiters_for_records, "nobody is left waiting"
+    assert not world.replica(leader).readers_waiting, "nobody is left waiting"
 
 
 def test_nobody_waits_for_ever_whatever_was_asked_for(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,8 +104,8 @@ def test_nobody_waits_for_ever_whatever_was_asked_for(world: World, monkeypatch:
     leader = world.leader()
     reader = world.dial(leader)
     world.loop.run_as(RAW, send_and_forget(reader, world.fetch_request(0, wait_ms=2**60)))
-    world.until(lambda: bool(world.replica(leader)._waiters_for_records))
-    world.until(lambda: not world.replica(leader)._waiters_for_records, 3.1)
+    world.until(lambda: bool(world.replica(leader).readers_waiting))
+    world.until(lambda: not world.replica(leader).readers_waiting, 3.1)
 
 
 async def send_and_forget(connection: RpcConnection, request: FetchRequest) -> None:
@@ -141,7 +141,7 @@ def test_a_poll_over_several_partitions_is_woken_by_any_of_them() -> None:
         assert [row.length > 0 for row in response.partitions] == [False, True, False]
         assert values_of(payload) == [b"of one"]
         for partition in range(3):
-            assert not alone.replica(0, partition)._waiters_for_records
+            assert not alone.replica(0, partition).readers_waiting
 
 
 def test_the_rows_of_several_partitions_follow_one_another_in_the_payload() -> None:
@@ -205,7 +205,7 @@ def test_a_leader_that_loses_office_answers_its_long_polls(world: World) -> None
     leader = world.leader()
     reader = world.dial(leader)
     poll = world.ask(reader, world.fetch_request(0, wait_ms=25_000))
-    world.until(lambda: bool(world.replica(leader)._waiters_for_records))
+    world.until(lambda: bool(world.replica(leader).readers_waiting))
     before = world.loop.time()
     world.isolate(leader)
     response, _ = world.answer(poll)
@@ -216,7 +216,7 @@ def test_a_leader_that_loses_office_answers_its_long_polls(world: World) -> None
 def test_a_deleted_topic_answers_its_long_polls(world: World) -> None:
     leader = world.leader()
     poll = world.ask(world.dial(leader), world.fetch_request(0, wait_ms=25_000))
-    world.until(lambda: bool(world.replica(leader)._waiters_for_records))
+    world.until(lambda: bool(world.replica(leader).readers_waiting))
     before = world.loop.time()
     world.call(world.dial(world.metadata_leader()), DeleteTopicRequest("orders"))
     response, _ = world.answer(poll)
@@ -228,7 +228,7 @@ def test_a_poll_whose_connection_broke_is_no_burden(world: World) -> None:
     leader = world.leader()
     reader, writer = world.dial(leader), world.dial(leader)
     poll = world.ask(reader, world.fetch_request(0, wait_ms=25_000))
-    world.until(lambda: bool(world.replica(leader)._waiters_for_records))
+    world.until(lambda: bool(world.replica(leader).readers_waiting))
     reader.close()
     world.until(poll.done)
     assert isinstance(poll.exception(), RaftlogError)
