@@ -192,7 +192,8 @@ class Repairs:
             sources = self._sources(spec)
             for first in range(max(1, len(sources))):  # where they differ, the first one decides
                 if await self._collect(spec, patch, sources[first:] + sources[:first]):
-                    await patch.apply()
+                    if self._ward.spec_of(spec.replica_id) is not None:  # else it was removed meanwhile
+                        await patch.apply()
                     return True
                 patch.restart()
         finally:

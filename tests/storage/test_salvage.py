@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from random import Random
 
 import pytest
@@ -12,6 +13,7 @@ from raftlog.errors import CorruptFrame, DamagedData
 from raftlog.raft.types import Entry, HardState
 from raftlog.record.frame import FrameKind
 from raftlog.storage.damage import BrokenLog, BrokenSnapshot
+from raftlog.storage.real_disk import RealDisk
 from raftlog.storage.replica_log import ReplicaLog
 from raftlog.storage.segment import SEGMENT_HEADER_BYTES, replica_folder
 from raftlog.storage.snapshot_file import snapshot_path
@@ -22,11 +24,13 @@ from raftlog.testing.disk import CrashMode, SimDisk
 ENTRIES = 150
 
 
-async def open_store(disk: SimDisk) -> BrokerStore:
+async def open_store(disk: SimDisk | RealDisk) -> BrokerStore:
     return await BrokerStore.open(disk, SMALL, disk_id=DISK_ID)
 
 
-async def filled(disk: SimDisk, *, count: int = ENTRIES, large: tuple[int, ...] = ()) -> BrokerStore:
+async def filled(
+    disk: SimDisk | RealDisk, *, count: int = ENTRIES, large: tuple[int, ...] = ()
+) -> BrokerStore:
     """A store with one replica in several segments, the last of them growing."""
     store = await open_store(disk)
     log = await store.create(spec())
@@ -215,6 +219,32 @@ def test_large_frames_that_the_journal_refers_to_are_repaired() -> None:
         assert list(store.damaged) == [1]
         assert await repaired(store, peer) > 0
         assert (await contents(store.logs[1]))[:30] == frames
+        await store.close()
+        await peer.close()
+
+    run(main())
+
+
+def test_repair_on_a_real_disk(tmp_path: Path) -> None:
+    async def main() -> None:
+        peer = await filled(SimDisk())
+        store = await filled(RealDisk(tmp_path))
+        frames = await contents(store.logs[1])
+        await store.close()
+        paths = sorted((tmp_path / replica_folder(1)).glob("*.seg"))
+        whole = {path: path.read_bytes() for path in paths}
+        for index in (tmp_path / replica_folder(1)).glob("*.idx"):
+            index.unlink()
+        paths[0].write_bytes(whole[paths[0]][:-300])
+        paths[1].unlink()
+        spoiled = bytearray(whole[paths[2]])
+        spoiled[len(spoiled) // 2] ^= 8
+        paths[2].write_bytes(spoiled)
+        store = await open_store(RealDisk(tmp_path))
+        assert await repaired(store, peer) == 2
+        assert {path: path.read_bytes() for path in paths} == whole
+        assert await contents(store.logs[1]) == frames
+        assert not (tmp_path / replica_folder(1) / "repair").exists()
         await store.close()
         await peer.close()
 
