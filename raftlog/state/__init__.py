@@ -5,6 +5,7 @@ no clock (an entry carries the leader's time), no configuration that is not in t
 entries, with or without a snapshot in between, gives an equal state on every replica.
 
 May import record, raft.types, config and errors; no asyncio, no ray. Start reading at ``partition`` (a topic
-partition: offsets and producers), then ``producers`` (the idempotence rules), ``metadata`` (brokers, topics,
-assignment) and ``command`` (how commands are encoded).
+partition: offsets, producers, open transactions), then ``producers`` (the idempotence rules), ``aborted``
+(what readers skip), ``transactions`` (where each transactional id stands), ``groups`` (members and committed
+offsets), ``metadata`` (brokers, topics, assignment) and ``command`` (how commands are encoded).
 """
