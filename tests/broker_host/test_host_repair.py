@@ -231,10 +231,12 @@ def test_what_nobody_has_any_more_does_not_end_the_rest() -> None:
     for broker_id in host.cluster.brokers:
         evict(host, broker_id)
         damage(host, broker_id, 0.5, files=slice(0, 1))
+    for broker_id in host.cluster.brokers:
         with pytest.raises(DamagedData):
             host.cluster.run(_read(host.replica(broker_id)), node=broker_name(broker_id))
     host.loop.run_for(30.0)
     host.wait(lambda: host.leader_id is not None)
+    assert not any(broker.repairs.completed for broker in host.cluster.brokers.values())
     leader, term = host.leader_id, host.leader.node.term
     host.produce(5)
     host.loop.run_for(30.0)

@@ -176,6 +176,34 @@ def test_two_replicas_damaged_at_different_places_repair_each_other() -> None:
     run(main())
 
 
+def test_running_replicas_repair_each_other_frame_by_frame() -> None:
+    """Damaged side by side, they are all in the way of each other's reads."""
+
+    async def main() -> None:
+        disks = [SimDisk(), SimDisk()]
+        stores = [await filled(disk) for disk in disks]
+        whole = segments(disks[0])
+        path = next(iter(whole))
+        frames = await contents(stores[0].logs[1])
+        position = SEGMENT_HEADER_BYTES
+        for number, frame in enumerate(frames[:12]):
+            flip(disks[number % 2], path, position + 60)
+            position += len(frame)
+        for store in stores:
+            log = store.logs[1]
+            log.memory_starts_at(log.flushed_index + 1)
+            with pytest.raises(DamagedData):
+                await contents(log)
+        for store, peer in (stores, stores[::-1]):
+            assert await repaired(store, peer) == 6
+        for store, disk in zip(stores, disks, strict=True):
+            assert await contents(store.logs[1]) == frames
+            assert segments(disk) == whole
+            await store.close()
+
+    run(main())
+
+
 def test_what_only_the_journal_of_a_damaged_replica_has_helps_others() -> None:
     async def main() -> None:
         disk, other = SimDisk(), SimDisk()
