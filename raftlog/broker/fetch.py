@@ -2,7 +2,8 @@
 
 A session reads what is there. If that is nothing, it waits on every partition at once and is woken by the
 first that applies records, or by its timer. Frames go out as the contiguous ranges that storage returns,
-never copied or decoded. Only committed entries are read, so what a consumer saw cannot be taken back.
+never copied or decoded. Only committed entries are read, so what a consumer saw cannot be taken back; of
+those, readers of committed records get what ``isolation`` lets through.
 """
 
 from __future__ import annotations
@@ -11,9 +12,18 @@ import asyncio
 from collections.abc import Callable, Coroutine
 from typing import Any, Final
 
+from raftlog.broker.isolation import committed_only, readable_end
 from raftlog.broker.partition import PartitionReplica
 from raftlog.errors import Busy, DamagedData, RaftlogError, to_wire
-from raftlog.net.rpc import FetchedPartition, FetchPartition, FetchRequest, FetchResponse, WireError
+from raftlog.net.rpc import (
+    READ_COMMITTED,
+    READ_UNCOMMITTED,
+    FetchedPartition,
+    FetchPartition,
+    FetchRequest,
+    FetchResponse,
+    WireError,
+)
 from raftlog.net.server import Reply
 from raftlog.record.batch import BATCH_BYTES_LIMIT
 from raftlog.record.frame import Buffer
@@ -41,7 +51,7 @@ class FetchSession:
         spawn: runs a coroutine, for reads that must wait for the disk.
     """
 
-    __slots__ = ("_answered", "_find", "_parked", "_reply", "_request", "_spawn", "_timer")
+    __slots__ = ("_answered", "_find", "_isolation", "_parked", "_reply", "_request", "_spawn", "_timer")
 
     def __init__(
         self,
@@ -51,6 +61,7 @@ class FetchSession:
         spawn: Callable[[Coroutine[Any, Any, None]], object],
     ) -> None:
         self._request = request
+        self._isolation = READ_COMMITTED if request.isolation == READ_COMMITTED else READ_UNCOMMITTED
         self._reply = reply
         self._find = find
         self._spawn = spawn
@@ -66,12 +77,23 @@ class FetchSession:
             self._answer()
             return
         for replica in waiting:
-            replica.wait_for_records(self)
+            replica.wait_for_records(self, self._isolation)
         self._parked = waiting
-        self._timer = asyncio.get_running_loop().call_later(wait_ms / 1000, self.wake)
+        self._timer = asyncio.get_running_loop().call_later(wait_ms / 1000, self._time_is_up)
 
     def wake(self) -> None:
-        """Records came, the leadership went, or the time is up."""
+        """Records came, or the leadership went."""
+        if self._answered:
+            return
+        if self._isolation == READ_COMMITTED:
+            ready, waiting = self._look()
+            if waiting and not ready:  # it is ahead of the last stable offset
+                for replica in waiting:
+                    replica.wait_for_records(self, self._isolation)
+                return
+        self._answer()
+
+    def _time_is_up(self) -> None:
         if not self._answered:
             self._answer()
 
@@ -85,7 +107,7 @@ class FetchSession:
                 replica.check_readable(wanted.offset)
             except RaftlogError:
                 return True, []
-            if wanted.offset < replica.committed_offset:
+            if wanted.offset < readable_end(replica, self._isolation):
                 return True, []
             waiting.append(replica)
         return False, waiting
@@ -95,8 +117,8 @@ class FetchSession:
         if self._timer is not None:
             self._timer.cancel()
         for replica in self._parked:
-            replica.stop_waiting(self)
-        answer = _Answer(self._request.bytes_max)
+            replica.stop_waiting(self, self._isolation)
+        answer = _Answer(self._request.bytes_max, self._isolation)
         for wanted in self._request.partitions:
             source = self._readable(wanted, answer)
             if source is None:
@@ -109,7 +131,7 @@ class FetchSession:
             if found is None:
                 self._spawn(self._answer_from_disk())
                 return
-            answer.add(source, found)
+            answer.add(source, wanted, found)
         self._reply.ok(FetchResponse(answer.rows), answer.buffers)
 
     async def _answer_from_disk(self) -> None:
@@ -123,7 +145,7 @@ class FetchSession:
             raise
 
     async def _read_from_disk(self) -> None:
-        answer = _Answer(self._request.bytes_max)
+        answer = _Answer(self._request.bytes_max, self._isolation)
         for wanted in self._request.partitions:
             source = self._readable(wanted, answer)
             if source is not None:
@@ -132,7 +154,7 @@ class FetchSession:
                 except RaftlogError as error:
                     answer.fail(error)
                 else:
-                    answer.add(source, found)
+                    answer.add(source, wanted, found)
         self._reply.ok(FetchResponse(answer.rows), answer.buffers)
 
     def _readable(self, wanted: FetchPartition, answer: _Answer) -> PartitionReplica | None:
@@ -143,8 +165,8 @@ class FetchSession:
         except RaftlogError as error:
             answer.fail(error)
             return None
-        if answer.is_full or wanted.offset >= replica.committed_offset:
-            answer.add(replica, [])
+        if answer.is_full or wanted.offset >= readable_end(replica, self._isolation):
+            answer.add(replica, wanted, [])
             return None
         return replica
 
@@ -152,9 +174,10 @@ class FetchSession:
 class _Answer:
     """A FetchResponse being put together."""
 
-    __slots__ = ("buffers", "left", "rows")
+    __slots__ = ("_isolation", "buffers", "left", "rows")
 
-    def __init__(self, bytes_max: int) -> None:
+    def __init__(self, bytes_max: int, isolation: int) -> None:
+        self._isolation = isolation
         self.rows: list[FetchedPartition] = []
         self.buffers: list[Buffer] = []
         self.left = min(bytes_max, FETCH_BYTES_MAX)
@@ -168,9 +191,22 @@ class _Answer:
         """Bytes that a partition may take."""
         return max(1, min(self.left, wanted.bytes_max))
 
-    def add(self, replica: PartitionReplica, found: list[Buffer]) -> None:
+    def add(self, replica: PartitionReplica, wanted: FetchPartition, found: list[Buffer]) -> None:
+        aborted: list[tuple[int, int, int]] = []
+        if found and self._isolation == READ_COMMITTED:
+            found, aborted = committed_only(replica, wanted.offset, found)
         length = sum(map(len, found))
-        self.rows.append(FetchedPartition(None, replica.committed_offset, replica.machine.log_start, length))
+        machine = replica.machine
+        self.rows.append(
+            FetchedPartition(
+                None,
+                machine.next_offset,
+                machine.log_start,
+                length,
+                machine.last_stable_offset,
+                aborted,
+            )
+        )
         self.buffers += found
         self.left -= length
 
