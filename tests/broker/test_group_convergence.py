@@ -4,13 +4,14 @@ leaders that go before what they logged is committed."""
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import pytest
 from group_world import GROUP, SESSION_MS, Consumer, World
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from raftlog.broker import group_offsets
 from raftlog.errors import RaftlogError, StaleMember
@@ -21,8 +22,9 @@ ROUNDS_MAX = 3
 """Everybody hears what to give up; everybody has given it up; everybody gets what became free."""
 CONSUMERS_MAX = 6
 LATE_MAX = 30
-topics_wanted = st.sets(st.sampled_from("tuv"), min_size=1).map(sorted).map(tuple)
+topics_wanted = st.sets(st.sampled_from("ttuv"), min_size=1).map(sorted).map(tuple)
 some = st.integers(0, 59)
+promptly = st.sampled_from([False, False, True])
 
 
 class Groups(RuleBasedStateMachine):
@@ -47,6 +49,13 @@ class Groups(RuleBasedStateMachine):
         return consumers[which % len(consumers)]
 
     # -- members ---------------------------------------------------------------------------------------------
+
+    @initialize(topics=st.lists(topics_wanted, min_size=2, max_size=4))
+    def some_are_there(self, topics: list[tuple[str, ...]]) -> None:
+        for each in topics:
+            self.joins(each)
+            self.a_request_comes(0, True, False)
+            self.an_answer_comes(0, True)
 
     @rule(topics=topics_wanted)
     @precondition(lambda self: len(self.alive) < CONSUMERS_MAX)
@@ -98,7 +107,7 @@ class Groups(RuleBasedStateMachine):
         self.consumers[self.consumers.index(consumer)] = again
         self.requests.append((again, again.asked + 1, again.request()))
 
-    @rule(which=some, lets_go=st.booleans())
+    @rule(which=some, lets_go=promptly)
     @precondition(lambda self: self.alive)
     def a_heartbeat_goes_well(self, which: int, lets_go: bool) -> None:
         consumer = self.pick(which, self.alive)
@@ -107,7 +116,7 @@ class Groups(RuleBasedStateMachine):
         if self.answers and self.answers[-1][1] is consumer:
             self.an_answer_comes(len(self.answers) - 1, lets_go)
 
-    @rule(lets_go=st.booleans())
+    @rule(lets_go=promptly)
     def everybody_heartbeats(self, lets_go: bool) -> None:
         for number, consumer in enumerate(self.consumers):
             if not consumer.is_out:
@@ -129,7 +138,7 @@ class Groups(RuleBasedStateMachine):
         if not answer_lost:
             self.answers.append((self.world.staged.applied_index, consumer, asked, decision.answer))
 
-    @rule(which=some, lets_go=st.booleans())
+    @rule(which=some, lets_go=promptly)
     @precondition(lambda self: self.answers)
     def an_answer_comes(self, which: int, lets_go: bool) -> None:
         index, consumer, asked, answer = self.answers.pop(which % len(self.answers))
@@ -229,7 +238,67 @@ class Groups(RuleBasedStateMachine):
 
 
 TestGroups = Groups.TestCase
-TestGroups.settings = settings(max_examples=150, stateful_step_count=50, deadline=None)
+TestGroups.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+
+
+WEIGHTS = {
+    "a_heartbeat_goes_well": 30,
+    "a_request_comes": 20,
+    "asks": 10,
+    "an_answer_comes": 20,
+    "lets_go": 6,
+    "commits": 5,
+    "joins": 6,
+    "leaves": 2,
+    "crashes": 2,
+    "subscribes_differently": 3,
+    "forgets_and_joins_again_under_its_id": 1,
+    "another_leads": 2,
+    "time_passes": 3,
+    "a_topic_grows": 1,
+}
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_long_histories(seed: int) -> None:
+    """The same steps in proportions that keep a group busy, 400 of them."""
+    rng = random.Random(seed)
+    groups = Groups()
+
+    def wanted() -> tuple[str, ...]:
+        return tuple(sorted(rng.sample("tuv", rng.choice([1, 1, 2]))))
+
+    def arguments(name: str) -> tuple[Any, ...] | None:
+        """What to call it with; None: not now."""
+        which, often, seldom = rng.randrange(60), rng.random() < 0.7, rng.random() < 0.3
+        alive = len(groups.alive)
+        choices: dict[str, tuple[bool, tuple[Any, ...]]] = {
+            "a_heartbeat_goes_well": (alive > 0, (which, seldom)),
+            "a_request_comes": (bool(groups.requests), (which, seldom, seldom)),
+            "asks": (alive > 0, (which,)),
+            "an_answer_comes": (bool(groups.answers), (which, seldom)),
+            "lets_go": (alive > 0, (which,)),
+            "commits": (True, (which % 4,)),
+            "joins": (alive < CONSUMERS_MAX, (wanted(),)),
+            "leaves": (alive > 2, (which,)),
+            "crashes": (alive > 2, (which,)),
+            "subscribes_differently": (alive > 0, (which, wanted())),
+            "forgets_and_joins_again_under_its_id": (alive > 0, (which,)),
+            "another_leads": (True, (often,)),
+            "time_passes": (True, (1 + 5 * which,)),
+            "a_topic_grows": (True, (rng.choice("tuv"), 1)),
+        }
+        is_possible, found = choices[name]
+        return found if is_possible else None
+
+    groups.some_are_there([wanted() for _ in range(3)])
+    for name in rng.choices(list(WEIGHTS), list(WEIGHTS.values()), k=400):
+        found = arguments(name)
+        if found is not None:
+            getattr(groups, name)(*found)
+            groups.nobody_reads_what_another_member_reads()
+            groups.commits_of_who_is_out_and_of_what_is_not_held_are_refused()
+    groups.teardown()
 
 
 # -- how many rounds, exactly --------------------------------------------------------------------------------
