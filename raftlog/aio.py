@@ -141,6 +141,10 @@ class Log:
         """As :meth:`raftlog.Log.delete_topic`."""
         await self._admin().delete_topic(name, timeout)
 
+    async def upgrade(self, level: int = 0, timeout: float = CALL_TIMEOUT_S) -> int:
+        """As :meth:`raftlog.Log.upgrade`."""
+        return (await self._admin().upgrade(level, timeout)).level
+
     async def describe_cluster(self) -> ClusterDescription:
         """As :meth:`raftlog.Log.describe_cluster`."""
         return await self._admin().describe_cluster()

@@ -14,7 +14,7 @@ import os
 import random
 from collections.abc import Coroutine, Iterable
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 import msgspec
 
@@ -36,6 +36,7 @@ from raftlog.config import BrokerConfig
 from raftlog.errors import (
     DamagedData,
     ForeignDataDir,
+    IncompatibleVersion,
     InvalidTopic,
     RaftlogError,
     StaleIncarnation,
@@ -44,11 +45,19 @@ from raftlog.errors import (
 )
 from raftlog.net.handshake import Local
 from raftlog.net.network import Seams
-from raftlog.net.rpc import BrokerRow, MetadataCommandRequest, ReplicaRow, Request
+from raftlog.net.rpc import (
+    RPC_VERSION_MAX,
+    RPC_VERSION_MIN,
+    BrokerRow,
+    MetadataCommandRequest,
+    ReplicaRow,
+    Request,
+)
 from raftlog.net.server import RpcServer
 from raftlog.net.stream import Limits
 from raftlog.raft.config import RaftConfig
 from raftlog.raft.types import Message, Role, SoftState, VoteRequest
+from raftlog.state.command import UnknownToRelease
 from raftlog.state.metadata import MetadataState
 from raftlog.state.metadata_commands import RegisterBroker
 from raftlog.storage.disk import Disk
@@ -89,6 +98,10 @@ class Broker:
         place: where it runs.
     """
 
+    metadata_machine: ClassVar[type[MetadataState]] = MetadataState
+    rpc_versions: ClassVar[tuple[int, int]] = (RPC_VERSION_MIN, RPC_VERSION_MAX)
+    """With it, what makes this release another than the next."""
+
     def __init__(
         self,
         seams: Seams,
@@ -121,6 +134,8 @@ class Broker:
             broker_id=identity.broker_id,
             client_id=f"broker-{identity.broker_id}",
             incarnation=identity.incarnation,
+            version_min=self.rpc_versions[0],
+            version_max=self.rpc_versions[1],
         )
         limits = Limits(connection_bytes=config.connection_bytes_max, broker_bytes=config.broker_bytes_max)
         self.server = RpcServer(seams, local, identity.secret, Service(self), limits)
@@ -190,7 +205,7 @@ class Broker:
             self.place.node_id,
             self.place.zone,
             own,
-            MetadataState.level_max,
+            self.metadata_machine.level_max,
         )
         self.metadata = MetadataService(self, replica, self.identity, registration)
         self.internal_topics = InternalTopics(self.metadata, self.config, self.random_bytes)
@@ -208,6 +223,7 @@ class Broker:
 
         Raises:
             DamagedData: it cannot be, or nobody was there in time.
+            IncompatibleVersion: it was written by a newer release.
         """
         while True:
             if replica_id in self.store.ward.patients:
@@ -222,6 +238,10 @@ class Broker:
             except DamagedData:
                 if not self.store.ward.is_hurt(replica_id):
                     raise
+            except UnknownToRelease as error:
+                raise IncompatibleVersion(
+                    f"broker {self.broker_id} needs the newer release it ran before: {error}"
+                ) from error
 
     async def _listen(self) -> tuple[str, int]:
         known = self.identity.addresses.get(self.broker_id)
@@ -242,6 +262,11 @@ class Broker:
     @property
     def broker_id(self) -> int:
         return self.identity.broker_id
+
+    @property
+    def feature_level(self) -> int:
+        """Of the cluster, as far as this broker knows; it never goes down."""
+        return self.metadata.image.feature_level
 
     def raft_config(self, replica_id: int) -> RaftConfig:
         return RaftConfig(

@@ -21,8 +21,9 @@ from raftlog.broker.replica import Replica
 from raftlog.broker.retention import Retention
 from raftlog.broker.transaction_replica import TransactionReplica
 from raftlog.config import TopicConfig
-from raftlog.errors import DamagedData, RaftlogError, UnknownReplica
+from raftlog.errors import DamagedData, IncompatibleVersion, RaftlogError, UnknownReplica
 from raftlog.raft.types import ConfState
+from raftlog.state.command import UnknownToRelease
 from raftlog.state.image import Partition, Topic
 from raftlog.state.metadata_commands import Command, CompletePartition, ReplaceReplica
 from raftlog.storage.replica_log import ReplicaLog
@@ -50,6 +51,7 @@ class Hosting:
     Attributes:
         by_id: every replica that runs here, the metadata group's included.
         by_place: those of partitions by (topic id, partition).
+        halted: replicas that do not run, for their logs hold what only a newer release knows.
     """
 
     def __init__(self, broker: Broker) -> None:
@@ -57,6 +59,7 @@ class Hosting:
         self._changed = asyncio.Event()
         self._asked: set[Command] = set()
         self.by_id: dict[int, Replica[Any]] = {}
+        self.halted: dict[int, IncompatibleVersion] = {}
         self.by_place: dict[tuple[bytes, int], AssignedReplica[Any]] = {}
 
     def image_changed(self) -> None:
@@ -105,6 +108,7 @@ class Hosting:
                 if self.by_place.get((spec.topic_id, spec.partition)) is replica:
                     del self.by_place[spec.topic_id, spec.partition]
                 replica.retire(UnknownReplica(f"{replica.name} is not on this broker any more"))
+            self.halted.pop(replica_id, None)
             await store.remove(replica_id)
 
     async def _create(self) -> None:
@@ -138,9 +142,14 @@ class Hosting:
             if isinstance(known, AssignedReplica):
                 if known.assignment is not partition and known.assign(partition):
                     broker.pulse.rouse(known)
-            elif replica_id in broker.store.logs:
+            elif replica_id in broker.store.logs and replica_id not in self.halted:
                 try:
                     await self._open(replica_id, topic, index, partition)
+                except UnknownToRelease as error:
+                    logger.error(
+                        "broker %d: replica %d needs a newer release: %s", broker.broker_id, replica_id, error
+                    )
+                    self.halted[replica_id] = IncompatibleVersion(f"needs a newer release: {error}")
                 except DamagedData as error:  # it is opened once it is repaired
                     logger.warning(
                         "broker %d: cannot open replica %d: %s", broker.broker_id, replica_id, error

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Mapping, Sequence, Set
-from typing import Any, Final, Protocol
+from typing import Any, ClassVar, Final, Protocol
 
 import msgspec
 
@@ -36,10 +36,13 @@ from raftlog.net.rpc import (
     MetadataCommandRequest,
     PartitionRow,
     TopicRow,
+    UpgradeRequest,
+    UpgradeResponse,
 )
 from raftlog.raft.config import RecoveredLog
 from raftlog.raft.types import ConfState, Entry
 from raftlog.record.frame import FrameKind
+from raftlog.state.command import needs_upgrade
 from raftlog.state.image import Topic
 from raftlog.state.metadata import MetadataState
 from raftlog.state.metadata_commands import (
@@ -49,6 +52,7 @@ from raftlog.state.metadata_commands import (
     DeleteTopic,
     FoundCluster,
     RegisterBroker,
+    SetFeatureLevel,
 )
 from raftlog.storage.identity import Identity
 from raftlog.storage.replica_log import ReplicaLog
@@ -87,6 +91,20 @@ def metadata_spec(members: Sequence[tuple[int, int]], own: int) -> ReplicaSpec:
     )
 
 
+class MetadataHost(Host, Protocol):
+    """What the metadata group needs of its broker, on top of what a replica does."""
+
+    metadata_machine: ClassVar[type[MetadataState]]
+
+    async def call_broker(
+        self, broker_id: int, request: MetadataCommandRequest, payload: bytes, timeout: float
+    ) -> Any: ...
+
+    def alive_brokers(self) -> set[int]: ...
+
+    def random_bytes(self, count: int) -> bytes: ...
+
+
 class MetadataReplica(Replica[MetadataState]):
     """This broker's replica of the metadata group.
 
@@ -112,10 +130,14 @@ class MetadataReplica(Replica[MetadataState]):
 
     @classmethod
     async def open(
-        cls, host: Host, log: ReplicaLog, members: Sequence[tuple[int, int]], changed: Callable[[], None]
+        cls,
+        host: MetadataHost,
+        log: ReplicaLog,
+        members: Sequence[tuple[int, int]],
+        changed: Callable[[], None],
     ) -> MetadataReplica:
         """Restore the image from the newest snapshot and the committed log above it."""
-        machine, recovered = await restored(log, MetadataState)
+        machine, recovered = await restored(log, host.metadata_machine)
         return cls(host, log, machine, recovered, members, changed)
 
     def command(self, command: Command, done: Done) -> None:
@@ -180,18 +202,6 @@ def check_topic(
     if internal and settings.flush != "commit":
         raise ConfigError(f"flush={settings.flush!r}: internal topics are always synced (flush='commit')")
     return settings.model_dump(exclude_unset=True, mode="json")
-
-
-class MetadataHost(Host, Protocol):
-    """What the metadata service needs of its broker, on top of what a replica does."""
-
-    async def call_broker(
-        self, broker_id: int, request: MetadataCommandRequest, payload: bytes, timeout: float
-    ) -> Any: ...
-
-    def alive_brokers(self) -> set[int]: ...
-
-    def random_bytes(self, count: int) -> bytes: ...
 
 
 class MetadataService:
@@ -297,6 +307,26 @@ class MetadataService:
 
         self.replica.command(DeleteTopic(name=topic.name, topic_id=topic.topic_id), deleted)
 
+    def upgrade(self, request: UpgradeRequest, done: Done) -> None:
+        """Raise the feature level; ``done(UpgradeResponse, None)`` once that is committed.
+
+        Raises:
+            NotLeader, ConfigError: a broker does not know that level.
+        """
+        staged = self.replica.check_serving()
+        known = {broker.broker_id: broker.level for broker in staged.brokers.values()}
+        level = request.level or max(staged.feature_level, min(known.values(), default=1))
+
+        def raised(result: Any, error: RaftlogError | None) -> None:
+            if error is None and isinstance(result, RaftlogError):
+                error = result
+            done(None if error else UpgradeResponse(level, known), error)
+
+        if level == staged.feature_level:
+            raised(level, None)
+        else:
+            self.replica.command(SetFeatureLevel(staged.controller_epoch, level), raised)
+
     def row(self, topic: Topic, leader_of: Callable[[int], tuple[int, int]] | None = None) -> TopicRow:
         """A topic for clients. ``leader_of``: replica ids -> (leader's broker id, term) as far as known
         here."""
@@ -325,8 +355,12 @@ class MetadataService:
         """Have a command applied, here or by whichever broker leads the metadata group; return its result.
 
         Raises:
+            NeedsUpgrade: the cluster does not run at the command's feature level yet.
             RaftlogError: what it was refused with, or the leader cannot be reached (retriable).
         """
+        upgrade = needs_upgrade(command, self.image.feature_level)
+        if upgrade is not None:
+            raise upgrade
         replica = self.replica
         if replica.staged is not None:
             return await self.apply_here(command)
@@ -366,7 +400,9 @@ class MetadataService:
                 if not image.cluster_id:
                     if self.replica.staged is not None:
                         await self.apply_here(
-                            FoundCluster(self._identity.cluster_id, self._identity.metadata_voters)
+                            FoundCluster(
+                                self._identity.cluster_id, self._identity.metadata_voters, image.level_max
+                            )
                         )
                 else:
                     known = image.brokers.get(wanted.broker_id)

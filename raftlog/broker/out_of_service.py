@@ -1,5 +1,5 @@
-"""Replicas that were created on this broker and do not run: nothing of their data is left, or it does not
-check.
+"""Replicas that were created on this broker and do not run: nothing of their data is left, it does not check,
+or a newer release wrote it.
 
 They are not opened: messages to them are dropped, so they neither vote nor acknowledge, and an empty replica
 never takes the place of one that has forgotten what it promised. They are shown with the reason, until they
@@ -28,6 +28,8 @@ def out_of_service_rows(broker: Broker) -> list[ReplicaRow]:
             found[replica_id] = (spec, note or fault)
         elif broker.replica(replica_id) is None and replica_id in store.logs:
             found[replica_id] = (store.logs[replica_id].spec, note)
+    for replica_id, error in broker.hosting.halted.items():
+        found[replica_id] = (store.logs[replica_id].spec, str(error))
     return [_row(spec, fault) for spec, fault in found.values()]
 
 

@@ -151,7 +151,9 @@ class Pulse:
         broker = self._broker
         self._beat_ms = max(self._beat_ms + self._heartbeat_ms, now_ms + 1)
         retired = [replica.replica_id for replica in broker.replicas() if replica.fault is not None]
-        broker.peers.broadcast(BrokerHeartbeat([*retired, *broker.store.out_of_service]))
+        broker.peers.broadcast(
+            BrokerHeartbeat([*retired, *broker.store.out_of_service, *broker.hosting.halted])
+        )
         for broker_id, heard in self._heard.items():
             if not heard.silent and now_ms - heard.at_ms >= self._silence_ms:
                 heard.silent = True

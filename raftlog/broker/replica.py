@@ -81,6 +81,10 @@ class Host(Protocol):
     def config(self) -> BrokerConfig: ...
 
     @property
+    def feature_level(self) -> int:
+        """Of the cluster: leaders propose no command that needs a higher one."""
+
+    @property
     def snapshot_slots(self) -> SnapshotSlots: ...
 
     def raft_config(self, replica_id: int) -> RaftConfig: ...

@@ -50,6 +50,7 @@ class Service:
             rpc.InitProducerRequest: self._init_producer,
             rpc.MetadataCommandRequest: self._metadata_command,
             rpc.JoinRequest: self._join,
+            rpc.UpgradeRequest: self._upgrade,
             rpc.BrokerStatusRequest: self._status,
             rpc.LogFramesRequest: self._lend_frames,
             rpc.SnapshotBytesRequest: self._lend_snapshot,
@@ -224,6 +225,9 @@ class Service:
         if isinstance(command, CreateTopic):
             check_topic(command.name, len(command.assignment), command.config, internal=command.internal)
         self._broker.metadata.replica.command(command, done)
+
+    def _upgrade(self, request: rpc.UpgradeRequest, payload: memoryview, reply: Reply) -> None:
+        self._broker.metadata.upgrade(request, partial(answer, reply))
 
     def _join(self, request: rpc.JoinRequest, payload: memoryview, reply: Reply) -> None:
         self._broker.spawn(answer_with(reply, partial(self._add_broker, request)))

@@ -1,4 +1,4 @@
-"""``raftlog start``, ``status`` and ``shutdown``: a cluster as a whole."""
+"""``raftlog start``, ``status``, ``upgrade`` and ``shutdown``: a cluster as a whole."""
 
 from __future__ import annotations
 
@@ -75,6 +75,13 @@ def shutdown(
     """Stop a cluster's brokers. Its data stays: `raftlog start` brings it back."""
     session.session(ctx).shutdown(cluster, force)
     console().print(f"cluster {cluster} is stopped; its data stays")
+
+
+def upgrade(ctx: typer.Context, cluster: ClusterOption = "default") -> None:
+    """Use what a new release brings, once every broker runs it. There is no way back."""
+    with connected(ctx, cluster) as log:
+        level = log.upgrade()
+    console().print(f"cluster {cluster} runs at feature level {level}, the newest that every broker knows")
 
 
 def _print_brokers(out: Console, described: ClusterDescription) -> None:

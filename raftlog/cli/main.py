@@ -56,6 +56,7 @@ app.add_typer(topics.app, name="topics")
 app.command("produce")(produce.produce)
 app.command("consume")(consume.consume)
 app.command("verify")(verify.verify)
+app.command("upgrade")(cluster.upgrade)
 app.command("shutdown")(cluster.shutdown)
 
 

@@ -25,6 +25,8 @@ from raftlog.net.rpc import (
     BrokerStatusResponse,
     CreateTopicRequest,
     DeleteTopicRequest,
+    UpgradeRequest,
+    UpgradeResponse,
 )
 
 CALL_TIMEOUT_S: Final = 30.0
@@ -127,6 +129,12 @@ class Admin:
             # an earlier attempt of ours, whose answer was lost, has deleted it
         else:
             self._cluster.cache.forget([name], answer.version)
+
+    async def upgrade(self, level: int, timeout: float) -> UpgradeResponse:
+        """See :meth:`raftlog.client.log.Log.upgrade`."""
+        request = UpgradeRequest(level)
+        answer, _ = await self._cluster.call_leader(self._cluster.metadata_view, request, timeout=timeout)
+        return answer
 
     async def describe_cluster(self) -> ClusterDescription:
         """See :meth:`raftlog.client.log.Log.describe_cluster`."""

@@ -185,6 +185,22 @@ class Log:
         """The brokers, each as it says it is; asked now. One that does not answer is "lost"."""
         return self._call(self._admin().describe_cluster())
 
+    def upgrade(self, level: int = 0, timeout: float = CALL_TIMEOUT_S) -> int:
+        """Let the cluster use what a new release brings, once every broker runs it. There is no way back.
+
+        Args:
+            level: feature level; 0: the newest that every broker knows.
+            timeout: seconds.
+
+        Returns:
+            The feature level that the cluster runs at.
+
+        Raises:
+            ConfigError: a broker does not know that level.
+            ConnectionLost, RequestTimeout.
+        """
+        return self._call(self._admin().upgrade(level, timeout)).level
+
     # -- life ------------------------------------------------------------------------------------------------
 
     def close(self) -> None:

@@ -18,6 +18,7 @@ REQUESTS: Final[dict[int, type[rpc.Request[Any]]]] = {
         rpc.InitProducerRequest,
         rpc.MetadataCommandRequest,
         rpc.JoinRequest,
+        rpc.UpgradeRequest,
         rpc.BrokerStatusRequest,
         rpc.GroupHeartbeatRequest,
         rpc.OffsetCommitRequest,

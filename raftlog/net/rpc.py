@@ -274,6 +274,23 @@ class JoinRequest(Request[JoinResponse], frozen=True):
     response = JoinResponse
 
 
+class UpgradeResponse(Struct, frozen=True):
+    level: int
+    """What the cluster runs at now."""
+    known: dict[int, int]
+    """Broker id -> the newest level that its release knows."""
+
+
+class UpgradeRequest(Request[UpgradeResponse], frozen=True):
+    """To the leader of the metadata group: run at feature level ``level``, or (0) at the newest that every
+    broker knows. There is no way back."""
+
+    level: int = 0
+
+    api = 20
+    response = UpgradeResponse
+
+
 # -- status --------------------------------------------------------------------------------------------------
 
 

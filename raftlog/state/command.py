@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 import msgspec
 
+from raftlog.errors import NeedsUpgrade
 from raftlog.record.frame import Buffer
 
 
@@ -22,11 +23,15 @@ class ApplyMismatch(ApplyHalted):
     """A committed entry contradicts the state it is applied to: the leader decided on another state."""
 
 
-class UnknownCommand(ApplyHalted):
-    """A committed command that this release does not know: it needs a newer one."""
+class UnknownToRelease(ApplyHalted):
+    """What was written by a newer release: with it, the replica goes on from here."""
 
 
-class UnknownSnapshot(ApplyHalted):
+class UnknownCommand(UnknownToRelease):
+    """A committed command that this release does not know."""
+
+
+class UnknownSnapshot(UnknownToRelease):
     """A snapshot that this release does not know."""
 
 
@@ -40,6 +45,17 @@ class CommandStruct(msgspec.Struct, frozen=True, array_like=True, forbid_unknown
     """The feature level from which on leaders may propose it."""
     result: ClassVar[Any] = None
     """The type of what applying it gives, for whoever asked from another broker."""
+
+
+def needs_upgrade(command: CommandStruct, level: int) -> NeedsUpgrade | None:
+    """Why a leader must not propose the command while the cluster runs at this feature level, or None."""
+    if command.needs_level <= level:
+        return None
+    return NeedsUpgrade(
+        f"{type(command).__name__} needs feature level {command.needs_level}; the cluster runs at {level}",
+        level=level,
+        needed=command.needs_level,
+    )
 
 
 C = TypeVar("C", bound=CommandStruct)

@@ -18,7 +18,6 @@ from raftlog.errors import (
     ConfigError,
     ForeignDataDir,
     IncompatibleVersion,
-    NeedsUpgrade,
     RaftlogError,
     StaleController,
     TopicExists,
@@ -35,6 +34,7 @@ from raftlog.state.command import (
     SnapshotStruct,
     UnknownCommand,
     decode_snapshot,
+    needs_upgrade,
 )
 from raftlog.state.image import Broker, Member, Partition, Topic
 from raftlog.state.metadata_commands import (
@@ -171,13 +171,9 @@ class MetadataState:
         return refusal
 
     def _refusal(self, command: Command) -> RaftlogError | None:
-        if command.needs_level > self.feature_level:
-            return NeedsUpgrade(
-                f"{type(command).__name__} needs feature level {command.needs_level}; the cluster runs at "
-                f"{self.feature_level}",
-                level=self.feature_level,
-                needed=command.needs_level,
-            )
+        upgrade = needs_upgrade(command, self.feature_level)
+        if upgrade is not None:
+            return upgrade
         epoch = getattr(command, "controller_epoch", None)
         if epoch is not None and epoch != self.controller_epoch:
             return StaleController(
@@ -222,7 +218,9 @@ class MetadataState:
         return ForeignDataDir(f"this is cluster {self.cluster_id}, not {command.cluster_id}")
 
     def _found(self, command: FoundCluster) -> str:
+        self._check_known(command.level)
         self.cluster_id = command.cluster_id
+        self.feature_level = max(self.feature_level, command.level)
         self.founders = command.members
         self.next_broker_id = max((broker_id for broker_id, _ in command.members), default=-1) + 1
         return self.cluster_id
@@ -433,10 +431,13 @@ class MetadataState:
         return None
 
     def _set_level(self, command: SetFeatureLevel) -> int:
-        if command.level > self.level_max:
-            raise UnknownCommand(f"feature level {command.level}; this release has {self.level_max}")
+        self._check_known(command.level)
         self.feature_level = command.level
         return self.feature_level
+
+    def _check_known(self, level: int) -> None:
+        if level > self.level_max:
+            raise UnknownCommand(f"feature level {level}; this release has {self.level_max}")
 
     _handlers: ClassVar[dict[type[CommandStruct], tuple[_Check | None, _CarryOut]]] = {
         FoundCluster: (_check_found, _found),

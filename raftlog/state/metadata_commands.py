@@ -12,7 +12,7 @@ from raftlog.state.image import Broker, Partition, Topic
 
 
 class FoundCluster(CommandStruct, frozen=True):
-    """Give the cluster its id, once.
+    """Give the cluster its id and the feature level of the release that founds it, once.
 
     ``members``: (broker id, replica id) of the metadata group's first configuration, in order."""
 
@@ -20,6 +20,7 @@ class FoundCluster(CommandStruct, frozen=True):
     result = str
     cluster_id: str
     members: tuple[tuple[int, int], ...]
+    level: int
 
 
 class RegisterBroker(CommandStruct, frozen=True):

@@ -37,6 +37,7 @@ from raftlog.net.rpc import (
     ProduceRequest,
     SnapshotBytesRequest,
     StageOffsetsRequest,
+    UpgradeRequest,
 )
 from raftlog.net.rpc_transactions import (
     AbortTransactionRequest,
@@ -92,6 +93,7 @@ STRATEGIES: dict[type[Any], st.SearchStrategy[Any]] = {
     JoinRequest: st.builds(
         JoinRequest, st.binary(max_size=20).filter(lambda disk_id: len(disk_id) != 16), names, names, numbers
     ),
+    UpgradeRequest: st.builds(UpgradeRequest, numbers),
     BrokerStatusRequest: st.builds(BrokerStatusRequest, st.none() | st.lists(names, max_size=3)),
     LogFramesRequest: st.builds(LogFramesRequest, topic_ids, numbers, numbers, numbers, numbers),
     SnapshotBytesRequest: st.builds(SnapshotBytesRequest, topic_ids, numbers, numbers, numbers, numbers),

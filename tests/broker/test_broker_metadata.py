@@ -209,7 +209,7 @@ def creation(name: str = "new", assignment: Any = ((0, 1),), **config: Any) -> C
 
 
 REFUSED_COMMANDS: dict[str, tuple[Command, type[RaftlogError]]] = {
-    "another cluster": (FoundCluster("another", ()), ForeignDataDir),
+    "another cluster": (FoundCluster("another", (), 1), ForeignDataDir),
     "another disk": (RegisterBroker(0, b"d" * 16, "n", "", 1, 1), ForeignDataDir),
     "too many ids": (AllocateProducerIds(10**9), ConfigError),
     "no ids": (AllocateProducerIds(0), ConfigError),

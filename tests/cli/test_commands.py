@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from raftlog.state.metadata import FEATURE_LEVEL_MAX
 from raftlog.testing.local_cluster import LocalCluster
 
 Run = Callable[..., Any]
@@ -174,3 +175,9 @@ def test_status_names_the_under_replicated(cluster: LocalCluster, run: Run, topi
         assert "none under-replicated" not in text
     finally:
         cluster.restart_broker(2)
+
+
+def test_upgrade_raises_the_level_to_what_every_broker_knows(run: Run) -> None:
+    done = run("upgrade")
+    assert done.exit_code == 0
+    assert f"feature level {FEATURE_LEVEL_MAX}" in done.output

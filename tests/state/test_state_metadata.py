@@ -106,7 +106,7 @@ def register(broker_id: int, disk_id: bytes | None = None, **changes: Any) -> Re
 def metadata() -> Metadata:
     """A founded cluster with brokers 1, 2 and 3."""
     made = Metadata()
-    made.do(FoundCluster("c1", FOUNDERS))
+    made.do(FoundCluster("c1", FOUNDERS, 1))
     for broker_id in (1, 2, 3):
         made.do(register(broker_id))
     return made
@@ -117,9 +117,9 @@ def metadata() -> Metadata:
 
 def test_a_cluster_is_founded_once() -> None:
     metadata = Metadata()
-    assert metadata.do(FoundCluster("c1", FOUNDERS)) == "c1"
-    assert metadata.do(FoundCluster("c1", FOUNDERS)) == "c1", "its retry finds it founded"
-    refusal = metadata.do(FoundCluster("c2", FOUNDERS))
+    assert metadata.do(FoundCluster("c1", FOUNDERS, 1)) == "c1"
+    assert metadata.do(FoundCluster("c1", FOUNDERS, 1)) == "c1", "its retry finds it founded"
+    refusal = metadata.do(FoundCluster("c2", FOUNDERS, 1))
     assert isinstance(refusal, ForeignDataDir)
     assert "c1" in refusal.message
     assert "c2" in refusal.message
@@ -372,7 +372,7 @@ def test_entries_that_are_not_commands_count_and_unknown_ones_halt(metadata: Met
 
 
 EXAMPLES: list[Command] = [
-    FoundCluster("c", FOUNDERS),
+    FoundCluster("c", FOUNDERS, 1),
     register(1),
     create(),
     DeleteTopic("t", ID_A),
@@ -447,7 +447,7 @@ brokers = st.integers(1, 4)
 disks = st.sampled_from([b"d1", b"d2", b"d3", b"d4"])
 replica_ids = st.integers(FIRST_REPLICA_ID, FIRST_REPLICA_ID + 6)
 commands = st.one_of(
-    st.builds(FoundCluster, st.sampled_from(["c1", "c2"]), st.just(FOUNDERS)),
+    st.builds(FoundCluster, st.sampled_from(["c1", "c2"]), st.just(FOUNDERS), st.just(1)),
     st.builds(register, brokers, disks),
     st.builds(AddBroker, disks, st.just("n"), st.just("z"), st.just(1)),
     st.builds(
@@ -479,7 +479,7 @@ commands = st.one_of(
 @given(script=st.lists(commands, max_size=40), at=st.integers(0, 40))
 def test_replay_through_a_snapshot_gives_an_equal_state(script: list[Command], at: int) -> None:
     metadata = Metadata()
-    metadata.do(FoundCluster("c1", FOUNDERS))
+    metadata.do(FoundCluster("c1", FOUNDERS, 1))
     for broker_id in (1, 2):
         metadata.do(register(broker_id, b"d%d" % broker_id))
     for command in script:
