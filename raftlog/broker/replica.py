@@ -240,10 +240,7 @@ class Replica(Generic[M]):
             node.step_down(now_ms)
             self.host.mark(self)
             return True
-        if now_ms - node.deadline_ms < _HURT_PATIENCE * timeout_ms:
-            return True
-        self._gave_up = True  # if it is elected now, nobody else could be
-        return False
+        return now_ms - node.deadline_ms < _HURT_PATIENCE * timeout_ms
 
     @property
     def holds_awake(self) -> bool:

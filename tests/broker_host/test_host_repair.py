@@ -242,6 +242,10 @@ def test_what_nobody_has_any_more_does_not_end_the_rest() -> None:
     host.loop.run_for(30.0)
     assert (host.leader_id, host.leader.node.term) == (leader, term), "and goes on to"
     assert [record.offset for record in host.consume(start=RECORDS)] == list(range(RECORDS, host.count))
+    assert leader is not None
+    host.cluster.kill_broker(leader)
+    host.wait(lambda: host.leader_id is not None)
+    host.produce(5)
     host.close()
 
 

@@ -194,7 +194,7 @@ def test_running_replicas_repair_each_other_frame_by_frame() -> None:
             log.memory_starts_at(log.flushed_index + 1)
             with pytest.raises(DamagedData):
                 await contents(log)
-        for store, peer in (stores, stores[::-1]):
+        for store, peer in (stores[::-1], stores):
             assert await repaired(store, peer) == 6
         for store, disk in zip(stores, disks, strict=True):
             assert await contents(store.logs[1]) == frames
