@@ -378,6 +378,22 @@ def test_a_member_that_does_not_let_go_in_time_is_removed() -> None:
     world.check_reading(b)
 
 
+def test_less_time_to_let_go_than_a_session_has() -> None:
+    world = World(t=2)
+    a = Consumer("a", ("t",))
+
+    def beat() -> None:
+        request = msgspec.structs.replace(a.request(), rebalance_timeout_ms=SESSION_MS // 4)
+        a.answered(world.decide(request).answer, lets_go=False)
+
+    beat()
+    world.join("b", "t")
+    beat()
+    assert world.coordinator.due_ms == world.now_ms + SESSION_MS // 4
+    world.pass_time(SESSION_MS // 4)
+    assert set(world.group.members) == {"b"}
+
+
 def test_letting_go_in_time_ends_that_timer() -> None:
     world = World(t=2)
     a, b = world.join("a", "t"), world.join("b", "t")
