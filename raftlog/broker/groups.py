@@ -33,9 +33,10 @@ What a member does:
   it heartbeats at once. One heartbeat at a time; late answers to earlier ones are ignored.
 - It heartbeats within ``heartbeat_ms``. With ``wait_ms`` the answer waits for news, and a rebalance takes no
   polling.
-- StaleMember on a heartbeat: it is out. It drops all its partitions and joins under a new id. StaleMember on
-  a commit whose ``member_epoch`` detail is not -1: it is in, at another epoch; it takes a heartbeat and then
-  repeats the commit for what it still holds.
+- StaleMember on a heartbeat: it is out. It drops all its partitions, leaves under its old id in case that is
+  still known, and joins under a new one.
+- StaleMember on a commit whose ``member_epoch`` detail is not -1: it is in, at another epoch. It takes a
+  heartbeat and then repeats the commit for what it still holds.
 - It leaves with epoch -1.
 
 A heartbeat moves its member on only if it names the newest epoch *and* revision. Any other of a known epoch

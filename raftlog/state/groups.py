@@ -207,8 +207,8 @@ class StageOffsets(CommandStruct, frozen=True):
 
 
 class EndOffsets(CommandStruct, frozen=True):
-    """The marker: every transaction of the producer up to this epoch has ended, in all groups here.
-    Result: True; False if it was known already."""
+    """The marker: the producer's transaction of this epoch has ended, in all groups here; an abort also ends
+    one of an epoch below. Result: True; False if it was known already."""
 
     type = 4
     producer_id: int
@@ -343,11 +343,17 @@ class GroupsState:
         if ended is not None and command.coordinator_epoch < ended.coordinator_epoch:
             return StaleCoordinator(
                 f"a coordinator of epoch {ended.coordinator_epoch} has ended transactions of producer "
-                f"{producer_id}; this one is of epoch {command.coordinator_epoch}"
+                f"{producer_id}; this one is of epoch {command.coordinator_epoch}",
+                epoch=ended.coordinator_epoch,
             )
         newest = max(ended.epoch if ended else -1, pending.epoch if pending else -1)
         if epoch < newest:
             return ProducerFenced(f"producer {producer_id} is at epoch {newest}, not {epoch}")
+        if pending is not None and command.commit and epoch != pending.epoch:
+            return InvalidTransaction(
+                f"commit of epoch {epoch} of producer {producer_id} meets its transaction of epoch "
+                f"{pending.epoch}, which has not ended yet"
+            )
         if ended is not None and epoch == ended.epoch and command.commit != ended.commit:
             return InvalidTransaction(
                 f"the transaction of producer {producer_id}, epoch {epoch}, "
@@ -446,7 +452,7 @@ class GroupsState:
     def _end(self, command: EndOffsets, time_ms: int) -> bool:
         producer_id = command.producer_id
         is_news = not self.is_ended(command)
-        # a marker of a fencing epoch ends the transaction of the epoch below it, too
+        # an abort of a fencing epoch ends the transaction of the epoch below it, too
         pending = self.pending.pop(producer_id, None)
         if pending is not None and command.commit:
             for (group_id, topic_id, partition), new in pending.offsets.items():

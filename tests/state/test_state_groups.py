@@ -302,7 +302,10 @@ def in_state(state: str) -> Groups:
 ENDS = [
     # state, epoch, commit, result
     *((state, 4, commit, ProducerFenced) for state in (OPEN, COMMITTED, ABORTED) for commit in (True, False)),
-    *((OPEN, epoch, commit, True) for epoch in (5, 6) for commit in (True, False)),
+    (OPEN, 5, True, True),
+    (OPEN, 5, False, True),
+    (OPEN, 6, True, InvalidTransaction),
+    (OPEN, 6, False, True),
     (COMMITTED, 5, True, False),
     (COMMITTED, 5, False, InvalidTransaction),
     (ABORTED, 5, True, InvalidTransaction),
