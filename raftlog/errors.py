@@ -320,7 +320,10 @@ class OffsetOutOfRange(RaftlogError):
 
 
 class LogTruncated(RaftlogError):
-    """The log no longer holds what the consumer read before its position."""
+    """The log no longer holds what the consumer read before its position: a power cut took records of a topic
+    with flush=interval. Details: offset, up to which the log agrees with what was read."""
+
+    hint = "go on with consumer.seek(topic_partition, error.offset)"
 
 
 class ConcurrentUse(RaftlogError, RuntimeError):

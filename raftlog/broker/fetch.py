@@ -12,6 +12,7 @@ import asyncio
 from collections.abc import Callable, Coroutine
 from typing import Any, Final
 
+from raftlog.broker import history
 from raftlog.broker.isolation import committed_only, readable_end
 from raftlog.broker.partition import PartitionReplica
 from raftlog.errors import Busy, DamagedData, RaftlogError, to_wire
@@ -107,7 +108,7 @@ class FetchSession:
                 replica.check_readable(wanted.offset)
             except RaftlogError:
                 return True, []
-            if wanted.offset < readable_end(replica, self._isolation):
+            if wanted.offset < readable_end(replica, self._isolation) or history.is_suspect(replica, wanted):
                 return True, []
             waiting.append(replica)
         return False, waiting
@@ -123,6 +124,9 @@ class FetchSession:
             source = self._readable(wanted, answer)
             if source is None:
                 continue
+            if history.is_suspect(source, wanted):
+                self._spawn(self._answer_from_disk())
+                return
             try:
                 found = source.log.try_read(wanted.offset, source.node.applied, answer.room(wanted))
             except RaftlogError as error:
@@ -150,6 +154,8 @@ class FetchSession:
             source = self._readable(wanted, answer)
             if source is not None:
                 try:
+                    if history.is_suspect(source, wanted):
+                        await history.check(source, wanted)
                     found = await source.log.read(wanted.offset, source.node.applied, answer.room(wanted))
                 except RaftlogError as error:
                     answer.fail(error)
@@ -158,9 +164,12 @@ class FetchSession:
         self._reply.ok(FetchResponse(answer.rows), answer.buffers)
 
     def _readable(self, wanted: FetchPartition, answer: _Answer) -> PartitionReplica | None:
-        """The replica to read from; None when the partition's row is complete without reading."""
+        """The replica to read from (or to compare with, see ``history``); None when the partition's row is
+        complete without reading."""
         try:
             replica = self._find(wanted.topic_id, wanted.partition)
+            if replica.node.serving and history.is_suspect(replica, wanted):
+                return replica
             replica.check_readable(wanted.offset)
         except RaftlogError as error:
             answer.fail(error)

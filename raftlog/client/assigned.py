@@ -86,14 +86,14 @@ class AssignedPartition:
         self.cursor = 0
         """Index in ``decoded`` of the next record to hand out."""
 
-    def jump(self, offset: int | None, reset: int | None = None) -> None:
+    def jump(self, offset: int | None, reset: int | None = None, *, last_term: int = UNKNOWN_TERM) -> None:
         """Go on from ``offset``, or from what looking up ``reset`` gives; forget all that was fetched
-        ahead."""
+        ahead. ``last_term``: of the record before ``offset``, if that was read."""
         self.epoch += 1
         self.position = offset
         self.reset = reset
         self.fetch_offset = 0 if offset is None else offset
-        self.last_term = UNKNOWN_TERM
+        self.last_term = last_term
         self.fetching = False
         self.error = None
         self.pause_until = 0.0

@@ -19,7 +19,7 @@ from functools import partial
 from threading import Lock
 from typing import Any, Final
 
-from raftlog.client.assigned import AssignedPartition
+from raftlog.client.assigned import UNKNOWN_TERM, AssignedPartition
 from raftlog.client.cluster import ClusterClient, partition_of
 from raftlog.client.fetcher import LOOKUP_TIMEOUT_S, RESETS, Fetcher
 from raftlog.client.metadata import TopicView
@@ -28,6 +28,7 @@ from raftlog.errors import (
     Closed,
     ConfigError,
     DeserializationError,
+    LogTruncated,
     OffsetOutOfRange,
     RaftlogError,
     UnknownPartition,
@@ -271,8 +272,13 @@ class ConsumerCore:
             log.warning("%s: %s; going on at the %s record", each.view, error, self.config.auto_offset_reset)
             self._jump(each, None, reset)
             return
+        if isinstance(error, LogTruncated) and reset is not None:
+            log.warning("%s: %s; going on there", each.view, error.message)
+            self._jump(each, error.offset)
+            return
         # fetch again from the position, so that the next poll meets the error again, or not
-        self._jump(each, each.position, each.reset)
+        last_term = each.last_term if isinstance(error, LogTruncated) else UNKNOWN_TERM
+        self._jump(each, each.position, each.reset, last_term=last_term)
         raise error.with_traceback(None)
 
     def _hand_out(self, each: AssignedPartition, end: int, taken: list[Record]) -> bool:
@@ -377,9 +383,16 @@ class ConsumerCore:
     def _chosen(self, places: Sequence[Place]) -> list[AssignedPartition]:
         return [self._find(place) for place in places] if places else list(self._partitions.values())
 
-    def _jump(self, each: AssignedPartition, offset: int | None, reset: int | None = None) -> None:
+    def _jump(
+        self,
+        each: AssignedPartition,
+        offset: int | None,
+        reset: int | None = None,
+        *,
+        last_term: int = UNKNOWN_TERM,
+    ) -> None:
         with self._lock:
-            each.jump(offset, reset)
+            each.jump(offset, reset, last_term=last_term)
         self._current = None
         self._fetcher.wake()
 

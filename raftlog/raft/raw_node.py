@@ -527,6 +527,11 @@ class RawNode:
         """On a leader, every other member by replica id; empty elsewhere. Only for reading."""
         return self._node.progress
 
+    def last_index_of(self, term: int) -> int:
+        """The last index in the log of ``term`` or a lower one (``first_index - 1``: there is none)."""
+        log = self._node.log
+        return log.meeting_point(log.last_index, term)
+
     def entries_in_memory(self, low: int, high: int) -> list[Entry] | None:
         """Entries [low, high); None when part of them is not in memory."""
         return self._node.log.slice(low, high)

@@ -18,12 +18,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TypeAlias, TypeVar
 
 from raftlog.errors import RaftlogError, StorageFailed, StorageFull
-from raftlog.raft.types import Append, Entry, HardState
-from raftlog.record.frame import Buffer
+from raftlog.raft.types import Append
 from raftlog.storage.disk import Disk, Write
 from raftlog.storage.journal_files import JournalFile, JournalFiles
 from raftlog.storage.journal_format import (
@@ -35,14 +34,11 @@ from raftlog.storage.journal_format import (
     RECORD_HEADER_BYTES,
     FileHeader,
     RecordKind,
-    encode_checkpoint,
-    encode_entry_ref,
     encode_file_header,
-    encode_hard_state,
     encode_mark,
-    record_head,
 )
-from raftlog.storage.journal_sync import Unsynced, must_sync
+from raftlog.storage.journal_group import Group
+from raftlog.storage.journal_sync import Unsynced
 from raftlog.storage.replica_log import ReplicaLog
 from raftlog.storage.segment import Segment
 from raftlog.storage.spec import StorageConfig
@@ -63,25 +59,6 @@ class _Item:
     written: int
     """Bytes it takes in the journal."""
     since: float
-
-
-@dataclass(slots=True)
-class _Group:
-    """A gathered write under construction."""
-
-    position: int
-    buffers: list[Buffer] = field(default_factory=list)
-    direct: list[tuple[Segment, int, Buffer]] = field(default_factory=list)
-    resets: list[ReplicaLog] = field(default_factory=list)
-    checkpoints: list[tuple[ReplicaLog, int]] = field(default_factory=list)
-    sync: bool = False
-    """Nobody is told before it is synced."""
-    interval_ms: int = 0
-    """Otherwise a sync follows within this."""
-
-    def add(self, record: bytes) -> None:
-        self.buffers.append(record)
-        self.position += len(record)
 
 
 class Journal:
@@ -325,26 +302,26 @@ class Journal:
         self._running = []
         self._finish(group, items)
 
-    def _build(self, file: JournalFile, items: list[_Item], *, first: bool) -> _Group:
-        group = _Group(self._position)
+    def _build(self, file: JournalFile, items: list[_Item], *, first: bool) -> Group:
+        group = Group(self._position, self._files, file)
         group.add(encode_mark(group.position, self._synced))
         # Before the checkpoints, which already describe the logs as they are after it.
         group.resets, self._resets = list(self._resets.values()), {}
         for log in group.resets:
-            self._add_checkpoint(group, log, RecordKind.RESET)
+            group.add_checkpoint(log, RecordKind.RESET)
         if first:
             for log in self._logs.values():
-                self._add_checkpoint(group, log)
+                group.add_checkpoint(log)
             for sleeper in self._sleepers.values():
-                self._add_sleeper(group, file, sleeper)
+                group.add_sleeper(sleeper)
         for item in items:
-            self._add_append(group, file, item)
-        for replica_id, (log, index) in self._copies.items():
-            self._add_copy(group, file, replica_id, log, index)
+            group.add_append(item.log, item.append, item.direct)
+        for log, index in self._copies.values():
+            group.add_copy(log, index)
         self._copies.clear()
         due, self._due = self._due, {}
         for log in due.values():
-            self._add_checkpoint(group, log)
+            group.add_checkpoint(log)
         self._running_waiters, self._waiters = self._waiters, []
         if first or self._mark_due or self._running_waiters or group.checkpoints or not group.interval_ms:
             group.sync = True
@@ -352,91 +329,7 @@ class Journal:
         self._marked = self._synced == self._position and group.position == self._position + MARK_BYTES
         return group
 
-    def _add_append(self, group: _Group, file: JournalFile, item: _Item) -> None:
-        log, append = item.log, item.append
-        replica_id = log.spec.replica_id
-        if log.removed:
-            return
-        if must_sync(log, append):
-            group.sync = True
-        else:
-            interval_ms = log.spec.flush_interval_ms
-            group.interval_ms = min(group.interval_ms or interval_ms, interval_ms)
-        entries = append.entries
-        state = append.hard_state
-        if state is not None:
-            log.hard_state = state
-            if entries and state.commit >= entries[0].index:
-                # A group torn between the two must not make committed what was about to be replaced.
-                state = HardState(state.term, state.vote, entries[0].index - 1)
-            group.add(encode_hard_state(group.position, replica_id, state))
-        if not entries:
-            return
-        self._files.need(file, replica_id, entries[0].index, entries[-1].index)
-        direct = item.direct
-        buffers = group.buffers
-        position = group.position
-        for entry in entries:
-            frame = entry.frame
-            if direct is not None and entry.index in direct:
-                place = log.place_of(entry.index)
-                # No longer in the log: truncated by a later append of this very group, its place is
-                # another's.
-                if place is not None and log.memory.at(entry.index) is entry:
-                    group.direct.append((direct[entry.index], place.position, frame))
-                    record = encode_entry_ref(position, replica_id, entry, place)
-                    buffers.append(record)
-                    position += len(record)
-                    continue
-            head = record_head(position, RecordKind.ENTRY, replica_id, frame)
-            buffers.append(head)
-            buffers.append(frame)
-            position += RECORD_HEADER_BYTES + len(frame)
-        group.position = position
-
-    def _add_copy(
-        self, group: _Group, file: JournalFile, replica_id: int, log: ReplicaLog, index: int
-    ) -> None:
-        """Write again all entries from ``index`` on (the memory agrees with the journal at the end of a
-        group)."""
-        index = max(index, log.flushed_index + 1)
-        if log.removed or index > log.last_index:
-            return
-        self._files.need(file, replica_id, index, log.last_index)
-        for entry in log.memory.entries[index - log.memory.first_index :]:
-            place = log.place_of(entry.index)
-            if place is not None:
-                group.add(encode_entry_ref(group.position, replica_id, entry, place))
-            else:
-                group.add(record_head(group.position, RecordKind.ENTRY, replica_id, entry.frame))
-                group.buffers.append(entry.frame)
-                group.position += len(entry.frame)
-
-    def _add_checkpoint(
-        self, group: _Group, log: ReplicaLog, kind: RecordKind = RecordKind.CHECKPOINT
-    ) -> None:
-        if not log.removed:
-            group.add(encode_checkpoint(group.position, log.spec.replica_id, log.checkpoint(), kind))
-            group.checkpoints.append((log, log.flushed_index))
-
-    def _add_sleeper(self, group: _Group, file: JournalFile, sleeper: Sleeper) -> None:
-        """Write again all that the journal says of a damaged replica: no older file is needed for it."""
-        replica_id, entries = sleeper.spec.replica_id, sleeper.entries
-        group.add(encode_checkpoint(group.position, replica_id, sleeper.checkpoint))
-        if entries:
-            self._files.need(file, replica_id, entries[0].header.index, entries[-1].header.index)
-        for entry in entries:
-            header = entry.header
-            if entry.place is not None:
-                head = Entry.of(header, header.encode())
-                group.add(encode_entry_ref(group.position, replica_id, head, entry.place))
-            else:
-                assert entry.frame is not None
-                group.add(record_head(group.position, RecordKind.ENTRY, replica_id, entry.frame))
-                group.buffers.append(entry.frame)
-                group.position += len(entry.frame)
-
-    def _finish(self, group: _Group, items: list[_Item]) -> None:
+    def _finish(self, group: Group, items: list[_Item]) -> None:
         for log in group.resets:
             self._files.forget(log.spec.replica_id)
         for log, index in group.checkpoints:
@@ -481,7 +374,7 @@ class Journal:
 
     # -- writing ---------------------------------------------------------------------------------------------
 
-    async def _write_mixed(self, write: Write, group: _Group, now: float) -> None:
+    async def _write_mixed(self, write: Write, group: Group, now: float) -> None:
         """A group with large frames, one that is not synced, or one whose sync covers such ones."""
         placed: list[tuple[Segment | None, Write]] = []
 
@@ -498,7 +391,7 @@ class Journal:
             self._unsynced.add(placed, now + group.interval_ms / 1000)
             self._await_sync()
 
-    async def _direct_writes(self, group: _Group) -> list[tuple[Segment | None, Write]]:
+    async def _direct_writes(self, group: Group) -> list[tuple[Segment | None, Write]]:
         writes: list[tuple[Segment | None, Write]] = []
         for segment, position, frame in group.direct:
             if segment.file is None:

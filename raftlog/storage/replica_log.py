@@ -392,6 +392,14 @@ class ReplicaLog:
                 end=self.end_offset,
             ) from error
 
+    def term_before(self, offset: int) -> int | None:
+        """Term of the last record below ``offset``, which must be above ``start_offset`` and not above
+        ``end_offset``; None if only reading tells."""
+        if offset > self.memory.base_offset:
+            return self.memory.term_before(offset)
+        terms = self._segment_by_offset(offset - 1).terms
+        return terms[0][1] if len(terms) == 1 else None
+
     async def find_time(self, timestamp_ms: int, limit_index: int) -> int | None:
         """Base offset of the first batch, up to ``limit_index``, whose greatest timestamp is at least
         ``timestamp_ms``; None if there is none."""

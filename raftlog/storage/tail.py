@@ -114,6 +114,10 @@ class Tail:
             found.append(entry.frame)
         return join_small(found)
 
+    def term_before(self, offset: int) -> int:
+        """Term of the last record below ``offset``, which is above ``base_offset``."""
+        return self.entries[bisect_left(self.ends, offset)].term
+
     def find_time(self, timestamp_ms: int) -> Entry | None:
         """The first batch at which the timestamps reach ``timestamp_ms`` (which ``base_time`` does not)."""
         slot = bisect_left(self.times, timestamp_ms)
