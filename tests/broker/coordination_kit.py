@@ -124,9 +124,7 @@ class CoordinatedWorld(World):
 
     def pass_time(self, seconds: float) -> None:
         """Let virtual time pass."""
-        end = self.loop.time() + seconds
-        self.loop.call_at(end, lambda: None)
-        self.until(lambda: self.loop.time() >= end)
+        self.loop.run_for(seconds)
 
     # -- groups ----------------------------------------------------------------------------------------------
 
