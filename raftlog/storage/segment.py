@@ -202,7 +202,7 @@ class Segment:
         index = self.index
         assert index is not None
         if not index.positions or position - index.positions[-1] >= self.interval:
-            index.add(position, header.index, self.end_offset, self.max_timestamp)
+            index.add(position, header.index, self.end_offset, self.max_timestamp, header.prev_crc)
         if header.kind == FrameKind.BATCH:
             self.end_offset, timestamp = batch_fields(frame, at)
             self.max_timestamp = max(self.max_timestamp, timestamp)

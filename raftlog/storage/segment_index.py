@@ -50,9 +50,9 @@ class SegmentSummary(msgspec.Struct, frozen=True, array_like=True):
 
 
 class SparseIndex:
-    """Four parallel arrays, one slot per granule."""
+    """Five parallel arrays, one slot per granule."""
 
-    __slots__ = ("indexes", "max_before", "offsets", "positions")
+    __slots__ = ("indexes", "max_before", "offsets", "positions", "prev_crcs")
 
     def __init__(self) -> None:
         self.positions = array("Q")
@@ -61,13 +61,16 @@ class SparseIndex:
         """Record offset of the first batch at or after the granule's first frame."""
         self.max_before = array("q")
         """Greatest timestamp in the segment before the granule."""
+        self.prev_crcs = array("Q")
+        """What the granule's first frame follows: proof that it belongs there."""
 
-    def add(self, position: int, index: int, offset: int, max_before: int) -> None:
+    def add(self, position: int, index: int, offset: int, max_before: int, prev_crc: int) -> None:
         """Begin a granule."""
         self.positions.append(position)
         self.indexes.append(index)
         self.offsets.append(offset)
         self.max_before.append(max_before)
+        self.prev_crcs.append(prev_crc)
 
     def slot_of_index(self, index: int) -> int:
         """The granule that holds the entry (or the last one before it)."""
@@ -93,15 +96,15 @@ class SparseIndex:
     def decode(cls, data: bytes) -> SparseIndex:
         """The inverse of :meth:`encode`."""
         index = cls()
-        size = len(data) // 4
+        size = len(data) // 5
         for part, into in enumerate(index._arrays()):
             into.frombytes(data[part * size : (part + 1) * size])
             if sys.byteorder == "little":
                 into.byteswap()
         return index
 
-    def _arrays(self) -> tuple[array[int], array[int], array[int], array[int]]:
-        return self.positions, self.indexes, self.offsets, self.max_before
+    def _arrays(self) -> tuple[array[int], ...]:
+        return self.positions, self.indexes, self.offsets, self.max_before, self.prev_crcs
 
 
 def _big_endian(values: array[int]) -> bytes:
@@ -141,6 +144,6 @@ async def read_index(disk: Disk, path: str) -> tuple[SegmentSummary, SparseIndex
     size = sealed_bytes(_SUMMARY_MAGIC, data, path)
     summary = unseal_as(SegmentSummary, _SUMMARY_MAGIC, _VERSION, data[:size], path)
     arrays = bytes(unseal(_ARRAYS_MAGIC, _VERSION, data[size:], path))
-    if len(arrays) % 32:
+    if len(arrays) % 40:
         raise DamagedData(f"{path}: arrays of {len(arrays)} bytes", path=path, position=size)
     return summary, SparseIndex.decode(arrays)

@@ -1,15 +1,16 @@
 """Reading frames back from segment files, through the sparse index.
 
-Every frame is checked each time it is read: what a disk has spoiled since it was written is never handed out.
-Reading then ends before the frame that does not check, and fails once it is the first one wanted.
+Every frame is checked each time it is read, and that it follows from the one before: what a disk has spoiled
+since it was written, or put in the wrong place, is not handed out. Reading then ends before the frame that
+does not check, and fails once it is the first one wanted.
 """
 
 from __future__ import annotations
 
 import struct
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from typing import Final
+from collections.abc import Callable
+from typing import Final, TypeAlias
 
 from crc32c import crc32c
 
@@ -22,8 +23,11 @@ from raftlog.storage.segment_index import SparseIndex, read_index
 from raftlog.storage.segment_recovery import rescan
 from raftlog.storage.spec import StorageConfig
 
-_LENGTH_CRC_KIND_INDEX: Final = struct.Struct(">II4xB9xQ8x")
-assert _LENGTH_CRC_KIND_INDEX.size == FRAME_HEADER_BYTES
+_HEADER: Final = struct.Struct(">IIIB9xQ8x")
+"""Of a frame: length, crc, crc of the one before, kind, index."""
+assert _HEADER.size == FRAME_HEADER_BYTES
+_Frame: TypeAlias = tuple[int, int, int, int]
+"""Position in what was read, end, kind, index."""
 
 
 class SegmentReader:
@@ -37,7 +41,7 @@ class SegmentReader:
         self,
         disk: Disk,
         config: StorageConfig,
-        on_damage: Callable[[Segment], None] = lambda segment: None,
+        on_damage: Callable[[Segment], None],
     ) -> None:
         self._disk = disk
         self._on_damage = on_damage
@@ -59,67 +63,48 @@ class SegmentReader:
         data = file.try_read(start, size)
         if data is None:
             return None
-        return self._cut(segment, start, size, data, index.indexes[slot], offset, limit_index)
+        frames, damage = self._checked(segment, index, slot, start, size, data)
+        return _cut(data, frames, offset, limit_index, damage)
 
     async def read(self, segment: Segment, offset: int, limit_index: int, bytes_max: int) -> list[memoryview]:
         """The same, waiting for the device."""
         index = await self.load_index(segment)
-        slot = index.slot_of_offset(offset)
+        data, frames, damage = await self._frames(segment, index, index.slot_of_offset(offset), bytes_max)
+        return _cut(data, frames, offset, limit_index, damage)
+
+    async def _frames(
+        self, segment: Segment, index: SparseIndex, slot: int, bytes_max: int
+    ) -> tuple[bytes, list[_Frame], DamagedData | None]:
+        """What was read from that slot on, the frames in it that check, and what is wrong behind them."""
         start, size = _range(segment, index, slot, bytes_max)
         data = await self._read(segment, start, size)
-        return self._cut(segment, start, size, data, index.indexes[slot], offset, limit_index)
-
-    def _cut(
-        self,
-        segment: Segment,
-        start: int,
-        size: int,
-        data: bytes,
-        index: int,
-        offset: int,
-        limit_index: int,
-    ) -> list[memoryview]:
-        """Of whole granules, the first of which begins with entry ``index``: from the batch that holds
-        ``offset`` to ``limit_index``, or to where something does not check."""
-        begin, end = -1, 0
-        try:
-            for at, after, kind, found in self._checked(segment, start, size, data, index):
-                if found > limit_index:
-                    break
-                if begin < 0:
-                    if kind != FrameKind.BATCH or batch_fields(data, at)[0] <= offset:
-                        continue
-                    begin = at
-                end = after
-        except DamagedData:
-            if begin < 0:
-                raise
-        return [memoryview(data)[begin:end]] if begin >= 0 else []
+        return data, *self._checked(segment, index, slot, start, size, data)
 
     def _checked(
-        self, segment: Segment, start: int, size: int, data: bytes, index: int
-    ) -> Iterator[tuple[int, int, int, int]]:
-        """(position, end, kind, index) of the frames that were read from ``start`` on.
-
-        Raises:
-            DamagedData: at the first that does not check, or is not the entry ``index`` or what follows it.
-        """
+        self, segment: Segment, sparse: SparseIndex, slot: int, start: int, size: int, data: bytes
+    ) -> tuple[list[_Frame], DamagedData | None]:
+        """The frames that were read from ``start`` on, where that slot begins, up to the first that does not
+        check; and what is wrong there."""
         view = memoryview(data)
+        frames: list[_Frame] = []
+        index, before = sparse.indexes[slot], sparse.prev_crcs[slot]
         at, have = 0, len(data)
         while at < size:
             if have - at < FRAME_HEADER_BYTES:
-                raise self._damaged(segment, start + at, "the file ends early")
-            length, crc, kind, found = _LENGTH_CRC_KIND_INDEX.unpack_from(data, at)
+                return frames, self._damaged(segment, start + at, "the file ends early")
+            length, crc, prev_crc, kind, found = _HEADER.unpack_from(data, at)
             end = at + length
             if (
                 not FRAME_HEADER_BYTES <= length <= have - at
                 or crc32c(view[at + 8 : end]) != crc
                 or found != index
+                or prev_crc != before
             ):
-                raise self._damaged(segment, start + at, f"entry {index} does not check")
-            yield at, end, kind, index
-            at = end
+                return frames, self._damaged(segment, start + at, f"entry {index} does not check")
+            frames.append((at, end, kind, index))
+            at, before = end, crc
             index += 1
+        return frames, None
 
     # -- by log index and time -------------------------------------------------------------------------------
 
@@ -127,20 +112,17 @@ class SegmentReader:
         """Entries [lo, hi) as far as this segment holds them; at least one. Each frame's crc is checked."""
         index = await self.load_index(segment)
         slot = index.slot_of_index(lo)
-        start, size = _range(segment, index, slot, bytes_max)
-        data = await self._read(segment, start, size)
+        data, frames, damage = await self._frames(segment, index, slot, bytes_max)
         found: list[Entry] = []
         total = 0
-        try:
-            for at, end, _, entry_index in self._checked(segment, start, size, data, index.indexes[slot]):
-                if entry_index >= hi or (found and total + end - at > bytes_max):
-                    break
-                if entry_index >= lo:
-                    found.append(Entry.parse(data, at, check=False))
-                    total += end - at
-        except DamagedData:
-            if not found:
-                raise
+        for at, end, _, entry_index in frames:
+            if entry_index >= hi or (found and total + end - at > bytes_max):
+                break
+            if entry_index >= lo:
+                found.append(Entry.parse(data, at, check=False))
+                total += end - at
+        if not found and damage is not None:
+            raise damage
         return found
 
     async def find_time(self, segment: Segment, timestamp_ms: int, limit_index: int) -> int | None:
@@ -148,13 +130,14 @@ class SegmentReader:
         ``limit_index``."""
         index = await self.load_index(segment)
         slot = index.slot_of_time(timestamp_ms)
-        start, size = _range(segment, index, slot, 1)
-        data = await self._read(segment, start, size)
-        for at, _, kind, entry_index in self._checked(segment, start, size, data, index.indexes[slot]):
+        data, frames, damage = await self._frames(segment, index, slot, 1)
+        for at, _, kind, entry_index in frames:
             if entry_index > limit_index:
                 return None
             if kind == FrameKind.BATCH and batch_fields(data, at)[1] >= timestamp_ms:
                 return batch_base_offset(data, at)
+        if damage is not None:
+            raise damage
         return None
 
     # -- files and indexes -----------------------------------------------------------------------------------
@@ -245,6 +228,25 @@ class SegmentReader:
             position=position,
             replica_id=segment.spec.replica_id,
         )
+
+
+def _cut(
+    data: bytes, frames: list[_Frame], offset: int, limit_index: int, damage: DamagedData | None
+) -> list[memoryview]:
+    """From the batch that holds ``offset`` to ``limit_index``, or to the damage, which is raised if it comes
+    before."""
+    begin, end = -1, 0
+    for at, after, kind, found in frames:
+        if found > limit_index:
+            break
+        if begin < 0:
+            if kind != FrameKind.BATCH or batch_fields(data, at)[0] <= offset:
+                continue
+            begin = at
+        end = after
+    if begin < 0 and damage is not None:
+        raise damage
+    return [memoryview(data)[begin:end]] if begin >= 0 else []
 
 
 def _touch(cache: OrderedDict[str, Segment], segment: Segment) -> None:

@@ -97,7 +97,7 @@ async def load_segments(
 async def _first_segment(disk: Disk, config: StorageConfig, spec: ReplicaSpec, base_index: int) -> Segment:
     """What is known of a log's first segment without looking at it."""
     if base_index == 1:
-        return Segment(spec, 1, 0, 0, 0, config.index_interval_bytes)
+        return Segment(spec, 1, 0, 0, spec.origin_crc, config.index_interval_bytes)
     try:
         snapshot = await read_snapshot(disk, spec.replica_id, base_index - 1)
     except (FileNotFoundError, DamagedData) as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import msgspec
+from crc32c import crc32c
 
 from raftlog.raft.types import ConfState
 
@@ -25,6 +26,12 @@ class ReplicaSpec(msgspec.Struct, frozen=True, array_like=True):
     """Metadata and the like: its log may be cut below its newest snapshot."""
     flush_interval_ms: int = 0
     """An append is confirmed once it is written, and a sync follows within this; 0: it is synced first."""
+
+    @property
+    def origin_crc(self) -> int:
+        """What the first entry of the group's log names as the crc before it: so frames of another group,
+        put here by a disk that errs, never follow from anything in this log, not even at its beginning."""
+        return int(crc32c(self.topic_id + self.partition.to_bytes(4, "big")))
 
 
 @dataclass(frozen=True, slots=True)

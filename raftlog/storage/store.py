@@ -375,9 +375,10 @@ class BrokerStore:
             await self._flusher.finish_sealing(log)
 
     def _new_log(self, spec: ReplicaSpec) -> ReplicaLog:
-        recovered = Recovered(HardState(), ((0, spec.conf),), 1, 0, 0, (), 0, (), 0, 0)
-        segment = Segment(spec, 1, 0, 0, 0, self._config.index_interval_bytes)
-        flushed = Checkpoint(HardState(), 0, 0, 0, 0, 0, 1)
+        origin = spec.origin_crc
+        recovered = Recovered(HardState(), ((0, spec.conf),), 1, 0, origin, (), 0, (), origin, 0)
+        segment = Segment(spec, 1, 0, 0, origin, self._config.index_interval_bytes)
+        flushed = Checkpoint(HardState(), 0, 0, origin, 0, 0, 1)
         return self._make_log(spec, recovered, [segment], flushed)
 
     def _recovered_log(self, replica: RecoveredReplica) -> ReplicaLog:

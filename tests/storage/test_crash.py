@@ -138,7 +138,7 @@ async def check(disk: SimDisk, recorder: Recorder, trace: list[Step], *, deep: b
         candidates = recorder.states[replica_id][fewest : most + 1]
         assert ((state.term, state.vote), crcs) in candidates, (replica_id, fewest, most)
         assert log.flushed_index <= state.commit <= log.last_index
-        assert log.recovered.last_crc == (crcs[-1] if crcs else 0)
+        assert log.recovered.last_crc == (crcs[-1] if crcs else log.spec.origin_crc)
         if not deep:
             continue
         log.set_committed(state.commit)
