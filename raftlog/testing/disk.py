@@ -207,6 +207,13 @@ class SimDisk:
         if position < len(node.durable):
             node.durable[position] ^= mask
 
+    def overwrite(self, path: str, position: int, data: bytes) -> None:
+        """Other bytes stand there, in what is durable and in what is read; the file's length stays."""
+        node = self._nodes[path]
+        for layer in (node.live, node.durable):
+            part = data[: max(0, len(layer) - position)]
+            layer[position : position + len(part)] = part
+
     def note(self, note: object) -> None:
         """Put something of the test's own into the trace."""
         self._log(Step(Op.NOTE, note=note))

@@ -4,9 +4,10 @@ Each fault has a number and a Random of its own, drawn from the seed and that nu
 can be repeated without some of its faults.
 
 What may be broken at once: brokers that are *down* or *cut off* come back and cost nothing but time; brokers
-whose data is *lost* (a wiped directory, rot that recovery refuses, a sync that failed, after which nothing
-that the disk says is to be trusted) count against the minority for good. So at least one good copy of every
-committed entry stays.
+whose data is *lost* (a wiped directory, a journal that recovery refuses) count against the minority until
+another broker has taken their place. So does, with flush=interval, one whose power was cut, until it has
+caught up. What can be repaired may be damaged anywhere, as long as one good copy of every entry is left
+(:mod:`raftlog.testing.atlas`).
 """
 
 from __future__ import annotations
@@ -14,12 +15,10 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Final
 
 from raftlog.broker.partition import PartitionReplica
-from raftlog.broker.replica import Replica
 from raftlog.errors import (
-    CorruptFrame,
     DamagedData,
     DataDirError,
     NotLeader,
@@ -28,9 +27,9 @@ from raftlog.errors import (
     StorageFull,
 )
 from raftlog.raft.types import Role
-from raftlog.storage.journal_format import FILE_HEADER_BYTES
-from raftlog.storage.journal_scan import scan_journal
 from raftlog.testing.disk import CrashMode
+from raftlog.testing.disk_faults import DiskFaults
+from raftlog.testing.loop import NoProgress
 from raftlog.testing.moves import Mover
 from raftlog.testing.sim_cluster import SimCluster, broker_name
 from raftlog.testing.swarm import Profile
@@ -41,7 +40,7 @@ USURP_SECONDS: Final = 4.0
 """How long another leader may take to be elected."""
 FALL_BEHIND_SECONDS: Final = 12.0
 """How long retention may take to drop what a broker that is away has not got."""
-ROOM_BYTES_MAX: Final = 96 << 10
+HEAL_ROUNDS_MAX: Final = 5
 _ONE_AWAY: Final = (
     "kill",
     "crash twice",
@@ -53,7 +52,6 @@ _ONE_AWAY: Final = (
     "fall behind",
 )
 """Faults that take one broker away."""
-_READ_BYTES: Final = 1 << 20
 
 
 class Nemesis:
@@ -78,7 +76,9 @@ class Nemesis:
         self.suspect: set[int] = set()
         """Bits of their disk have changed: they run, and are not trusted."""
         self._crash_client = crash_client
-        self._random = random.Random(0)
+        self.random = random.Random(0)
+        """Of the fault under way."""
+        self._disks = DiskFaults(self)
         self._faults: dict[str, Callable[[int], None]] = {
             "kill": self._kill,
             "crash twice": self._crash_twice,
@@ -88,16 +88,11 @@ class Nemesis:
             "deafen": self._deafen,
             "usurp": self._usurp,
             "slow receiver": self._slow_receiver,
-            "stall": self._stall,
             "pause": self._pause,
             "clock": self._clock,
-            "full disk": self._full_disk,
-            "failed sync": self._failed_sync,
             "transfer": self._transfer,
             "move": self._move,
             "fall behind": self._fall_behind,
-            "rot": self._rot,
-            "wipe": self._wipe,
         }
 
     @property
@@ -119,7 +114,7 @@ class Nemesis:
 
     def step(self, number: int) -> None:
         """Let some time pass, then do fault ``number`` (unless the profile skips it)."""
-        rng = self._random = random.Random(f"fault {self.profile.seed}/{number}")
+        rng = self.random = random.Random(f"fault {self.profile.seed}/{number}")
         self.cluster.loop.run_for(rng.uniform(*self.profile.gap_seconds))
         self.revive()
         if number in self.profile.skip:
@@ -129,7 +124,7 @@ class Nemesis:
             return
         name = rng.choices(list(possible), [self._weight(each) for each in possible])[0]
         self.fired[name] += 1
-        self._say(f"fault {number}: {name}")
+        self.say(f"fault {number}: {name}")
         possible[name]()
 
     def _weight(self, name: str) -> float:
@@ -145,11 +140,9 @@ class Nemesis:
             found["blackout"] = self._blackout
         if self.spare > 0:
             found["split"] = self._split
-        for name, fault in self._faults.items():
-            victims = up
+        for name, fault in (self._faults | self._disks.faults).items():
+            victims = [broker for broker in up if self._disks.may(name, broker)]
             if name in _ONE_AWAY and self.spare <= 0:
-                continue
-            if name in ("rot", "wipe") and (self.spare <= 0 or self.spare_copies <= 0):
                 continue
             if name == "fall behind" and not self.profile.retains:
                 continue
@@ -158,31 +151,40 @@ class Nemesis:
             if name in ("usurp", "deafen"):
                 victims = [broker for broker in up if self._leads(broker)]
             if victims:
-                victim = self._random.choice(victims)
+                victim = self.random.choice(victims)
                 found[name] = lambda fault=fault, victim=victim: fault(victim)  # type: ignore[misc]
         found = {name: fault for name, fault in found.items() if name in wanted}
-        if (self.down - self.lost) or self.cut:
+        if self.down or self.cut or self.lost - self.mover.replacements.keys():
             found["recover"] = self.recover
         return found
 
-    def _say(self, what: str) -> None:
+    def say(self, what: str) -> None:
         self.log.append(f"{self.cluster.loop.time() - 1000:.3f} s  {what}")
         self.cluster.watch.note(what)
 
     # -- starting and stopping -------------------------------------------------------------------------------
 
     def revive(self) -> None:
-        """Start anew the brokers that ended by themselves, as whoever hosts them does."""
+        """Start anew the brokers that ended by themselves, as whoever hosts them does; go on with the
+        replacing of those that are lost."""
         for broker_id, broker in list(self.cluster.brokers.items()):
             if broker.failed.done():
-                self._say(f"broker {broker_id} ended: {broker.failed.result()}")
+                self.say(f"broker {broker_id} ended: {broker.failed.result()}")
                 self.cluster.kill_broker(broker_id)
                 self.start(broker_id)
+        for broker_id in self.mover.replaced():
+            self.say(f"broker {broker_id} is forgotten")
+            self.lost.discard(broker_id)
+            self.suspect.discard(broker_id)
+            self.down.discard(broker_id)
+            self.cut.discard(broker_id)
+            del self.cluster.disks[broker_id]
 
     @property
-    def anyone_ended(self) -> bool:
-        """Whether a broker that should run has ended by itself."""
-        return any(broker.failed.done() for broker in self.cluster.brokers.values())
+    def needs_a_hand(self) -> bool:
+        """Whether :meth:`revive` has something to do."""
+        ended = any(broker.failed.done() for broker in self.cluster.brokers.values())
+        return ended or self.mover.is_stuck
 
     def start(self, broker_id: int) -> None:
         """Start a broker. One whose data recovery refuses is lost, if a fault explains it."""
@@ -191,47 +193,48 @@ class Nemesis:
             try:
                 self.cluster.start_broker(broker_id)
             except DataDirError as error:
-                if not isinstance(error, DamagedData) or broker_id not in self.suspect:
+                if not isinstance(error, DamagedData):
                     raise
-                self._say(f"broker {broker_id} refuses to start: {error}")
+                self.say(f"broker {broker_id} refuses to start: {error}")
                 self.fired["refused to start"] += 1
-                self._lose(broker_id)
+                if broker_id in self.suspect:
+                    self.lose(broker_id)
+                elif self._disks.atlas.is_spoilt(broker_id):
+                    self.down.add(broker_id)  # its metadata are damaged: it needs others to start
+                else:
+                    raise
                 return
             except (StorageFull, StorageFailed) as error:
-                self._say(f"broker {broker_id} cannot start: {error}")
+                self.say(f"broker {broker_id} cannot start: {error}")
                 self.cluster.disks[broker_id].capacity = None
             else:
-                if broker_id in self.suspect:
-                    self._scrub(broker_id)
                 return
         raise AssertionError(f"broker {broker_id} does not start")
 
-    def _scrub(self, broker_id: int) -> None:
-        """Read all that a broker holds whose disk is not to be trusted; one with damage is taken away, as
-        long as there is no repair in place."""
-        broker = self.cluster.brokers[broker_id]
-        try:
-            for damage in broker.store.damaged.values():  # recovery found it by itself
-                raise damage
-            for replica in list(broker.replicas()):
-                self.cluster.run(_read_all(replica), node=broker_name(broker_id))
-        except (DamagedData, CorruptFrame) as error:
-            self._say(f"broker {broker_id} reports damage: {error}")
-            self.fired["damage reported"] += 1
-            self.cluster.kill_broker(broker_id)
-            self._lose(broker_id)
-
-    def _lose(self, broker_id: int) -> None:
+    def lose(self, broker_id: int) -> None:
+        """Its data is gone for good."""
         self.lost.add(broker_id)
         self.cluster.watch.distrust(broker_id)
 
     def recover(self) -> None:
-        """Start what is down, connect what is cut off."""
+        """Start what is down, connect what is cut off, put new brokers in the place of lost ones."""
         for broker_id in sorted(self.down):
             self.start(broker_id)
         for broker_id in sorted(self.cut):
             self.cut.discard(broker_id)
             self.cluster.network.heal(broker_name(broker_id))
+        for broker_id in sorted(self.lost - self.mover.replacements.keys()):
+            self._replace(broker_id)
+
+    def _replace(self, broker_id: int) -> None:
+        """An empty disk becomes a broker, if the cluster can be asked."""
+        new = self.mover.join()
+        if new is None:
+            self.say(f"nobody takes the place of broker {broker_id} now")
+        else:
+            self.fired["replaced"] += 1
+            self.say(f"broker {new} takes the place of broker {broker_id}")
+            self.mover.replacements[broker_id] = new
 
     def heal(self) -> None:
         """End every fault that can end."""
@@ -240,8 +243,12 @@ class Nemesis:
             disk.capacity = None
             disk.fail_sync(0)
         self.cluster.network.heal()
-        self.recover()
         self._restore_latency()
+        for _ in range(HEAL_ROUNDS_MAX):
+            self.recover()
+            if not self.down and self.lost == self.mover.replacements.keys():
+                return
+        raise NoProgress(f"brokers {sorted(self.down)} do not start, {sorted(self.lost)} are not replaced")
 
     def _restore_latency(self) -> None:
         names = [broker_name(broker_id) for broker_id in self.cluster.disks]
@@ -257,7 +264,7 @@ class Nemesis:
         chosen: set[int] = set()
         self.revive()
         for broker_id in rng.sample(self._whole, len(self._whole)):
-            if 2 * len(chosen) > self.profile.brokers and self.mover.is_quorum(chosen):
+            if self.mover.is_quorum(chosen):
                 break
             chosen.add(broker_id)
         self.cluster.network.heal()
@@ -270,29 +277,29 @@ class Nemesis:
                 self.start(broker_id)
         for broker_id in sorted(set(self.cluster.brokers) - chosen):
             rng.choice([self._kill, self._isolate, self._deafen])(broker_id)
-        self._say(f"only brokers {sorted(chosen)} are healed")
+        self.say(f"only brokers {sorted(chosen)} are healed")
 
     # -- network ---------------------------------------------------------------------------------------------
 
     def _pair(self) -> tuple[str, str]:
-        a, b = self._random.sample(sorted(self.cluster.disks), 2)
+        a, b = self.random.sample(sorted(self.cluster.disks), 2)
         return broker_name(a), broker_name(b)
 
     def _break(self) -> None:
         self.cluster.network.break_connections(*self._pair())
 
     def _clog(self) -> None:
-        self.cluster.network.clog(*self._pair(), self._random.uniform(0.1, 3.0))
+        self.cluster.network.clog(*self._pair(), self.random.uniform(0.1, 3.0))
 
     def _slow_link(self) -> None:
-        least = self._random.uniform(0.01, 0.2)
-        self.cluster.network.set_latency(*self._pair(), least, least * self._random.uniform(1.0, 3.0))
+        least = self.random.uniform(0.01, 0.2)
+        self.cluster.network.set_latency(*self._pair(), least, least * self.random.uniform(1.0, 3.0))
 
     def _slow_receiver(self, broker_id: int) -> None:
         """Its connections fill up, and those who send to it must bear that."""
         name, network = broker_name(broker_id), self.cluster.network
-        network.read_slowly(name, self._random.choice([5e3, 50e3, 500e3]))
-        self.cluster.loop.call_later(self._random.uniform(0.5, 5.0), network.read_slowly, name, None)
+        network.read_slowly(name, self.random.choice([5e3, 50e3, 500e3]))
+        self.cluster.loop.call_later(self.random.uniform(0.5, 5.0), network.read_slowly, name, None)
 
     def _isolate(self, broker_id: int) -> None:
         self._cut_off(broker_id, both=True)
@@ -316,7 +323,7 @@ class Nemesis:
     def _split(self) -> None:
         """Two halves; clients reach both."""
         brokers = sorted(set(self.cluster.disks) - self.lost - self.down - self.cut)
-        few = self._random.sample(brokers, min(self.spare, len(brokers)))
+        few = self.random.sample(brokers, min(self.spare, len(brokers)))
         many = [broker_id for broker_id in self.cluster.disks if broker_id not in few]
         self.cut |= set(few)
         self.cluster.network.partition(
@@ -335,7 +342,7 @@ class Nemesis:
         """A kill, which leaves writes that no sync has covered, and a power cut soon after the restart."""
         self._kill(broker_id)
         self.start(broker_id)
-        self.cluster.loop.run_for(self._random.uniform(0.01, 1.0))
+        self.cluster.loop.run_for(self.random.uniform(0.01, 1.0))
         if broker_id in self.cluster.brokers:
             self.down.add(broker_id)
             self.cluster.cut_power(broker_id, self._mode())
@@ -345,16 +352,16 @@ class Nemesis:
         disks = [self.cluster.disks[broker_id] for broker_id in brokers]
         loop = self.cluster.loop
         until = loop.time() + CATCH_SECONDS
-        if self._random.random() < 0.3:
+        if self.random.random() < 0.3:
             for disk in disks:
                 loop.call_soon(disk.stall, CATCH_SECONDS)  # whoever does not wait for it is found out
-            loop.run_for(CATCH_SECONDS * self._random.random())
+            loop.run_for(CATCH_SECONDS * self.random.random())
         loop.run_until(
             lambda: loop.time() >= until or any(disk.unsynced_bytes for disk in disks), 10 * CATCH_SECONDS
         )
 
     def _mode(self) -> CrashMode:
-        return self._random.choice([CrashMode.RANDOM, CrashMode.NONE, CrashMode.PREFIX, CrashMode.ALL])
+        return self.random.choice([CrashMode.RANDOM, CrashMode.NONE, CrashMode.PREFIX, CrashMode.ALL])
 
     def _power_cut(self, broker_id: int) -> None:
         self._catch_unsynced([broker_id])
@@ -370,18 +377,18 @@ class Nemesis:
             self.down.add(broker_id)
             self.cluster.cut_power(broker_id, mode)
         self.cluster.loop.run_for(0.1)
-        for broker_id in self._random.sample(brokers, len(brokers)):
+        for broker_id in self.random.sample(brokers, len(brokers)):
             self.start(broker_id)
 
     def _pause(self, broker_id: int) -> None:
         loop, name = self.cluster.loop, broker_name(broker_id)
         loop.pause(name)
-        loop.run_for(self._random.uniform(0.1, 4.0))
+        loop.run_for(self.random.uniform(0.1, 4.0))
         loop.resume(name)
 
     def _clock(self, broker_id: int) -> None:
-        jump = self._random.choice([-1, 1]) * self._random.choice([50, 5_000, 3_600_000])
-        drift = self._random.uniform(-0.2, 0.2)
+        jump = self.random.choice([-1, 1]) * self.random.choice([50, 5_000, 3_600_000])
+        drift = self.random.uniform(-0.2, 0.2)
         self.cluster.loop.adjust_clock(broker_name(broker_id), jump_ms=jump, drift=drift)
 
     def _transfer(self, broker_id: int) -> None:
@@ -391,7 +398,7 @@ class Nemesis:
         for replica in list(broker.replicas()):
             node = replica.node
             if node.role is Role.LEADER and replica.fault is None and node.progress:
-                to = self._random.choice(sorted(node.progress))
+                to = self.random.choice(sorted(node.progress))
                 with loop.node(broker_name(broker_id)):
                     try:
                         node.transfer_leadership(to, broker.now_ms())
@@ -406,12 +413,12 @@ class Nemesis:
 
     def _move(self, broker_id: int) -> None:
         """A partition's replicas shall be on other brokers, reachable or not."""
-        self._say(self.mover.move(self._random, self._whole, broker_id))
+        self.say(self.mover.move(self.random, self._whole, broker_id))
 
     def _fall_behind(self, broker_id: int) -> None:
         """A broker is away until others have dropped entries that it has not got, if that comes soon."""
         ends = {replica.log.spec.partition: replica.log.last_index for replica in self._partitions(broker_id)}
-        self._random.choice([self._kill, self._isolate])(broker_id)
+        self.random.choice([self._kill, self._isolate])(broker_id)
         loop = self.cluster.loop
         until = loop.time() + FALL_BEHIND_SECONDS
 
@@ -427,10 +434,6 @@ class Nemesis:
 
     # -- disks -----------------------------------------------------------------------------------------------
 
-    def _stall(self, broker_id: int) -> None:
-        disk, seconds = self.cluster.disks[broker_id], self._random.uniform(0.1, 3.0)
-        self.cluster.loop.call_soon(disk.stall, seconds)
-
     def _leads(self, broker_id: int) -> bool:
         """Whether the broker leads a partition and serves it."""
         return any(replica.staged is not None for replica in self._partitions(broker_id))
@@ -442,7 +445,7 @@ class Nemesis:
     def _usurp(self, broker_id: int) -> None:
         """A leader whose disk stands still is heard no more: it takes writes that nobody else gets, and the
         next leader cuts them off while they are still on their way to the disk."""
-        rng, loop = self._random, self.cluster.loop
+        rng, loop = self.random, self.cluster.loop
         ending = rng.choice(["leave", "transfer", "pause"])
         if ending != "pause":  # else it shall be able to campaign at once
             loop.call_soon(self.cluster.disks[broker_id].stall, rng.uniform(0.5, 6.0))
@@ -458,7 +461,7 @@ class Nemesis:
 
     def _return(self, broker_id: int, *, pause: bool) -> None:
         """The usurped leader is back when the next one has just gone: to another, or to sleep."""
-        rng, loop = self._random, self.cluster.loop
+        rng, loop = self.random, self.cluster.loop
         usurpers = [other for other in sorted(self.cluster.brokers) if self._leads(other)]
         usurpers = [other for other in usurpers if other != broker_id]
         for other in usurpers:
@@ -474,54 +477,3 @@ class Nemesis:
             loop.run_for(rng.uniform(0.5, 4.0))
             for other in usurpers:
                 loop.resume(broker_name(other))
-
-    def _full_disk(self, broker_id: int) -> None:
-        disk = self.cluster.disks[broker_id]
-        disk.capacity = disk.used_bytes + self._random.randrange(ROOM_BYTES_MAX)
-        self.cluster.loop.call_later(self._random.uniform(0.2, 4.0), self._make_room, broker_id)
-
-    def _make_room(self, broker_id: int) -> None:
-        self.cluster.disks[broker_id].capacity = None
-
-    def _failed_sync(self, broker_id: int) -> None:
-        """The next sync fails. What it covered can be read until the power is cut and is not on the device,
-        and no later sync says so. The process ends and is started anew: recovery writes again what it read,
-        so nothing that it vouches for depends on the sync that failed."""
-        self.cluster.disks[broker_id].fail_sync(1)
-
-    def _rot(self, broker_id: int) -> None:
-        """Kill a broker, change a few bytes of its disk, start it: it may refuse, it may not lie.
-
-        What the journal holds above its sync floor is spared: damage there cannot be told from a torn write,
-        and recovery rightly cuts it.
-        """
-        self.suspect.add(broker_id)
-        self.cluster.kill_broker(broker_id)
-        disk = self.cluster.disks[broker_id]
-        scan = self.cluster.run(scan_journal(disk, None))
-        sizes = {path: len(disk.content(path)) for path in disk.paths()}
-        for file in scan.files:
-            floor = min(file.end, scan.floor) - file.base
-            sizes[file.path] = FILE_HEADER_BYTES + floor if floor > 0 else 0
-        paths = [path for path, size in sizes.items() if size]
-        for _ in range(self._random.randint(1, 3)):
-            path = self._random.choice(paths)
-            position = self._random.randrange(sizes[path])
-            disk.flip(path, position, 1 << self._random.randrange(8))
-            self._say(f"rot in {path} at {position}")
-        self.start(broker_id)
-
-    def _wipe(self, broker_id: int) -> None:
-        """The directory is gone: the broker stays away."""
-        self.cluster.kill_broker(broker_id)
-        disk = self.cluster.disks[broker_id]
-        for path in disk.paths():
-            disk.put(path, b"")
-        self._lose(broker_id)
-
-
-async def _read_all(replica: Replica[Any]) -> None:
-    log, index = replica.log, replica.log.first_index
-    while index <= replica.node.applied:
-        entries = await log.entries(index, replica.node.applied + 1, _READ_BYTES)
-        index = entries[-1].index + 1

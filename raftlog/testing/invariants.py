@@ -91,7 +91,9 @@ class Watch:
 
     def ended(self, broker_id: int) -> None:
         """Its process has ended; what was in flight to the disk may or may not be there later."""
-        self._brokers.pop(f"broker-{broker_id}", None)
+        running = self._brokers.pop(f"broker-{broker_id}", None)
+        if running is not None and hasattr(running[0], "repairs"):  # else it did not get that far
+            self.counts["repairs"] += running[0].repairs.completed
         for view in self._views.pop(broker_id, {}).values():
             view.member.flights.clear()
         self.note(f"broker {broker_id} ended")

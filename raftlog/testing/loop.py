@@ -43,6 +43,10 @@ class SimulationError(Exception):
     """The simulation cannot go on; the message says why."""
 
 
+class NoProgress(SimulationError):
+    """What should go on by itself did not."""
+
+
 class Deadlock(SimulationError):
     """Nothing is ready and no timer is set, yet what was waited for has not happened."""
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 from typing import TYPE_CHECKING, Final
 
+from raftlog.controller.replacing import carry_out
 from raftlog.errors import RaftlogError
 from raftlog.state.image import Partition, Topic
 from raftlog.state.metadata_commands import AlterPartition, TakeControl
@@ -27,6 +29,9 @@ class Mover:
 
     def __init__(self, cluster: SimCluster) -> None:
         self.cluster = cluster
+        self.replacements: dict[int, int] = {}
+        """Broker that is lost -> the new one in its place, until the lost one is forgotten."""
+        self._tasks: dict[int, asyncio.Task[None]] = {}
 
     @property
     def image(self) -> MetadataState | None:
@@ -67,14 +72,72 @@ class Mover:
         except RaftlogError as error:  # no quorum, or somebody else has moved it meanwhile
             self.cluster.watch.note(f"nothing moves: {error}")
 
-    def has_arrived(self, away: set[int]) -> bool:
-        """Whether nothing is on its way, but for partitions that brokers ``away`` hold or should hold."""
-        for topic in self.topics:
-            for index, partition in enumerate(topic.partitions):
-                hosts = {broker_id for _, broker_id in partition.members}
-                if not hosts & away and not self._is_there(topic, index, partition):
-                    return False
-        return True
+    # -- lost brokers ----------------------------------------------------------------------------------------
+
+    def join(self) -> int | None:
+        """A new broker on an empty disk; None: it cannot join now."""
+        try:
+            return self.cluster.join_broker()
+        except RaftlogError as error:
+            self.cluster.watch.note(f"no broker can join: {error}")
+            return None
+
+    @property
+    def is_stuck(self) -> bool:
+        """Whether a replacement is done, or whoever carried it out has died."""
+        return any(not self._is_under_way(old) for old in self.replacements)
+
+    def _is_under_way(self, old: int) -> bool:
+        task = self._tasks.get(old)
+        return task is not None and not task.done() and task.get_name() in self._drivers()
+
+    def _drivers(self) -> set[str]:
+        """Names of tasks whose broker still is the same process."""
+        return {_driver(broker) for broker in self.cluster.brokers.values()}
+
+    def replaced(self) -> list[int]:
+        """Go on with replacing the lost. Returns those that are forgotten now."""
+        done = []
+        for old in sorted(self.replacements):
+            image = self.image
+            if image is not None and old not in image.brokers and self._has_left(old):
+                del self.replacements[old]
+                done.append(old)
+            elif not self._is_under_way(old):
+                self._carry_on(old)
+        return done
+
+    def _has_left(self, broker_id: int) -> bool:
+        """Whether no configuration that may be in force has a replica of that broker."""
+        return not any(
+            member.broker_id == broker_id and any(member.replica_id in conf.members for conf in confs)
+            for group in self.cluster.watch.groups.values()
+            for confs in [group.confs_in_force()]
+            for member in group.members.values()
+        )
+
+    def _carry_on(self, old: int) -> None:
+        if self.cluster.brokers:
+            broker_id, broker = next(iter(sorted(self.cluster.brokers.items())))
+            work = self._carry_out(broker, old, self.replacements[old])
+            self._tasks[old] = self.cluster.loop.run_as(broker_name(broker_id), work)
+            self._tasks[old].set_name(_driver(broker))
+
+    async def _carry_out(self, broker: Broker, old: int, new: int) -> None:
+        try:
+            await carry_out(broker.metadata.call, lambda: broker.metadata.image, old, new)
+        except RaftlogError as error:  # another controller has taken over: go on after it
+            self.cluster.watch.note(f"broker {old} is not replaced now: {error}")
+
+    # -- where it all stands ---------------------------------------------------------------------------------
+
+    def has_arrived(self) -> bool:
+        """Whether nobody is being replaced, and exactly those replicas run that are wanted."""
+        return not self.replacements and all(
+            self._is_there(topic, index, partition)
+            for topic in self.topics
+            for index, partition in enumerate(topic.partitions)
+        )
 
     def _is_there(self, topic: Topic, index: int, partition: Partition) -> bool:
         """Whether exactly those that are wanted run."""
@@ -93,3 +156,8 @@ class Mover:
             if not all(is_quorum(conf, alive) for conf in group.confs_in_force()):
                 return False
         return True
+
+
+def _driver(broker: Broker) -> str:
+    """Name of a task that this run of a broker carries out."""
+    return f"replacing through {broker.broker_id}/{broker.identity.incarnation}"

@@ -73,6 +73,8 @@ def run_once(profile: Profile) -> Result:
     except Exception as error:  # noqa: BLE001 - whatever code under test raises is what we look for
         _judge(result, Verdict.CRASH, error)
     cluster = workload.cluster
+    for broker_id in sorted(cluster.brokers):
+        cluster.watch.ended(broker_id)
     result.faults = workload.nemesis.fired
     result.fault_log = workload.nemesis.log
     result.counts = cluster.watch.counts
@@ -83,7 +85,7 @@ def run_once(profile: Profile) -> Result:
     result.seconds = cluster.loop.time() - START_TIME
     result.steps, result.trace = cluster.loop.steps, cluster.loop.trace
     if result.verdict is not Verdict.GOOD:
-        result.events = render(cluster.watch.events, profile.brokers)
+        result.events = render(cluster.watch.events, max(cluster.disks) + 1)
     workload.close()
     result.cpu_seconds = time.process_time() - begin
     return result

@@ -60,7 +60,9 @@ class SimCluster:
     ) -> None:
         self.random = random.Random(seed)
         self.loop = SimLoop(self.random.getrandbits(64))
+        self._seed = seed
         self._sync_seconds = sync_seconds
+        self._joined = 0
         self.network = SimNetwork(self.loop, self._fork(), latency=latency)
         self.config = config or BrokerConfig()
         self.storage = storage or StorageConfig(
@@ -121,15 +123,24 @@ class SimCluster:
         )
 
     def join_broker(self) -> int:
-        """Start a new broker on an empty disk; returns its id once it runs."""
-        joiner = f"joining-{len(self.disks)}"
-        disk = SimDisk(self._fork(), latency=self.random.uniform(*self._sync_seconds))
+        """Start a new broker on an empty disk; returns its id once it runs. After an error the next call goes
+        on with the same disk, so that the cluster knows it.
+
+        Raises:
+            RaftlogError: the cluster could not be asked, or refuses.
+        """
+        joiner = f"joining-{self._joined}"
+        rng = random.Random(f"{self._seed}/{joiner}")
+        disk = SimDisk(self._fork(), latency=rng.uniform(*self._sync_seconds))
         addresses = tuple((broker_name(broker_id), PORT) for broker_id in self.brokers)
         plan = JoiningPlan(self.plan.cluster_id, self.plan.cluster_name, self.plan.secret, addresses)
-        seams = self.seams(joiner, joiner)
-        work = join(seams, disk, plan, node_id=joiner, random=self._fork())
-        broker_id = self.run(work, node=joiner).broker_id
-        self.disks[broker_id] = disk
+        work = join(self.seams(joiner, joiner), disk, plan, node_id=joiner, random=rng)
+        try:
+            broker_id = self.run(work, node=joiner).broker_id
+        finally:
+            self.loop.kill(joiner)
+        self._joined += 1
+        self.disks[broker_id] = disk.kill()
         self.start_broker(broker_id)
         return broker_id
 

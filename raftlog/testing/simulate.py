@@ -36,6 +36,7 @@ EVENTS_EXPECTED: Final = (
     "snapshot installs",
     "log starts moved",
     "joint changes",
+    "repairs",
     "duplicates recognised",
     "sends ok",
     "sends failed",

@@ -36,7 +36,9 @@ FAULTS: Final[dict[str, float]] = {
     "move": 2.0,
     "fall behind": 1.5,
     "client crash": 0.5,
-    "rot": 0.4,
+    "rot": 1.0,
+    "misdirected write": 0.7,
+    "rot of the journal": 0.3,
     "wipe": 0.3,
 }
 """Every fault and how often it comes, relative to the others, where a seed has it at all."""

@@ -10,7 +10,6 @@ import asyncio
 import random
 from collections import Counter
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
 from typing import Any, Final
 
 from raftlog.broker.partition import PartitionReplica
@@ -20,13 +19,13 @@ from raftlog.client.consumer import ConsumerCore
 from raftlog.client.delivery import Delivery
 from raftlog.client.producer import ProducerCore
 from raftlog.config import ConsumerConfig, ProducerConfig
-from raftlog.errors import OffsetOutOfRange, RaftlogError, RecordTooLarge
+from raftlog.errors import CorruptFrame, DamagedData, OffsetOutOfRange, RaftlogError, RecordTooLarge
 from raftlog.record.codec import decode_batch
 from raftlog.record.frame import FrameKind
 from raftlog.testing.books import Violation
 from raftlog.testing.checker import History, Outcome, Read, Send, check
 from raftlog.testing.faults import Nemesis
-from raftlog.testing.loop import SimulationError
+from raftlog.testing.loop import NoProgress
 from raftlog.testing.sim_cluster import SimCluster, broker_name
 from raftlog.testing.swarm import Profile
 
@@ -36,12 +35,10 @@ PROGRESS_SECONDS: Final = 30.0
 """A healed quorum must have acknowledged a write to every partition within this time."""
 SETTLE_SECONDS: Final = 4.0
 """Until what faults have begun is over: stalls, clogs, campaigns."""
+HAND_SECONDS: Final = 0.1
+"""How soon a broker that has ended is started anew."""
 CALM_SECONDS: Final = 3.0
 _READ_BYTES: Final = 1 << 20
-
-
-class NoProgress(SimulationError):
-    """A quorum was there and connected, and did not go on."""
 
 
 class Workload:
@@ -124,10 +121,11 @@ class Workload:
         loop, nemesis = self.cluster.loop, self.nemesis
         until = loop.time() + QUIET_SECONDS
         while True:
-            loop.run_until(lambda: condition() or nemesis.anyone_ended, until - loop.time())
-            if not nemesis.anyone_ended:
+            loop.run_until(lambda: condition() or nemesis.needs_a_hand, until - loop.time())
+            if not nemesis.needs_a_hand:
                 return
             nemesis.revive()
+            loop.run_for(HAND_SECONDS)
 
     def _check_calm(self) -> None:
         """Nothing is broken and nothing to do: then nobody campaigns."""
@@ -284,10 +282,15 @@ class Workload:
         for replica in self._replicas(broker_id):
             while True:
                 first = replica.log.first_index
-                with suppress(OffsetOutOfRange):
+                try:
                     row = await self._read(replica, first)
-                if replica.log.first_index == first:  # else retention was quicker
-                    break
+                except (DamagedData, CorruptFrame):
+                    await asyncio.sleep(HAND_SECONDS)  # nobody had noticed yet; now it is repaired
+                except OffsetOutOfRange:
+                    pass  # retention was quicker
+                else:
+                    if replica.log.first_index == first:
+                        break
             self.history.finals[f"broker {broker_id}", replica.log.spec.partition] = row
 
     async def _read(self, replica: PartitionReplica, index: int) -> list[Read]:
@@ -318,7 +321,7 @@ class Workload:
 
     def _all_equal(self) -> bool:
         """No replica is on its way, and each has applied as much as every other, and all that it has."""
-        return self.nemesis.mover.has_arrived(self.nemesis.lost) and all(
+        return self.nemesis.mover.has_arrived() and all(
             len({replica.node.applied for replica in replicas}) == 1
             and all(replica.node.applied == replica.node.last_index for replica in replicas)
             for replicas in self._by_partition().values()
