@@ -17,18 +17,12 @@ from raftlog.record.frame import Buffer
 from raftlog.storage.disk import Disk, Write
 from raftlog.storage.flusher import Flusher
 from raftlog.storage.journal import Done, Journal
-from raftlog.storage.journal_format import Checkpoint
+from raftlog.storage.journal_format import Checkpoint, Place
 from raftlog.storage.journal_scan import JournalScan, scan_journal
 from raftlog.storage.manifest import Manifest, load_manifest, store_manifest
 from raftlog.storage.recovery import FrameSource, RecoveredReplica, recover_replica, replay_whole
 from raftlog.storage.replica_log import Accept, Recovered, ReplicaLog
-from raftlog.storage.segment import (
-    REPLICAS_FOLDER,
-    SEGMENT_HEADER_BYTES,
-    Segment,
-    replica_folder,
-    segment_path,
-)
+from raftlog.storage.segment import SEGMENT_HEADER_BYTES, Segment, replica_folder, segment_path
 from raftlog.storage.segment_reader import SegmentReader
 from raftlog.storage.snapshot_file import LogSnapshot, parse_snapshot, read_snapshot, snapshot_path
 from raftlog.storage.spec import ReplicaSpec, StorageConfig
@@ -280,13 +274,15 @@ class BrokerStore:
                 found.append(await recover_replica(self._disk, self._config, spec, held, source))
             except DamagedData as error:
                 self.ward.sleepers[spec.replica_id] = Sleeper.of(spec, held, error)
-        await self._begin(manifest, scan, found)
+        await self._begin(manifest, scan, found, source)
 
-    async def _begin(self, manifest: Manifest, scan: JournalScan, found: list[RecoveredReplica]) -> None:
+    async def _begin(
+        self, manifest: Manifest, scan: JournalScan, found: list[RecoveredReplica], source: FrameSource
+    ) -> None:
         """From here on the directory is changed."""
         await self._cut_torn_tail(scan)
         if not manifest.clean:
-            await self._write_again_what_was_read(scan, found)
+            await self._write_again_what_was_read(scan, found, source)
         for replica in found:
             for path in replica.leftovers:
                 await self._disk.remove(path)
@@ -332,7 +328,9 @@ class BrokerStore:
                 await self._disk.truncate(file, last.size)
                 file.close()
 
-    async def _write_again_what_was_read(self, scan: JournalScan, found: list[RecoveredReplica]) -> None:
+    async def _write_again_what_was_read(
+        self, scan: JournalScan, found: list[RecoveredReplica], source: FrameSource
+    ) -> None:
         """What recovery read counts as durable from now on: the next mark's floor says so. But a process that
         was killed leaves writes that no sync has covered, and after a failed sync the operating system may
         show as written what never reached the device. So what could be either, the newest journal file
@@ -341,22 +339,26 @@ class BrokerStore:
         if not scan.files:
             return
         last = scan.files[-1]
-        await self._write_again({last.path: [(0, last.data[: last.size])]}, found)
+        contents: dict[str, list[tuple[int, Buffer]]] = {last.path: [(0, last.data[: last.size])]}
 
-    async def _write_again(
-        self, contents: dict[str, list[tuple[int, Buffer]]], found: list[RecoveredReplica]
-    ) -> None:
-        """Write these (position, bytes) by path, and the large frames that the journal refers to; synced."""
+        def add(spec: ReplicaSpec, place: Place, frame: Buffer) -> None:
+            path = segment_path(spec.replica_id, place.base_index, place.base_offset)
+            contents.setdefault(path, []).append((place.position, frame))
+
         for replica in found:
             for entry in replica.recovered.tail:
                 place = replica.places.get(entry.index)
                 if place is not None:
-                    path = segment_path(replica.spec.replica_id, place.base_index, place.base_offset)
-                    contents.setdefault(path, []).append((place.position, entry.frame))
+                    add(replica.spec, place, entry.frame)
+        for sleeper in self.ward.sleepers.values():
+            for held in sleeper.entries:
+                frame = await source.read(sleeper.spec.replica_id, held) if held.place is not None else None
+                if frame is not None and held.place is not None:
+                    add(sleeper.spec, held.place, frame)
         for path, parts in contents.items():
             file = await self._disk.open(path)
             try:
-                if path.startswith(REPLICAS_FOLDER):
+                if path != last.path:
                     parts.append((0, await file.read(0, SEGMENT_HEADER_BYTES)))
                 await self._disk.write([Write(file, position, (data,)) for position, data in parts])
             finally:
@@ -366,8 +368,6 @@ class BrokerStore:
         """A damaged replica is whole again: from here on it is like any other."""
         for path in replica.leftovers:
             await self._disk.remove(path)
-        if not self.was_clean:
-            await self._write_again({}, [replica])
         log = self._recovered_log(replica)
         if self.ward.sleepers.pop(log.spec.replica_id, None) is not None:  # else it was removed meanwhile
             self.logs[log.spec.replica_id] = log

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
 
 import pytest
-from storage_kit import DISK_ID, SMALL, Writer, append, contents, grow, run, snapshot_at, spec
+from storage_kit import DISK_ID, SMALL, Writer, append, contents, grow, run, snapshot_at, spec, submit
 
 from raftlog.errors import CorruptFrame, DamagedData
 from raftlog.raft.types import Entry, HardState
@@ -273,6 +274,37 @@ def test_repair_on_a_real_disk(tmp_path: Path) -> None:
         assert {path: path.read_bytes() for path in paths} == whole
         assert await contents(store.logs[1]) == frames
         assert not (tmp_path / replica_folder(1) / "repair").exists()
+        await store.close()
+        await peer.close()
+
+    run(main())
+
+
+def test_what_a_killed_process_had_written_outlives_the_sleep_of_its_replica() -> None:
+    """A large frame was written and not synced. Its replica is damaged elsewhere, so it sleeps when the
+    journal's mark next says that all is synced; then the power goes. Nobody else has that entry."""
+
+    async def main() -> None:
+        disk, other = SimDisk(), SimDisk()
+        peer, store = await filled(other, count=60), await filled(disk, count=60)
+        await store.create(spec(2, partition=1))
+        disk.latency = 1.0  # the write is there at once, its sync comes later
+        entry = Writer(store.logs[1]).entry(2, size=5000)
+        doomed = submit(store, store.logs[1], [entry])
+        for _ in range(100):
+            await asyncio.sleep(0)
+        assert any(bytes(entry.frame) in disk.content(path) for path in disk.paths())
+        disk = disk.kill()
+        assert not doomed.done(), "killed before the sync"
+        disk.latency = 0.0
+        forget_indexes(disk)
+        flip_in(disk, list(segments(disk))[:1], 0.5)
+        store = await open_store(disk)
+        assert list(store.damaged) == [1]
+        await grow(store, store.logs[2], 3)
+        store = await open_store(disk.crash(CrashMode.NONE))
+        await repaired(store, peer)
+        assert (await contents(store.logs[1]))[60] == bytes(entry.frame)
         await store.close()
         await peer.close()
 
