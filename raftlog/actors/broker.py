@@ -25,6 +25,7 @@ from raftlog.broker.joining import JoiningPlan, join
 from raftlog.broker.peers import Address
 from raftlog.config import BrokerConfig
 from raftlog.controller.replacing import replace_lost
+from raftlog.errors import ForeignDataDir
 from raftlog.net.network import real_seams
 from raftlog.storage.identity import Identity, find_identity
 from raftlog.storage.real_disk import RealDisk
@@ -222,11 +223,12 @@ class BrokerHost:
         assert broker is not None, "start() comes first"
         broker.spawn(replace_lost(broker.metadata.call, lambda: broker.metadata.image, known))
 
-    async def watch(self) -> str:
-        """Return only when the broker cannot go on, with the reason. (The call fails when the process
-        dies.)"""
+    async def watch(self) -> tuple[str, bool]:
+        """Return only when the broker cannot go on: the reason, and whether it was removed from the cluster and is
+        not to be started again. (The call fails when the process dies.)"""
         assert self._broker is not None, "start() comes first"
-        return str(await asyncio.shield(self._broker.failed))
+        error = await asyncio.shield(self._broker.failed)
+        return str(error), isinstance(error, ForeignDataDir)
 
     async def clients(self) -> list[str]:
         """Ids of the clients that are connected."""

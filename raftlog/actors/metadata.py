@@ -448,8 +448,10 @@ class MetadataHost:
     async def _watch(self, broker_id: int, actor: Actor) -> None:
         """Wait for the end of a broker, and have it started again."""
         try:
-            reason: str = await actor.watch.remote()
+            reason, removed = await actor.watch.remote()
             ray.kill(actor)
+            if removed:
+                self._nodes.pop(broker_id, None)
         except RayError as error:
             reason = str(error).splitlines()[0]
         if self._stopping:

@@ -21,7 +21,7 @@ from raftlog.broker.replica import Replica
 from raftlog.broker.retention import Retention
 from raftlog.broker.transaction_replica import TransactionReplica
 from raftlog.config import TopicConfig
-from raftlog.errors import DamagedData, IncompatibleVersion, RaftlogError, UnknownReplica
+from raftlog.errors import ConfigError, DamagedData, IncompatibleVersion, RaftlogError, UnknownReplica
 from raftlog.raft.types import ConfState
 from raftlog.state.command import UnknownToRelease
 from raftlog.state.image import Partition, Topic
@@ -117,7 +117,11 @@ class Hosting:
         for replica_id, (topic, index) in self._assigned().items():
             if replica_id in store.logs or replica_id in store.out_of_service:
                 continue
-            settings = TopicConfig.model_validate(topic.config)
+            try:
+                settings = TopicConfig.model_validate(topic.config)
+            except ConfigError as error:
+                self._complain(replica_id, error)
+                continue
             specs.append(
                 ReplicaSpec(
                     replica_id=replica_id,
@@ -150,10 +154,13 @@ class Hosting:
                         "broker %d: replica %d needs a newer release: %s", broker.broker_id, replica_id, error
                     )
                     self.halted[replica_id] = IncompatibleVersion(f"needs a newer release: {error}")
-                except DamagedData as error:  # it is opened once it is repaired
-                    logger.warning(
-                        "broker %d: cannot open replica %d: %s", broker.broker_id, replica_id, error
-                    )
+                except (DamagedData, ConfigError) as error:
+                    self._complain(replica_id, error)
+
+    def _complain(self, replica_id: int, error: RaftlogError) -> None:
+        """One replica has to wait: until it is repaired, or this broker runs a release that knows the topic's
+        settings."""
+        logger.warning("broker %d: cannot have replica %d: %s", self._broker.broker_id, replica_id, error)
 
     async def _open(self, replica_id: int, topic: Topic, index: int, partition: Partition) -> None:
         broker = self._broker

@@ -80,7 +80,7 @@ async def replace_lost(call: Call, image: Image, known: Collection[int]) -> None
         RaftlogError: see :func:`carry_out`.
     """
     while True:
-        if image().brokers.keys() >= set(known):
+        if image().brokers.keys() >= set(known).difference(image().removed):
             break
         await asyncio.sleep(_AGAIN_S)
     for old, new in substitutes(image(), known):

@@ -25,7 +25,7 @@ from raftlog.record.frame import Buffer, FrameKind
 from raftlog.state import partition as partition_module
 from raftlog.state.command import CommandCodec, CommandStruct
 from raftlog.state.metadata import FEATURE_LEVEL_MAX, MetadataState
-from raftlog.state.metadata_commands import COMMANDS, AllocateProducerIds
+from raftlog.state.metadata_commands import COMMANDS, AllocateProducerIds, CreateTopic
 from raftlog.state.partition import ExpireProducers, SetLogStart
 from raftlog.testing import books
 from raftlog.testing.loop import current_node
@@ -284,6 +284,19 @@ def test_a_cluster_founded_by_the_new_release_runs_at_its_level() -> None:
     made = Rolling(2)
     assert made.metadata(0).machine.feature_level == FEATURE_LEVEL_MAX
     made.close()
+
+
+def test_a_topic_with_settings_of_a_newer_release_holds_up_no_other(host: Rolling) -> None:
+    create = CreateTopic("odd", b"o" * 16, {"colour": "red"}, False, [[0, 1, 2]])
+    leader = next(each for each in host.cluster.brokers.values() if each.metadata.replica.staged is not None)
+    host.cluster.run(leader.metadata.call(create), node=broker_name(leader.broker_id))
+    host.cluster.run(host.replace_topic(), node="admin")
+    host.count = 0
+    host.wait(host.is_equal)
+    host.produce(5)
+    host.roll(host.two)
+    host.wait(host.is_equal)
+    check_end(host)
 
 
 @pytest.mark.parametrize("versions", [(2, 2), (3, 5)])
