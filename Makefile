@@ -13,7 +13,7 @@ EXTRAS := test,lint,examples
 SAY    := @printf '\033[1m== %s\033[0m\n'
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types imports deps unit ray-tests simulate format bench clean
+.PHONY: help setup demo test lint types imports deps core unit ray-tests simulate format bench clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -33,7 +33,7 @@ demo: $(READY)  ## 336,776 flights through a replicated topic on Ray, with a lea
 	$(SAY) "demo: examples/flights.py"
 	@$(BIN)/python examples/flights.py $(ARGS)
 
-test: lint types imports deps unit ray-tests  ## Everything that must pass: style, types, layers, dependencies, tests
+test: lint types imports deps core unit ray-tests  ## Everything that must pass: style, types, layers, dependencies, tests
 
 lint: $(READY)  ## Format and style (ruff)
 	$(SAY) "ruff: format and lint"
@@ -52,9 +52,16 @@ deps: $(READY)  ## Declared dependencies are the imported ones (deptry)
 	$(SAY) "deptry: declared against imported dependencies"
 	@$(BIN)/deptry . > .venv/deptry.txt 2>&1 || { cat .venv/deptry.txt; exit 1; }
 
-unit: $(READY)  ## The tests without Ray
-	$(SAY) "pytest: everything without Ray"
-	@$(BIN)/python -m pytest -q -m "not ray"
+core: $(READY)  ## The Raft core's own tests, which must take its every branch
+	$(SAY) "pytest and coverage: the Raft core, every branch"
+	@$(BIN)/coverage run -m pytest -q tests/raft -m "not walk"
+	@$(BIN)/coverage report > .venv/coverage.txt || { cat .venv/coverage.txt; exit 1; }
+	$(SAY) "pytest: random walks of the Raft core"
+	@$(BIN)/python -m pytest -q tests/raft -m walk
+
+unit: $(READY)  ## The other tests without Ray
+	$(SAY) "pytest: everything else without Ray"
+	@$(BIN)/python -m pytest -q -m "not ray" --ignore=tests/raft
 
 ray-tests: $(READY)  ## The tests on a real Ray cluster
 ifeq ($(RAY),yes)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 from chaos import Chaos
 
+pytestmark = pytest.mark.walk
+
 SEEDS_PER_TEST = 25
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from contextlib import suppress
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -19,6 +20,8 @@ from raftlog.raft.confstack import decode_conf
 from raftlog.raft.raw_node import RawNode
 from raftlog.raft.types import AppendRequest, AppendResponse, ConfState, Role
 from raftlog.record.frame import FrameKind
+
+pytestmark = pytest.mark.walk
 
 REPLICAS = st.integers(1, 5)
 VOTERS = [frozenset(some) for some in ((1, 4, 5), (1, 2, 3), (4, 5), (2, 3), (1, 2), (4,), (1, 2, 3, 4, 5))]

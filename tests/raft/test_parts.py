@@ -10,7 +10,7 @@ from raft_cluster import MemoryDisk, chain
 from raftlog.errors import ConfigError, CorruptFrame
 from raftlog.raft.config import RaftConfig, RecoveredLog
 from raftlog.raft.confstack import ConfStack, encode_conf
-from raftlog.raft.log import LogDiverged, RaftLog
+from raftlog.raft.log import UNKNOWN_CRC, LogDiverged, RaftLog
 from raftlog.raft.progress import Progress, ProgressState
 from raftlog.raft.quorum import VoteResult, vote_result
 from raftlog.raft.types import ConfState, Entry, HardState
@@ -63,6 +63,28 @@ def test_slices_outside_memory_are_none() -> None:
     assert log.slice(3, 5) is None
     assert log.slice(4, 7) is None
     assert [entry.index for entry in log.slice(4, 6) or ()] == [4, 5]
+
+
+def test_what_is_compacted_may_have_left_memory_long_before() -> None:
+    entries = chain([1, 2, 2, 3])
+    log = log_of([1, 2, 2, 3], applied=4, commit=4)
+    log.trim(entries[0].size, 4)
+    assert log.offset == 4
+    assert [log.crc(index) for index in range(5)] == [
+        0,
+        UNKNOWN_CRC,
+        UNKNOWN_CRC,
+        entries[2].crc,
+        entries[3].crc,
+    ]
+    for first in (3, 4, 5):
+        log.compact(first, entries[first - 2].crc)
+        log.check()
+        assert (log.first_index, log.offset) == (first, max(first, 4))
+        assert log.crc(first - 1) == entries[first - 2].crc
+        assert log.term(first - 1) == entries[first - 2].term
+    assert log.term(2) is None
+    assert log.meeting_point(4, 1) == 4
 
 
 def test_leader_time_survives_a_cut_down_to_trimmed_entries() -> None:

@@ -18,6 +18,8 @@ from raftlog.raft.progress import Progress
 from raftlog.raft.quorum import quorum_index, voter_ids
 from raftlog.raft.types import ConfState
 
+pytestmark = pytest.mark.walk
+
 Patch = Callable[[pytest.MonkeyPatch], None]
 
 

@@ -489,3 +489,17 @@ def test_a_commit_may_wait_for_the_next_entries_or_heartbeat() -> None:
     assert [follower.commit for follower in followers] == [base + 1, base + 1], "the next entry told them"
     cluster.advance(200)
     assert [follower.commit for follower in followers] == [base + 2, base + 2]
+
+
+def test_an_amnesiac_that_holds_all_is_told_the_commit_index_when_it_asks() -> None:
+    cluster = streaming()
+    leader = cluster.nodes[1]
+    leader.step(HeartbeatResponse(1, 2, 1, 0, 1, amnesiac=True), cluster.now)
+    assert leader.ready().messages == (AppendRequest(2, 1, 1, 1, 1, leader.last_crc, 1),)
+    leader.step(HeartbeatResponse(1, 2, 1, 0, 1), cluster.now)
+    assert not leader.has_ready()
+
+
+def test_where_a_term_ends_in_the_log(cluster: Cluster) -> None:
+    node = cluster.restart_with(2, chain([1, 1, 3, 3, 5]), term=5)
+    assert [node.last_index_of(term) for term in range(7)] == [0, 2, 2, 4, 4, 5, 5]
