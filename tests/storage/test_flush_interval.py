@@ -6,6 +6,7 @@ import asyncio
 import gc
 from collections.abc import Coroutine
 from dataclasses import replace
+from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -17,10 +18,11 @@ from raftlog.errors import StorageFailed
 from raftlog.raft.types import ConfState, Entry, HardState
 from raftlog.record.frame import FrameKind
 from raftlog.storage.manifest import load_manifest
+from raftlog.storage.real_disk import RealDisk
 from raftlog.storage.replica_log import ReplicaLog
 from raftlog.storage.spec import ReplicaSpec
 from raftlog.storage.store import BrokerStore
-from raftlog.testing.disk import CrashMode, SimDisk
+from raftlog.testing.disk import CrashMode, Op, SimDisk, replay
 from raftlog.testing.loop import SimLoop
 
 INTERVAL_MS = 200
@@ -250,6 +252,49 @@ def test_files_roll_and_go_while_little_is_synced() -> None:
     run(scenario())
 
 
+@pytest.mark.parametrize("seed", range(10))
+def test_a_file_begins_only_when_the_one_before_is_synced(seed: int) -> None:
+    """Its header says so; were it not true, recovery would take a torn tail for damage."""
+
+    async def scenario() -> None:
+        disk = SimDisk(record=True)
+        config = replace(CALM, journal_bytes=8 << 10)
+        store = await BrokerStore.open(disk, config, disk_id=DISK_ID)
+        log = await store.create(loose(interval_ms=60_000))
+        await grow(store, log, 100, size=200)
+        await store.close()
+        trace = disk.trace or []
+        seen: set[str] = set()
+        for count, step in enumerate(trace, 1):
+            if step.op is Op.WRITE and step.path.startswith("journal/") and step.path not in seen:
+                seen.add(step.path)
+                torn = replay(trace[:count], CrashMode.RANDOM, Random(seed))
+                after = await BrokerStore.open(torn, config, disk_id=DISK_ID)
+                assert not after.damaged
+        assert len(seen) > 3
+
+    run(scenario())
+
+
+def test_a_segment_that_a_truncation_took_away_needs_no_sync(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        disk = RealDisk(tmp_path)
+        store = await BrokerStore.open(disk, CALM, disk_id=DISK_ID)
+        log = await store.create(loose(interval_ms=60_000))
+        await grow(store, log, 3)
+        for _ in range(2):
+            await append(store, log, [Writer(log).entry(1, size=5000)])
+        assert len(log.segments) == 2
+        fresh = Writer(log).entry(2, index=4)
+        await append(store, log, [fresh], HardState(2, 0, 3))
+        assert len(log.segments) == 1
+        assert store.fault is None
+        await store.close()
+        assert store.fault is None
+
+    asyncio.run(scenario())
+
+
 def test_a_full_device_takes_all_again_that_no_sync_has_covered() -> None:
     """A sync that fails for want of room may have dropped what was written before."""
 
@@ -374,9 +419,10 @@ def test_nor_does_the_checkpoint_at_the_head_of_a_new_file(seed: int) -> None:
         await grow(store, log, 3)
         await store.flush()
         old = await grow(store, log, 2, size=800, commit=False)
+        await append(store, log, (), HardState(2, 0, 3))
         sequence = store._journal.sequence
         fresh = Writer(log).entry(2, index=4, size=1900)
-        submit(store, log, [fresh], HardState(2, 0, 3))
+        submit(store, log, [fresh])
         log.set_committed(4)
         await asyncio.sleep(0.005)
         after = await BrokerStore.open(disk.crash(CrashMode.PREFIX), config, disk_id=DISK_ID)
