@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from incarnations import power_cut
 from raft_cluster import Cluster, chain
 
 from raftlog.raft.durability import Durability
+from raftlog.raft.node import NEVER
 from raftlog.raft.raw_node import RawNode
 from raftlog.raft.types import Append, AppendRequest, AppendResponse, HardState, Heartbeat, Role, VoteRequest
 
@@ -221,3 +223,20 @@ def test_sequences_are_confirmed_in_order_and_only_if_handed_out() -> None:
     durability.confirm(2)
     durability.confirm(1)
     assert (durability.index, durability.confirmed) == (5, 2)
+
+
+def test_an_amnesiac_that_a_late_sync_cures_may_campaign_although_nobody_speaks_any_more() -> None:
+    cluster = Cluster(3)
+    leader = cluster.elect(1)
+    cluster.propose(1, b"x")
+    cluster.settle()
+    node = power_cut(cluster, 2, keep=1)
+    node.step(AppendRequest(2, 1, leader.term, 1, 1, -1, 2, tuple(cluster.log_of(1)[1:])), cluster.now)
+    cluster.take_ready(2)
+    node.tick(node.deadline_ms)
+    assert node.deadline_ms == NEVER, "it must not campaign"
+    assert node.amnesiac
+    cluster.sync(2)
+    assert not node.amnesiac
+    node.tick(node.deadline_ms)
+    assert node.role is Role.PRE_CANDIDATE
