@@ -167,7 +167,7 @@ MUTATIONS: Final = (
     Mutation(
         "recovery trusts bytes that no sync has covered",
         "raftlog.storage.store",
-        "await self._write_again_what_was_read(scan, found)",
+        "await self._write_again_what_was_read(scan, found, source)",
         "pass",
     ),
     Mutation(
