@@ -93,7 +93,7 @@ def promises_not_held_back(patch: Patch) -> None:
 
 
 def duplicates_not_recognised(patch: Patch) -> None:
-    patch.setattr(producers, "_find_duplicate", lambda _known, _header: None)
+    patch.setattr(producers, "find_duplicate", lambda _known, _header: None)
 
 
 def producers_forgotten_by_a_new_leader(patch: Patch) -> None:
