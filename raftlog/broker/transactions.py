@@ -214,10 +214,9 @@ class TransactionCoordinator:
         if old.phase.is_ending:
             raise _ending(old)
         begun = old.phase is Phase.ONGOING
-        known_partitions, known_groups = (old.partitions, old.groups) if begun else ((), ())
-        all_partitions = tuple(dict.fromkeys((*known_partitions, *partitions)))
-        all_groups = tuple(dict.fromkeys((*known_groups, *groups)))
-        if (all_partitions, all_groups) == (known_partitions, known_groups):
+        all_partitions = tuple(dict.fromkeys((*old.partitions, *partitions)))
+        all_groups = tuple(dict.fromkeys((*old.groups, *groups)))
+        if (all_partitions, all_groups) == (old.partitions, old.groups):
             return Decision()
         new = self._changed(
             old,

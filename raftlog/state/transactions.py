@@ -118,7 +118,7 @@ class Transaction(msgspec.Struct, frozen=True, array_like=True):
     coordinator_epoch: int
     """Term of the leader that decided the last change."""
     partitions: tuple[Target, ...] = ()
-    """Enlisted: each gets a marker."""
+    """Enlisted: each gets a marker. Like ``groups`` empty when nothing is open or ending."""
     groups: tuple[str, ...] = ()
     """Enlisted consumer groups: the ``__groups`` partition of each gets a marker."""
     ended: Ended | None = None

@@ -130,6 +130,7 @@ def test_an_end_where_nothing_began_makes_sure_that_nothing_will(at: Coordinated
     with pytest.raises(InvalidTransaction):
         at.end(identity, commit=True)
     following = at.end(identity, commit=False)
+    assert at.transaction.phase is Phase.COMPLETE_ABORT
     with pytest.raises(InvalidTransaction):
         at.enlist(identity, P0)
     assert at.end(identity, commit=False) == following

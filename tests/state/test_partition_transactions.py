@@ -114,6 +114,7 @@ def test_an_aborted_range_hides_a_producer_from_its_first_offset_to_its_marker(g
     assert group.state.aborted_in(0, 8) == everything
     assert group.state.aborted_in(0, 1) == [(A, 0, 2)]
     assert group.state.aborted_in(1, 2) == [(A, 0, 2), (B, 1, 5)]
+    assert group.state.aborted_in(1, 3) == [(A, 0, 2), (B, 1, 5)]
     assert group.state.aborted_in(3, 4) == [(C, 3, 4), (B, 1, 5)]
     assert group.state.aborted_in(5, 8) == [(B, 1, 5)]
     assert group.state.aborted_in(6, 8) == []
@@ -290,6 +291,19 @@ def test_mistake_11_a_snapshot_keeps_what_is_open_and_what_ended_without_data(gr
     group.state = restored
     refused(group, TransactionAborted, B, 4, 0)
     assert group.mark(B, 4, commit=False, coordinator=3) is None
+
+
+def test_a_copy_has_transactions_of_its_own(group: Group) -> None:
+    group.produce(1, A, 0, 0, txn=True)
+    group.produce(1, B, 0, 0, txn=True)
+    group.mark(A, 0, commit=False)
+    copied = group.state.copy()
+    before = copied.snapshot()
+    group.produce(1, C, 0, 0, txn=True)
+    group.mark(B, 0, commit=False)
+    assert copied.snapshot() == before
+    assert copied.aborted_in(0, 9) == [(A, 0, 2)]
+    assert group.state.aborted_in(0, 9) == [(A, 0, 2), (B, 1, 4)]
 
 
 # -- bounds --------------------------------------------------------------------------------------------------
