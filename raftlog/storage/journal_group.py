@@ -70,10 +70,10 @@ class Group:
         if log.removed:
             return
         replica_id = log.spec.replica_id
-        if must_sync(log, append):
+        interval_ms = log.spec.flush_interval_ms
+        if not interval_ms or must_sync(log, append):
             self.sync = True
         else:
-            interval_ms = log.spec.flush_interval_ms
             self.interval_ms = min(self.interval_ms or interval_ms, interval_ms)
         entries = append.entries
         state = append.hard_state

@@ -18,13 +18,11 @@ from raftlog.storage.segment import Segment
 
 
 def must_sync(log: ReplicaLog, append: Append) -> bool:
-    """Whether this append must be synced before it is confirmed, whatever the replica's interval.
+    """Whether this append of a replica with an interval must be synced before it is confirmed all the same.
 
     Term and vote must: a replica that forgot them could vote twice. So must a configuration: one that forgot
     that others were added could elect itself.
     """
-    if not log.spec.flush_interval_ms:
-        return True
     state, known = append.hard_state, log.hard_state
     if state is not None and (state.term, state.vote) != (known.term, known.vote):
         return True
