@@ -8,94 +8,30 @@ from pathlib import Path
 from random import Random
 
 import pytest
-from storage_kit import DISK_ID, SMALL, Writer, append, contents, grow, run, snapshot_at, spec, submit
+from salvage_kit import (
+    ENTRIES,
+    crashed,
+    cut,
+    filled,
+    flip,
+    flip_in,
+    forget_indexes,
+    open_store,
+    remove,
+    repaired,
+    segments,
+)
+from storage_kit import Writer, append, contents, grow, run, spec, submit
 
 from raftlog.errors import CorruptFrame, DamagedData
 from raftlog.raft.types import Entry, HardState
 from raftlog.record.frame import FrameKind
-from raftlog.storage.damage import BrokenLog, BrokenSnapshot
+from raftlog.storage.damage import BrokenLog
 from raftlog.storage.real_disk import RealDisk
-from raftlog.storage.replica_log import ReplicaLog
 from raftlog.storage.segment import SEGMENT_HEADER_BYTES, replica_folder
-from raftlog.storage.snapshot_file import snapshot_path
 from raftlog.storage.store import BrokerStore
-from raftlog.storage.verify import Outcome, verify
+from raftlog.storage.verify import verify
 from raftlog.testing.disk import CrashMode, SimDisk
-
-ENTRIES = 150
-
-
-async def open_store(disk: SimDisk | RealDisk) -> BrokerStore:
-    return await BrokerStore.open(disk, SMALL, disk_id=DISK_ID)
-
-
-async def filled(
-    disk: SimDisk | RealDisk, *, count: int = ENTRIES, large: tuple[int, ...] = ()
-) -> BrokerStore:
-    """A store with one replica in several segments, the last of them growing."""
-    store = await open_store(disk)
-    log = await store.create(spec())
-    for number in range(count):
-        size = 3000 if number in large else 100
-        await grow(store, log, 1, size=size, term=1 + number // 60)
-    await store.flush()
-    return store
-
-
-async def repaired(store: BrokerStore, *peers: BrokerStore, bytes_max: int = 700) -> int:
-    """Repair replica 1 with what the peers have; returns how many patches it took."""
-    patches = 0
-    while (damage := await store.ward.next_damage(1)) is not None:
-        assert isinstance(damage, BrokenLog), damage
-        patch = await store.ward.patch(damage)
-        while not patch.is_proved:
-            for peer in peers:
-                found = await peer.ward.frames(1, patch.index, patch.prev_crc, bytes_max)
-                if found:
-                    break
-            else:
-                raise damage
-            await patch.add(found)
-            if patch.is_hopeless:
-                patch.restart()
-                raise damage
-        await patch.apply()
-        await patch.close()
-        patches += 1
-        assert patches < 20
-    return patches
-
-
-def segments(disk: SimDisk) -> dict[str, bytes]:
-    return {path: disk.content(path) for path in disk.paths() if path.endswith(".seg")}
-
-
-def flip(disk: SimDisk, path: str, *positions: int) -> None:
-    for position in positions:
-        disk.flip(path, position)
-
-
-def flip_in(disk: SimDisk, paths: list[str], *places: float) -> None:
-    """Flip a bit at each of these parts of the files' frames."""
-    for path in paths:
-        size = len(disk.content(path)) - SEGMENT_HEADER_BYTES
-        flip(disk, path, *(SEGMENT_HEADER_BYTES + int(size * place) for place in places))
-
-
-def cut(disk: SimDisk, path: str, place: float) -> None:
-    content = disk.content(path)
-    disk.put(path, content[: int(len(content) * place)])
-
-
-def remove(disk: SimDisk, *paths: str) -> None:
-    for path in paths:
-        del disk._nodes[path]
-
-
-def forget_indexes(disk: SimDisk) -> None:
-    """Without index files, recovery reads the frames of every segment."""
-    remove(disk, *(path for path in disk.paths() if path.endswith(".idx")))
-
 
 Damage = Callable[[SimDisk, list[str]], None]
 DAMAGES: dict[str, Damage] = {
@@ -213,7 +149,7 @@ def test_what_only_the_journal_of_a_damaged_replica_has_helps_others() -> None:
         await grow(peer, peer.logs[1], 30)  # in its journal only
         assert [bytes(a) for a in await contents(peer.logs[1])] == await contents(store.logs[1])
         await store.close()
-        other = other.crash(CrashMode.NONE)
+        other = await crashed(peer, other)
         for each in (disk, other):
             forget_indexes(each)
         flip_in(other, list(segments(other))[:1], 0.5)
@@ -239,7 +175,7 @@ def test_large_frames_that_the_journal_refers_to_are_repaired() -> None:
             await grow(store, log, 1, size=3000 if number in (20, 25) else 100, commit=number < 10)
         frames = await contents(log)
         await grow(store, log, 1, commit=False)  # a mark says that what came before it was synced
-        disk = disk.crash(CrashMode.NONE)
+        disk = await crashed(store, disk)
         for path in segments(disk):
             size = len(disk.content(path))
             for at in range(size - 2000, size - 1000, 50):
@@ -294,15 +230,16 @@ def test_what_a_killed_process_had_written_outlives_the_sleep_of_its_replica() -
         for _ in range(100):
             await asyncio.sleep(0)
         assert any(bytes(entry.frame) in disk.content(path) for path in disk.paths())
-        disk = disk.kill()
+        disk, killed = disk.kill(), store
         assert not doomed.done(), "killed before the sync"
+        await killed.abort()
         disk.latency = 0.0
         forget_indexes(disk)
         flip_in(disk, list(segments(disk))[:1], 0.5)
         store = await open_store(disk)
         assert list(store.damaged) == [1]
         await grow(store, store.logs[2], 3)
-        store = await open_store(disk.crash(CrashMode.NONE))
+        store = await open_store(await crashed(store, disk))
         await repaired(store, peer)
         assert (await contents(store.logs[1]))[60] == bytes(entry.frame)
         await store.close()
@@ -437,7 +374,7 @@ def test_a_crash_in_the_middle_of_a_repair_is_harmless(name: str) -> None:
                 disk.fail_sync() if seed % 3 == 1 else disk.fail_write()
                 with pytest.raises(Exception, match="Input/output"):
                     await patch.apply()
-            disk = disk.crash(CrashMode.RANDOM)
+            disk = await crashed(store, disk, CrashMode.RANDOM)
             store = await open_store(disk)
             await repaired(store, peer)
             assert segments(disk) == whole
@@ -477,14 +414,14 @@ def test_the_journal_carries_a_damaged_replica_along() -> None:
             await store.flush()
             journals = [name for name in disk.paths() if name.startswith("journal/")]
             assert len(journals) <= 4, journals
-            disk = disk.crash(CrashMode.NONE)
+            disk = await crashed(store, disk)
         store = await open_store(disk)
         await repaired(store, peer)
         log = store.logs[1]
         assert await contents(log) == frames
         assert (log.hard_state.term, log.hard_state.vote) == (7, 3)
         await grow(store, store.logs[2], 400, size=200)
-        disk = disk.crash(CrashMode.NONE)
+        disk = await crashed(store, disk)
         store = await open_store(disk)
         assert await contents(store.logs[1]) == frames
         await store.close()
@@ -506,135 +443,5 @@ def test_a_sleeper_can_be_removed() -> None:
         assert not any(path.startswith(replica_folder(1)) for path in disk.paths())
         await store.close()
         assert not (await open_store(disk)).damaged
-
-    run(main())
-
-
-# -- snapshots -----------------------------------------------------------------------------------------------
-
-
-async def compacted(disk: SimDisk) -> BrokerStore:
-    """A store whose log begins behind a snapshot; there is another one further on."""
-    store = await open_store(disk)
-    log = await store.create(spec())
-    while len(log.segments) < 5:
-        await grow(store, log, 1)
-        if log.is_segment_end(log.last_index):
-            log.save_snapshot(snapshot_at(log, log.last_index))
-    await store.flush()
-    await log.truncate_prefix(log.segments[2].base_index - 1)
-    assert log.first_index > 1
-    return store
-
-
-async def lend_snapshot(store: BrokerStore, peer: BrokerStore, damage: DamagedData) -> None:
-    assert isinstance(damage, BrokenSnapshot)
-    for index in damage.indexes:
-        data, total = await peer.ward.snapshot_chunk(1, index, 0, 1 << 20)
-        if total:
-            await store.ward.keep_snapshot(1, index, data)
-            return
-    raise damage
-
-
-def test_a_log_without_any_snapshot_gets_one() -> None:
-    async def main() -> None:
-        disk, other = SimDisk(), SimDisk()
-        peer, store = await compacted(other), await compacted(disk)
-        frames = await contents(store.logs[1])
-        indexes = list(store.logs[1].snapshots)
-        await store.close()
-        for index in indexes:
-            disk.flip(snapshot_path(1, index), 25)
-        store = await open_store(disk)
-        damage = await store.ward.next_damage(1)
-        assert damage is not None
-        assert str(damage) == str(store.damaged[1])
-        with pytest.raises(DamagedData):
-            await store.ward.keep_snapshot(1, indexes[0], disk.content(snapshot_path(1, indexes[0])))
-        await lend_snapshot(store, peer, damage)
-        assert await store.ward.next_damage(1) is None
-        assert await contents(store.logs[1]) == frames
-        # So is the one before its first entry, which a follower may need.
-        damage = await store.ward.next_damage(1)
-        assert damage is not None
-        await lend_snapshot(store, peer, damage)
-        assert await store.ward.next_damage(1) is None
-        assert not store.ward.patients
-        assert (await store.logs[1].snapshot_chunk(indexes[0], 0, 1 << 20))[1] > 0
-        await store.close()
-        await peer.close()
-
-    run(main())
-
-
-def test_first_segment_and_snapshot_are_missing() -> None:
-    async def main() -> None:
-        disk, other = SimDisk(), SimDisk()
-        peer, store = await compacted(other), await compacted(disk)
-        frames, border = await contents(store.logs[1]), store.logs[1].first_index - 1
-        await store.close()
-        whole = segments(disk)
-        remove(disk, next(iter(whole)))
-        remove(disk, snapshot_path(1, border))
-        store = await open_store(disk)
-        damage = await store.ward.next_damage(1)
-        assert isinstance(damage, BrokenSnapshot)
-        assert damage.indexes == (border,)
-        await lend_snapshot(store, peer, damage)
-        await repaired(store, peer)
-        assert segments(disk) == whole
-        assert await contents(store.logs[1]) == frames
-        await store.close()
-        await peer.close()
-
-    run(main())
-
-
-def test_a_border_snapshot_that_rots_is_noticed_when_it_is_sent() -> None:
-    async def main() -> None:
-        disk, other = SimDisk(), SimDisk()
-        peer, store = await compacted(other), await compacted(disk)
-        log: ReplicaLog = store.logs[1]
-        border = log.first_index - 1
-        disk.flip(snapshot_path(1, border), 30)
-        with pytest.raises(Exception, match="cannot be sent"):
-            await log.snapshot_chunk(border, 0, 100)
-        assert store.ward.patients == [1]
-        damage = await store.ward.next_damage(1)
-        assert damage is not None
-        await lend_snapshot(store, peer, damage)
-        assert await store.ward.next_damage(1) is None
-        assert not store.ward.patients
-        assert (await log.snapshot_chunk(border, 0, 1 << 20))[0] == other.content(snapshot_path(1, border))
-        await store.close()
-        await peer.close()
-
-    run(main())
-
-
-# -- what the operator is told -------------------------------------------------------------------------------
-
-
-def test_verify_tells_what_peers_repair_from_what_stops_the_broker() -> None:
-    async def main() -> None:
-        base = SimDisk()
-        store = await compacted(base)
-        border = store.logs[1].first_index - 1
-        await store.close()
-        paths = list(segments(base))
-        journal = next(path for path in base.paths() if path.startswith("journal/"))
-        cases: dict[Outcome, list[str]] = {
-            Outcome.REPAIR: [paths[0], paths[-1], snapshot_path(1, border)],
-            Outcome.IGNORE: [paths[0].replace(".seg", ".idx")],
-            Outcome.STOP: [journal, "MANIFEST"],
-        }
-        for outcome, files in cases.items():
-            for path in files:
-                disk = base.copy()
-                disk.flip(path, len(disk.content(path)) // 2 if path.endswith(".seg") else 24)
-                problems = (await verify(disk)).problems
-                assert {problem.outcome for problem in problems} == {outcome}, (path, problems)
-                assert str(outcome) in str(problems[0])
 
     run(main())
