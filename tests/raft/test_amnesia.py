@@ -274,6 +274,7 @@ def response(cluster: Cluster) -> Any:
     return HeartbeatResponse(1, 2, cluster.nodes[1].term, 0, 5, True)
 
 
+@pytest.mark.walk
 @pytest.mark.parametrize("seed", range(60))
 def test_walks_with_power_cuts_of_a_minority_lose_nothing(seed: int) -> None:
     """Three replicas of which one at a time forgets all that it acknowledged since some moment. The next one
