@@ -103,8 +103,10 @@ class CoordinatorReplica(AssignedReplica[M]):
         """Propose a command that was decided against ``staged``.
 
         Raises:
+            NeedsUpgrade: the cluster does not run at the command's feature level; nothing happened.
             Busy: too much is in flight; nothing happened.
         """
+        self.check_level(command)
         self.propose(staged, FrameKind.COMMAND, self.encode(command), done)
 
     def carry_out(self, staged: M, commands: Sequence[CommandStruct], answer: Any, done: Done) -> None:

@@ -17,7 +17,6 @@ from raftlog.raft.types import Entry
 from raftlog.record.batch import check_batch, stamped
 from raftlog.record.control import Marker, encode_marker
 from raftlog.record.frame import Buffer, FrameKind
-from raftlog.state.command import needs_upgrade
 from raftlog.state.image import Partition
 from raftlog.state.partition import Command, ExpireProducers, PartitionState, SetLogStart, encode_command
 from raftlog.storage.replica_log import ReplicaLog
@@ -177,9 +176,7 @@ class PartitionReplica(AssignedReplica[PartitionState]):
             self._command(staged, ExpireProducers(before_ms))
 
     def _command(self, staged: PartitionState, command: Command) -> None:
-        upgrade = needs_upgrade(command, self.host.feature_level)
-        if upgrade is not None:
-            raise upgrade
+        self.check_level(command)
         refusal = staged.check_command(command)
         assert refusal is None, refusal
         self.propose(staged, FrameKind.COMMAND, encode_command(command), _nobody_waits)

@@ -37,6 +37,7 @@ from raftlog.raft.types import (
     SoftState,
 )
 from raftlog.record.frame import Buffer
+from raftlog.state.command import CommandStruct, needs_upgrade
 from raftlog.storage.replica_log import ReplicaLog
 from raftlog.storage.store import BrokerStore
 
@@ -302,6 +303,12 @@ class Replica(Generic[M]):
             raise NotLeader(f"{self.name} is out of service: {fault}", leader=None, term=self.node.term)
         if fault is not None:
             raise fault
+
+    def check_level(self, command: CommandStruct) -> None:
+        """Raise NeedsUpgrade if not every broker of the cluster knows the command."""
+        upgrade = needs_upgrade(command, self.host.feature_level)
+        if upgrade is not None:
+            raise upgrade
 
     def propose(self, staged: M, kind: int, payload: Buffer, done: Done) -> Entry:
         """Append an entry that was decided against ``staged``; ``done`` hears the result of its application.
