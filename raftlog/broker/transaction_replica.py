@@ -5,6 +5,9 @@ What is decided is in ``raftlog.broker.transactions``. Here is what it leaves to
 ends a transaction is applied, only then its markers are sent, and when every partition has its own the
 transaction is completed. A new leader finds in its state which ones are ending, and sends their markers again
 under its own term; what is twice at a partition is taken once.
+
+What cannot be decided while a transaction of the same id is ending waits for that, for a while: so a producer
+that begins one transaction after another need not ask again and again in between.
 """
 
 from __future__ import annotations
@@ -24,7 +27,14 @@ from raftlog.broker.transactions import (
     NeedsProducerId,
     TransactionCoordinator,
 )
-from raftlog.errors import Busy, InvalidTopic, RaftlogError, StaleCoordinator, UnknownReplica
+from raftlog.errors import (
+    Busy,
+    ConcurrentTransactions,
+    InvalidTopic,
+    RaftlogError,
+    StaleCoordinator,
+    UnknownReplica,
+)
 from raftlog.net.rpc import Empty
 from raftlog.net.rpc_transactions import (
     AbortTransactionRequest,
@@ -55,7 +65,23 @@ _AGAIN_S: Final = 0.1
 _EMPTY: Final = Empty()
 _OPEN: Final = (Phase.ONGOING, Phase.PREPARE_COMMIT, Phase.PREPARE_ABORT)
 
+_WAIT_S: Final = 2.0
+"""How long a request may wait for the end of the transaction before."""
+_WAITING_MAX: Final = 100
+"""Requests that wait for the end of one transaction."""
 _Decide: TypeAlias = "Callable[[TransactionCoordinator, TransactionsState, int, int | None], Decision]"
+
+
+class _Waiting:
+    """A request that waits for the end of the transaction before."""
+
+    __slots__ = ("decide", "done", "refusal", "timer")
+
+    def __init__(self, decide: _Decide, done: Done, refusal: ConcurrentTransactions) -> None:
+        self.decide = decide
+        self.done = done
+        self.refusal = refusal
+        self.timer: asyncio.TimerHandle | None = None
 
 
 class TransactionReplica(CoordinatorReplica[TransactionsState]):
@@ -67,6 +93,8 @@ class TransactionReplica(CoordinatorReplica[TransactionsState]):
     """Of the term in which this replica serves."""
     _to_send: list[str]
     """Transactional ids whose markers are due."""
+    _waiting: dict[str, list[_Waiting]]
+    """By transactional id."""
 
     def encode(self, command: Any) -> bytes:
         return encode_command(command)
@@ -82,13 +110,21 @@ class TransactionReplica(CoordinatorReplica[TransactionsState]):
             expiry_ms=config.transactional_id_expiry_ms,
         )
         self._to_send = []
+        self._waiting = {}
         for transaction in self.machine.ending():
             self._is_ending(transaction.transactional_id)
         self.call_later("scan", ABORT_SCAN_MS / 1000, self._scan)
 
     def stopped_serving(self) -> None:
         super().stopped_serving()
-        self._coordinator = None
+        if self._coordinator is not None:
+            self._coordinator = None
+            waiting, self._waiting = self._waiting, {}
+            for requests in waiting.values():
+                for each in requests:
+                    assert each.timer is not None
+                    each.timer.cancel()
+                    each.done(None, self._not_leader())
 
     def _serving(self) -> tuple[TransactionCoordinator, TransactionsState]:
         staged = self.check_serving()
@@ -154,10 +190,17 @@ class TransactionReplica(CoordinatorReplica[TransactionsState]):
         except NeedsProducerId:
             self.host.spawn(self._decide_with_id(name, decide, done))
             return
+        except ConcurrentTransactions as refusal:
+            self._wait(name, _Waiting(decide, done, refusal))
+            return
+        commands = () if decision.command is None else (decision.command,)
+        if isinstance(decision.error, ConcurrentTransactions):
+            self.carry_out(staged, commands, None, nobody_waits)
+            self._wait(name, _Waiting(decide, done, decision.error))
+            return
+        assert decision.error is None, decision
         answer: Any = _EMPTY if decision.answer is None else ProducerIdentity(*decision.answer)
-        if decision.error is not None:
-            done = partial(_refused, decision.error, done)
-        self.carry_out(staged, () if decision.command is None else (decision.command,), answer, done)
+        self.carry_out(staged, commands, answer, done)
 
     async def _decide_with_id(self, name: str, decide: _Decide, done: Done) -> None:
         try:
@@ -169,6 +212,32 @@ class TransactionReplica(CoordinatorReplica[TransactionsState]):
             self._decide(name, decide, done, fresh)
         except RaftlogError as error:
             done(None, error)
+
+    # -- requests that wait for the end of the transaction before --------------------------------------------
+
+    def _wait(self, name: str, request: _Waiting) -> None:
+        waiting = self._waiting.setdefault(name, [])
+        if len(waiting) >= _WAITING_MAX:
+            raise request.refusal
+        waiting.append(request)
+        request.timer = asyncio.get_running_loop().call_later(_WAIT_S, self._refuse, name, request)
+
+    def _refuse(self, name: str, request: _Waiting) -> None:
+        """It took too long: the caller may ask again."""
+        self._waiting[name].remove(request)
+        if not self._waiting[name]:
+            del self._waiting[name]
+        request.done(None, request.refusal)
+
+    def _ended(self, name: str) -> None:
+        """The transaction is complete: decide what has waited for that."""
+        for request in self._waiting.pop(name, ()):
+            assert request.timer is not None
+            request.timer.cancel()
+            try:
+                self._decide(name, request.decide, request.done)
+            except RaftlogError as error:
+                request.done(None, error)
 
     # -- markers ---------------------------------------------------------------------------------------------
 
@@ -250,6 +319,7 @@ class TransactionReplica(CoordinatorReplica[TransactionsState]):
             )
             if command is not None:
                 self.log_command(staged, command, nobody_waits)
+                self._ended(transaction.transactional_id)
         except RaftlogError as error:
             logger.debug("%s completes %r later: %s", self.name, transaction.transactional_id, error)
             again = partial(self._complete_transaction, coordinator, transaction)
@@ -307,11 +377,6 @@ def _abort(
     fresh: int | None,
 ) -> Decision:
     return coordinator.abort(staged, now_ms, name, cause, fresh)
-
-
-def _refused(refusal: RaftlogError, done: Done, answer: Any, error: RaftlogError | None) -> None:
-    """What was logged comes before what was asked for."""
-    done(None, error or refusal)
 
 
 def _nothing(done: Done, answer: Any, error: RaftlogError | None) -> None:

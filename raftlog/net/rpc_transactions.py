@@ -19,7 +19,7 @@ class ProducerIdentity(Struct, frozen=True):
 
 class InitTransactionsRequest(Request[ProducerIdentity], frozen=True):
     """Open the transactional id and fence whoever had it. A transaction that is open is aborted first: the
-    answer is ConcurrentTransactions until that is done."""
+    answer waits for that, and is ConcurrentTransactions if it takes long."""
 
     topic_id: bytes
     partition: int

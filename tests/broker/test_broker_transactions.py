@@ -16,6 +16,7 @@ from raftlog.config import BrokerConfig
 from raftlog.errors import (
     ConcurrentTransactions,
     InvalidTransaction,
+    NotLeader,
     ProducerFenced,
     StaleCoordinator,
     TransactionAborted,
@@ -547,3 +548,38 @@ def test_transactions_of_many_end_together() -> None:
         world.until_true(lambda: not world.open_transactions(0).open and not world.open_transactions(1).open)
         kept = [name.encode() for number, name in enumerate(who) if number % 2 == 0]
         assert sorted(world.read(0)) == sorted(world.read(1)) == sorted(kept)
+
+
+def test_the_next_transaction_waits_for_the_end_of_the_one_before() -> None:
+    """One request each: nobody has to ask again, and what waits is answered when the markers are written."""
+    with CoordinatedWorld(partitions=2) as world:
+        me = begun(world)
+        place = world.transaction_place
+        after = world.end(me)
+        early = EnlistRequest(*place, TXN, after.producer_id, after.epoch, [(world.topic_id, 0)], [])
+        before = world.loop.time()
+        world.answer(world.ask_leader(place, early))
+        assert world.loop.time() - before < 0.05
+        world.write(after, b"b")
+        opened = world.answer(world.ask_leader(place, InitTransactionsRequest(*place, TXN, 60_000)))[0]
+        assert opened.epoch == 3, "1 was the open one's, 2 only to fence with"
+        assert world.read() == [b"a"]
+
+
+def test_who_waits_for_an_end_hears_of_the_next_leader(monkeypatch: pytest.MonkeyPatch) -> None:
+    with CoordinatedWorld(partitions=2) as world:
+        me = begun(world)
+        with monkeypatch.context() as patched:
+            patched.setattr(Markers, "send", lambda *_: None)
+            after = world.end(me)
+            place = world.transaction_place
+            old = world.leader_at(place)
+            early = EnlistRequest(*place, TXN, after.producer_id, after.epoch, [(world.topic_id, 0)], [])
+            waiting = world.ask(world.connection(old), early)
+            world.loop.run_for(0.1)
+            assert not waiting.done()
+            world.isolate(old)
+            world.until(waiting.done)
+            assert isinstance(outcome(waiting), NotLeader | ConcurrentTransactions)
+        world.leader_at(place, but=old)
+        check_committed(world, b"a")
