@@ -67,9 +67,10 @@ class Atlas:
                     found.append(Extent(broker_id, path, 0, size))
         return found
 
-    def is_spoilt(self, broker_id: int) -> bool:
-        """Whether anything was damaged on that broker's disk that can be repaired."""
-        return any(broker_id in brokers for brokers in self._spoilt.values())
+    @property
+    def spoilt(self) -> set[int]:
+        """Brokers on whose disks anything was damaged that can be repaired."""
+        return {broker_id for brokers in self._spoilt.values() for broker_id in brokers}
 
     def may_spoil(self, extent: Extent) -> bool:
         """Whether a good copy of all that stands there is left on somebody else's disk."""
@@ -124,16 +125,17 @@ class Atlas:
         return None
 
     def _entries(self, broker_id: int, path: str) -> Iterator[tuple[int, int, tuple[int, int]]]:
-        """(first byte, byte behind, (index, crc)) of each durable entry of a segment; its header counts as a
-        part of the first."""
+        """(first byte, byte behind, (index, crc)) of each entry of a segment that a later sync has covered
+        again: damage to the last ones could not be told from a torn write. The header counts as a part of the
+        first."""
         found = self._owner(broker_id, path)
         name = parse_segment_name(path.rsplit("/", 1)[1])
         if found is None or name is None:
             return
-        rows, durable, index = found[1].rows, found[1].durable, name[0]
+        rows, covered, index = found[1].rows, found[1].covered, name[0]
         start, end = 0, SEGMENT_HEADER_BYTES
         size = len(self.cluster.disks[broker_id].content(path))
-        while index in rows and index <= durable:
+        while index in rows and index <= covered:
             end += rows[index].size
             if end > size:
                 return

@@ -79,6 +79,10 @@ class Member:
     """Every entry up to here has been synced."""
     flights: deque[list[int]] = field(default_factory=deque)
     """[commit of the disk that must be done, last index], oldest first: handed over, not synced."""
+    landed: deque[list[int]] = field(default_factory=deque)
+    """[commit of the disk, last index]: synced by that one, and by no later one yet."""
+    covered: int = 0
+    """A later sync has told that every entry up to here is synced (it writes the sync floor)."""
     handed: int = 0
     """The last index handed over."""
     rows: dict[int, Row] = field(default_factory=dict)
@@ -89,18 +93,24 @@ class Member:
     """Its disk keeps what it synced (not after a failed sync, a wipe, or rot)."""
     loose: bool = False
     """flush=interval: what is written counts like what is synced, until the power is cut."""
+    forgot: bool = False
+    """It lost power since, and has not been seen again."""
 
     def settle(self, disk: SimDisk) -> None:
         """Take over what the disk has synced by now."""
         flights = self.flights
         commits_done = disk.commits_written if self.loose else disk.commits_done
         while flights and flights[0][0] <= commits_done:
-            self.durable = max(self.durable, flights.popleft()[1])
+            self.landed.append(flights.popleft())
+            self.durable = max(self.durable, self.landed[-1][1])
+        while self.landed and self.landed[0][0] < disk.commits_done:
+            self.covered = max(self.covered, self.landed.popleft()[1])
 
     def cut(self, last: int) -> None:
         """The log now ends at ``last``."""
         self.durable = min(self.durable, last)
-        for flight in self.flights:
+        self.covered = min(self.covered, last)
+        for flight in (*self.flights, *self.landed):
             flight[1] = min(flight[1], last)
         while len(self.confs) > 1 and self.confs[-1][0] > last:
             self.confs.pop()

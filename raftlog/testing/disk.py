@@ -240,6 +240,11 @@ class SimDisk:
         return disk
 
     @property
+    def fails_soon(self) -> bool:
+        """Whether a sync that is to fail has not come yet."""
+        return self._failing_syncs > 0
+
+    @property
     def used_bytes(self) -> int:
         return sum(max(len(node.live), node.reserved) for node in self._nodes.values())
 

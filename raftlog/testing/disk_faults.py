@@ -39,6 +39,8 @@ class DiskFaults:
 
     def may(self, name: str, broker_id: int) -> bool:
         """Whether that much may be taken from the cluster now."""
+        if name == "failed sync":
+            return self._nemesis.may_cut_power(1)
         if name not in ("rot of the journal", "wipe"):
             return True
         nemesis = self._nemesis
@@ -66,6 +68,7 @@ class DiskFaults:
         """The next sync fails. What it covered can be read until the power is cut and is not on the device,
         and no later sync says so. The process ends and is started anew: recovery writes again what it read,
         so nothing that it vouches for depends on the sync that failed."""
+        self._nemesis.may_have_forgotten(broker_id)
         self._cluster.disks[broker_id].fail_sync(1)
 
     # -- damage ----------------------------------------------------------------------------------------------

@@ -75,6 +75,7 @@ class Nemesis:
         self.lost: set[int] = set()
         self.suspect: set[int] = set()
         """Bits of their disk have changed: they run, and are not trusted."""
+        self._forgot: set[int] = set()
         self._crash_client = crash_client
         self.random = random.Random(0)
         """Of the fault under way."""
@@ -107,8 +108,23 @@ class Nemesis:
 
     @property
     def spare_copies(self) -> int:
-        """How many more disks may be lost for good."""
-        return (self.profile.replication - 1) // 2 - len(self.lost | self.suspect)
+        """How many more disks may be lost for good, or forget what was acknowledged."""
+        return (self.profile.replication - 1) // 2 - len(self.lost | self.suspect | self._forgetful())
+
+    def _forgetful(self) -> set[int]:
+        """Brokers that lost power, or failed a sync, under a topic that is synced now and then, and have not
+        caught up since."""
+        for broker_id in sorted(self._forgot & self.cluster.brokers.keys()):
+            store = self.cluster.brokers[broker_id].store
+            has_failed = store.fault is not None or self.cluster.disks[broker_id].fails_soon
+            is_well = not store.ward.sleepers and not any(log.amnesiac for log in store.logs.values())
+            if is_well and not has_failed:
+                self._forgot.discard(broker_id)
+        return self._forgot
+
+    def may_cut_power(self, brokers: int) -> bool:
+        """With flush=interval no more than a minority may forget at once."""
+        return not self.profile.may_forget or self.spare_copies >= brokers
 
     # -- choosing --------------------------------------------------------------------------------------------
 
@@ -136,13 +152,15 @@ class Nemesis:
         found: dict[str, Callable[[], None]] = {"client crash": self._crash_client}
         if self.profile.brokers > 1:
             found |= {"break": self._break, "clog": self._clog, "slow link": self._slow_link}
-        if not self.down and not self.cut:
+        if not self.down and not self.cut and self.may_cut_power(len(self.cluster.brokers)):
             found["blackout"] = self._blackout
         if self.spare > 0:
             found["split"] = self._split
         for name, fault in (self._faults | self._disks.faults).items():
             victims = [broker for broker in up if self._disks.may(name, broker)]
             if name in _ONE_AWAY and self.spare <= 0:
+                continue
+            if name in ("power cut", "crash twice") and not self.may_cut_power(1):
                 continue
             if name == "fall behind" and not self.profile.retains:
                 continue
@@ -176,6 +194,7 @@ class Nemesis:
             self.say(f"broker {broker_id} is forgotten")
             self.lost.discard(broker_id)
             self.suspect.discard(broker_id)
+            self._forgot.discard(broker_id)
             self.down.discard(broker_id)
             self.cut.discard(broker_id)
             del self.cluster.disks[broker_id]
@@ -199,7 +218,7 @@ class Nemesis:
                 self.fired["refused to start"] += 1
                 if broker_id in self.suspect:
                     self.lose(broker_id)
-                elif self._disks.atlas.is_spoilt(broker_id):
+                elif broker_id in self._disks.atlas.spoilt:
                     self.down.add(broker_id)  # its metadata are damaged: it needs others to start
                 else:
                     raise
@@ -259,12 +278,13 @@ class Nemesis:
                     self.cluster.network.set_latency(a, b, *self.profile.latency)
 
     def heal_quorum(self) -> None:
-        """Heal a random quorum of brokers among themselves; the others stay away or cannot be heard."""
+        """Heal a random quorum of brokers among themselves; the others stay away or cannot be heard. Those
+        that have damage to be repaired or have forgotten something may need one of the others."""
         rng = random.Random(f"quorum {self.profile.seed}")
         chosen: set[int] = set()
         self.revive()
         for broker_id in rng.sample(self._whole, len(self._whole)):
-            if self.mover.is_quorum(chosen):
+            if self.mover.is_quorum(chosen - self._forgetful() - self._disks.atlas.spoilt):
                 break
             chosen.add(broker_id)
         self.cluster.network.heal()
@@ -344,8 +364,17 @@ class Nemesis:
         self.start(broker_id)
         self.cluster.loop.run_for(self.random.uniform(0.01, 1.0))
         if broker_id in self.cluster.brokers:
-            self.down.add(broker_id)
-            self.cluster.cut_power(broker_id, self._mode())
+            self._cut_power(broker_id, self._mode())
+
+    def may_have_forgotten(self, broker_id: int) -> None:
+        """What a broker wrote and did not sync may be gone."""
+        if self.profile.may_forget:
+            self._forgot.add(broker_id)
+
+    def _cut_power(self, broker_id: int, mode: CrashMode) -> None:
+        self.down.add(broker_id)
+        self.may_have_forgotten(broker_id)
+        self.cluster.cut_power(broker_id, mode)
 
     def _catch_unsynced(self, brokers: list[int]) -> None:
         """Run on until one of these disks is in the middle of a write, if that comes soon."""
@@ -365,8 +394,7 @@ class Nemesis:
 
     def _power_cut(self, broker_id: int) -> None:
         self._catch_unsynced([broker_id])
-        self.down.add(broker_id)
-        self.cluster.cut_power(broker_id, self._mode())
+        self._cut_power(broker_id, self._mode())
 
     def _blackout(self) -> None:
         """All brokers lose power at once: only what was synced is left."""
@@ -374,8 +402,7 @@ class Nemesis:
         self._catch_unsynced(brokers)
         mode = self._mode()
         for broker_id in brokers:
-            self.down.add(broker_id)
-            self.cluster.cut_power(broker_id, mode)
+            self._cut_power(broker_id, mode)
         self.cluster.loop.run_for(0.1)
         for broker_id in self.random.sample(brokers, len(brokers)):
             self.start(broker_id)

@@ -89,13 +89,18 @@ class Watch:
         self._views[broker.broker_id] = {}
         _Ears(self, broker, disk)
 
-    def ended(self, broker_id: int) -> None:
-        """Its process has ended; what was in flight to the disk may or may not be there later."""
+    def ended(self, broker_id: int, *, power: bool = False) -> None:
+        """Its process has ended; what was in flight to the disk may or may not be there later. With its
+        ``power``, what was written and not synced is in flight too."""
         running = self._brokers.pop(f"broker-{broker_id}", None)
         if running is not None and hasattr(running[0], "repairs"):  # else it did not get that far
             self.counts["repairs"] += running[0].repairs.completed
         for view in self._views.pop(broker_id, {}).values():
             view.member.flights.clear()
+        if power:
+            for group in self.groups.values():
+                for member in group.members.values():
+                    member.forgot |= member.loose and member.broker_id == broker_id
         self.note(f"broker {broker_id} ended")
 
     def distrust(self, broker_id: int) -> None:
@@ -255,6 +260,7 @@ class Watch:
             self.groups[spec.topic_id, spec.partition] = group
         member = group.members.setdefault(spec.replica_id, Member(spec.replica_id, broker.broker_id))
         member.loose = spec.flush_interval_ms > 0
+        self.counts["amnesias"] += log.amnesiac
         recovered = log.recovered.last_index
         view = View(replica, group, member, conf=core.conf, commit=core.commit, applied=core.applied)
         if member.trusted:
@@ -266,6 +272,9 @@ class Watch:
             raise Violation(f"log matching: {view.name} came back with another entry at index {recovered}")
         self.check_start(view)
         member.durable = member.handed = recovered
+        member.covered = 0
+        member.landed = deque([[self._brokers[f"broker-{broker.broker_id}"][1].commits, recovered]])
+        member.forgot = False
         member.confs = list(log.recovered.confs)
         member.rows = {row.index: row for row in group.log_below(recovered, log.recovered.last_crc)}
         self._count_duplicates(replica)
@@ -275,7 +284,7 @@ class Watch:
 
     def _check_recovered(self, view: View, recovered: int) -> None:
         core, member = view.replica.node, view.member
-        if recovered < member.durable and not member.loose:
+        if recovered < member.durable and not member.forgot:
             raise Violation(
                 f"nothing synced is lost: {view.name} came back with entries up to {recovered}, synced were "
                 f"{member.durable}"

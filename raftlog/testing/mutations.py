@@ -13,13 +13,15 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from pathlib import Path
 from types import CodeType, ModuleType
-from typing import Final
+from typing import Any, Final
+
+from raftlog.testing.swarm import SEGMENT_BYTES_MIN
 
 PACKAGE: Final = "raftlog"
 
@@ -28,7 +30,8 @@ PACKAGE: Final = "raftlog"
 class Mutation:
     """One planted bug: in ``module``, ``old`` becomes ``new``.
 
-    ``faults``: rare ones are looked for with these faults only, on three brokers.
+    Rare ones are looked for with ``faults`` only, on three brokers, and with other fields of the profile set
+    to what ``profile`` says.
     """
 
     name: str
@@ -36,7 +39,17 @@ class Mutation:
     old: str
     new: str
     faults: tuple[str, ...] = ()
+    profile: Mapping[str, Any] = field(default_factory=dict)
 
+
+_MOVES: Final = {"brokers": 5, "replication": 3}
+_INTERVAL: Final = {
+    "topic": {"segment_bytes": SEGMENT_BYTES_MIN, "flush": "interval", "flush_interval_ms": 5_000}
+}
+_RETENTION: Final = {
+    "topic": {"segment_bytes": SEGMENT_BYTES_MIN, "retention_ms": 3_000},
+    "large_values": 0.4,
+}
 
 MUTATIONS: Final = (
     Mutation(
@@ -201,6 +214,89 @@ MUTATIONS: Final = (
         "done(ProduceResponse(base_offset, entry.leader_time_ms, self.machine.log_start), None)",
     ),
     Mutation(
+        "in a joint configuration one majority commits",
+        "raftlog.raft.quorum",
+        "index = min(index, _half_index(conf.outgoing, match))",
+        "pass",
+        ("move", "isolate", "stall"),
+        _MOVES,
+    ),
+    Mutation(
+        "voters change in one step",
+        "raftlog.raft.confchange",
+        """        current.voters,
+        tuple(learner for learner in new_learners if learner in still_voting),
+        auto_leave=True,""",
+        """        (),
+        (),""",
+        ("move",),
+        _MOVES,
+    ),
+    Mutation(
+        "a learner counts like a voter",
+        "raftlog.raft.quorum",
+        "index = _half_index(conf.voters, match)",
+        "index = _half_index(conf.learners or conf.voters, match)",
+        ("move", "isolate", "stall"),
+        _MOVES,
+    ),
+    Mutation(
+        "an amnesiac replica votes",
+        "raftlog.raft.amnesia",
+        "return recovered.amnesiac and any(",
+        "return False and any(",
+        ("power cut", "usurp", "isolate"),
+        _INTERVAL,
+    ),
+    Mutation(
+        "what a forgetful follower acknowledged still counts",
+        "raftlog.broker.replica",
+        "forgot = restarted and self.log.spec.flush_interval_ms > 0",
+        "forgot = False",
+        ("power cut", "usurp", "isolate", "stall"),
+        _INTERVAL,
+    ),
+    Mutation(
+        "replicas drop what is above the log start",
+        "raftlog.broker.partition",
+        "await self.compact(last_index_below(self.log.segments, self.machine.log_start))",
+        "await self.compact(last_index_below(self.log.segments, self.machine.next_offset))",
+        ("fall behind", "kill"),
+        _RETENTION,
+    ),
+    Mutation(
+        "retention takes no notice of age",
+        "raftlog.broker.retention",
+        "segment.last_leader_time_ms < now_ms - self.ms",
+        "segment.last_leader_time_ms < now_ms",
+        ("fall behind", "kill"),
+        _RETENTION,
+    ),
+    Mutation(
+        "what is read from segments is not checked",
+        "raftlog.storage.segment_reader",
+        "or crc32c(view[at + 8 : end]) != crc",
+        "or False",
+        ("rot",),
+        {"large_values": 0.4},
+    ),
+    Mutation(
+        "frames are read that do not follow from one another",
+        "raftlog.storage.segment_reader",
+        "or prev_crc != before",
+        "or False",
+        ("misdirected write",),
+        {"large_values": 0.4},
+    ),
+    Mutation(
+        "bytes from peers are put in place before they are proved",
+        "raftlog.storage.repair",
+        "if (header.index, header.crc) in self._anchors:",
+        "if True:",
+        ("rot", "misdirected write", "usurp"),
+        {"large_values": 0.4},
+    ),
+    Mutation(
         "a consumer passes over a record between two fetches",
         "raftlog.client.fetcher",
         "each.fetch_offset, each.last_term = end\n",
@@ -275,9 +371,8 @@ def _run_mutant(mutation: Mutation, seeds: int) -> dict[str, object]:
         profile = draw(seed)
         if mutation.faults:
             weights = dict.fromkeys(mutation.faults, 1.0)
-            profile = replace(
-                profile, brokers=3, replication=3, weights=weights, fault_count=14, gap_seconds=(0.02, 0.5)
-            )
+            changes = {"brokers": 3, "replication": 3, **mutation.profile}
+            profile = replace(profile, weights=weights, fault_count=14, gap_seconds=(0.02, 0.5), **changes)
         result = run.run_once(profile)
         if result.verdict is not run.Verdict.GOOD:
             return {"seeds": seed + 1, "verdict": result.verdict.value, "text": result.text}

@@ -162,7 +162,7 @@ class SimCluster:
         self.network.power_cut(broker_name(broker_id))
         if self.loop.is_alive(broker_name(broker_id)):
             self.loop.kill(broker_name(broker_id))
-        self.watch.ended(broker_id)
+        self.watch.ended(broker_id, power=True)
         del self.brokers[broker_id]
         self.disks[broker_id] = self.disks[broker_id].crash(mode)
 

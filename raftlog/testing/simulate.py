@@ -37,6 +37,7 @@ EVENTS_EXPECTED: Final = (
     "log starts moved",
     "joint changes",
     "repairs",
+    "amnesias",
     "duplicates recognised",
     "sends ok",
     "sends failed",

@@ -81,6 +81,11 @@ class Profile:
         """Whether the topic has a retention, so that log starts move."""
         return bool(self.topic.keys() & {"retention_bytes", "retention_ms"})
 
+    @property
+    def may_forget(self) -> bool:
+        """Whether a power cut may take what was acknowledged (flush=interval)."""
+        return self.topic.get("flush") == "interval"
+
     def without(self, faults: frozenset[int]) -> Profile:
         """The same run without these faults as well."""
         return replace(self, skip=self.skip | faults)
@@ -138,6 +143,8 @@ def _draw_topic(rng: random.Random) -> dict[str, Any]:
         limits = {"retention_bytes": rng.choice([0, 64, 200]) << 10, "retention_ms": rng.choice([500, 3_000])}
         for name in rng.choice([["retention_bytes"], ["retention_ms"], list(limits)]):
             topic[name] = limits[name]
+    if rng.random() < 0.3:
+        topic |= {"flush": "interval", "flush_interval_ms": rng.choice([20, 500, 5_000])}
     if rng.random() < 0.1:
         topic["max_message_bytes"] = 16 << 10
     return topic
