@@ -3,8 +3,13 @@
 May import raft, storage, state, net, record and controller.placement. Start reading at ``replica.py`` (drives
 one Raft node: what the core says becomes durable, is sent, is applied), then ``broker.py`` (hosts many of
 them). ``peers.py`` keeps the connections between brokers, ``wire.py`` puts Raft messages into frames,
-``service.py`` and ``fetch.py`` answer requests, ``partition.py`` is a topic partition's replica,
+``service.py``, ``coordination.py`` and ``fetch.py`` answer requests, ``partition.py`` is a topic partition's
+replica and ``isolation.py`` what readers of committed records get of it,
 ``metadata.py`` follows and changes the cluster's metadata, ``founding.py`` makes a new cluster's directories.
 ``pulse.py`` lets time pass and lets idle groups rest, ``retention.py`` has old data removed, ``snapshots.py``
 brings followers up that are too far behind, ``out_of_service.py`` shows replicas that must not run.
+
+Groups and transactions: what is decided is pure, in ``groups.py`` with ``group_offsets.py`` and
+``assignors.py``, and in ``transactions.py``; ``group_replica.py`` and ``transaction_replica.py`` host it,
+``markers.py`` takes the end of a transaction to its partitions, ``internal_topics.py`` makes the topics.
 """
