@@ -466,8 +466,10 @@ class Broker:
             self._fail(fault)
 
     def check_belongs(self, broker_id: int) -> None:
-        """Raise ForeignDataDir if that broker was removed from the cluster."""
-        if broker_id in self.metadata.image.removed:
+        """Raise ForeignDataDir if that broker was removed from the cluster. Until its replica has left the
+        metadata group it is needed there: its vote may be the one without which it could not leave."""
+        member = self.metadata.image.removed.get(broker_id)
+        if member is not None and member not in self.metadata.replica.node.conf.members:
             raise ForeignDataDir(
                 f"broker {broker_id} was removed from the cluster: move its data directory away, an empty "
                 "one joins as a new broker"
@@ -475,12 +477,16 @@ class Broker:
 
     def follow_removals(self) -> None:
         """Have done with brokers that the metadata has removed; with this one too."""
-        try:
-            self.check_belongs(self.broker_id)
-        except ForeignDataDir as error:
-            self._replaced(error)
-        else:
-            self.peers.forget(self.metadata.image.removed)
+        for broker_id in self.metadata.image.removed:
+            try:
+                self.check_belongs(broker_id)
+            except ForeignDataDir as error:
+                if broker_id == self.broker_id:
+                    self._replaced(error)
+                elif self.peers.forget(broker_id):
+                    for connection in list(self.server.connections):
+                        if connection.peer.role == "broker" and connection.peer.broker_id == broker_id:
+                            connection.close(error)  # it dials again, and is told why it is refused
 
     def _replaced(self, error: RaftlogError) -> None:
         """A newer process runs this broker, or it was removed: this one must not go on."""

@@ -83,7 +83,7 @@ def next_step(
     everyone = voters | wanted.learners
     kept = [learner for learner in conf.learners if learner in everyone]
     missing = [each for each in (*wanted.voters, *sorted(wanted.learners)) if each not in conf.members]
-    joining = missing[: max(0, LEARNERS_AT_ONCE - len(behind))]
+    joining = missing[: max(0, LEARNERS_AT_ONCE - len(behind & frozenset(conf.learners)))]
     if joining or len(kept) < len(conf.learners):
         return Change(conf.voters, (*kept, *joining))
     if voters == frozenset(conf.voters):

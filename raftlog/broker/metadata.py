@@ -123,7 +123,7 @@ class MetadataReplica(Replica[MetadataState]):
         changed: Callable[[], None],
     ) -> None:
         hosts = {replica_id: broker_id for broker_id, replica_id in members}
-        hosts |= {broker.metadata_replica: broker.broker_id for broker in machine.brokers.values()}
+        hosts |= _hosts(machine)
         super().__init__(host, log, machine, recovered, hosts, preferred=members[0][0] == host.broker_id)
         self._changed = changed
         self._brokers = dict(machine.brokers)
@@ -160,7 +160,7 @@ class MetadataReplica(Replica[MetadataState]):
         brokers = self.machine.brokers
         if brokers != self._brokers:
             self._brokers = dict(brokers)
-            self.hosts |= {broker.metadata_replica: broker.broker_id for broker in brokers.values()}
+            self.hosts |= _hosts(self.machine)
             self.membership.due = True
         self._changed()
 
@@ -179,6 +179,12 @@ class MetadataReplica(Replica[MetadataState]):
     def members_reached(self) -> bool:
         conf = self.node.conf
         return len(conf.voters) == METADATA_VOTERS_MAX or not conf.learners
+
+
+def _hosts(image: MetadataState) -> dict[int, int]:
+    """Replica id -> broker id in the metadata group, of brokers that are to leave it too."""
+    hosts = {replica_id: broker_id for broker_id, replica_id in image.removed.items()}
+    return hosts | {broker.metadata_replica: broker.broker_id for broker in image.brokers.values()}
 
 
 def check_topic(

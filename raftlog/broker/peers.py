@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 from raftlog.broker.wire import encode_messages
@@ -98,7 +98,7 @@ class Peers:
         self._on_replaced = on_replaced
         self._links: dict[int, _Link] = {}
         self._waiting: set[_Link] = set()
-        self._gone: frozenset[int] = frozenset()
+        self._gone: set[int] = set()
         self._closed = False
         self.book: dict[int, Address] = {}
 
@@ -128,16 +128,20 @@ class Peers:
             return broker_id not in self._gone
         return broker_id != self.local.broker_id and address[0] > known[0]
 
-    def forget(self, brokers: Iterable[int]) -> None:
-        """These belong to the cluster no more: end the links to them, and learn of them from nobody."""
-        for broker_id in frozenset(brokers) - self._gone:
-            self._gone |= {broker_id}
-            self.book.pop(broker_id, None)
-            link = self._links.pop(broker_id, None)
-            if link is not None and link.task is not None:
-                self._waiting.discard(link)
-                link.task.cancel()
-                self._on_down(broker_id)
+    def forget(self, broker_id: int) -> bool:
+        """This one belongs to the cluster no more: end the link to it, and learn of it from nobody.
+
+        Returns False if that is done already."""
+        if broker_id in self._gone:
+            return False
+        self._gone.add(broker_id)
+        self.book.pop(broker_id, None)
+        link = self._links.pop(broker_id, None)
+        if link is not None and link.task is not None:
+            self._waiting.discard(link)
+            link.task.cancel()
+            self._on_down(broker_id)
+        return True
 
     def hurry(self, broker_id: int) -> None:
         """That broker has just shown signs of life: do not wait for the back-off to dial it."""

@@ -67,7 +67,7 @@ class _Snapshot(SnapshotStruct, frozen=True):
     cluster_id: str
     founders: tuple[tuple[int, int], ...]
     next_broker_id: int
-    removed: tuple[int, ...]
+    removed: dict[int, int]
     next_replica_id: int
     next_producer_id: int
     controller_epoch: int
@@ -111,8 +111,9 @@ class MetadataState:
         self.founders: tuple[tuple[int, int], ...] = ()
         """(broker id, replica id) of the metadata group's first configuration."""
         self.next_broker_id = 0
-        self.removed: tuple[int, ...] = ()
-        """Brokers that belong to the cluster no more; their ids are not used again."""
+        self.removed: dict[int, int] = {}
+        """Brokers that belong to the cluster no more -> their replicas of the metadata group. Their ids are not
+        used again."""
         self.next_replica_id = FIRST_REPLICA_ID
         self.next_producer_id = 0
         self.controller_epoch = 0
@@ -419,8 +420,7 @@ class MetadataState:
         return None
 
     def _remove(self, command: RemoveBroker) -> None:
-        del self.brokers[command.broker_id]
-        self.removed = (*self.removed, command.broker_id)
+        self.removed[command.broker_id] = self.brokers.pop(command.broker_id).metadata_replica
 
     def _check_level(self, command: SetFeatureLevel) -> RaftlogError | None:
         if command.level < self.feature_level:

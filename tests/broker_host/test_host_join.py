@@ -117,6 +117,36 @@ def test_the_leader_of_the_metadata_is_removed(host: Moving) -> None:
     host.produce(5)
 
 
+@pytest.mark.parametrize("moment", range(4))
+@pytest.mark.parametrize("leads", [False, True])
+def test_one_of_two_brokers_is_removed(leads: bool, moment: int) -> None:
+    """Its vote is needed for its own leaving, also when somebody is started anew meanwhile; then it ends."""
+    host = Moving(50 + moment, 2)
+    leader = metadata_leader(host)
+    assert leader is not None
+    stays = 1 - leader.host.broker_id if leads else leader.host.broker_id
+    leaves = 1 - stays
+    host.alter(stays)
+    host.wait(host.has_settled)
+    host.command(RemoveBroker(host.epoch, leaves))
+    if moment:
+        host.loop.run_for(0.005 * moment)
+        anew = stays if moment % 2 else leaves
+        if not host.cluster.brokers[anew].failed.done():
+            host.cluster.kill_broker(anew)
+            host.cluster.start_broker(anew)
+    host.wait(lambda: metadata_leader(host) is not None and metadata_leader(host).host.broker_id == stays)  # type: ignore[union-attr]
+    ended = host.cluster.brokers[leaves].failed
+    host.wait(ended.done)
+    assert isinstance(ended.result(), ForeignDataDir)
+    assert metadata(host, stays).node.conf.members == {metadata(host, stays).replica_id}
+    host.cluster.kill_broker(leaves)
+    host.produce(5)
+    assert host.cluster.join_broker() == 2
+    wait_for_metadata(host, {stays, 2})
+    host.close()
+
+
 def test_a_join_that_was_interrupted_is_the_same_broker(host: Moving) -> None:
     """The answer is lost with the process; whoever comes back asks with the same disk id."""
     disk = SimDisk(host.cluster._fork())

@@ -52,6 +52,13 @@ STEPS: dict[str, tuple[ConfState, Wanted, set[int], set[int], Step | None]] = {
         {3},
         Change((1,), (2, 3, 4)),
     ),
+    "a voter that is behind is no learner": (
+        ConfState((1, 2, 3)),
+        Wanted((1, 2, 3, 4, 5)),
+        {1},
+        {2, 3},
+        Change((1, 2, 3), (4, 5)),
+    ),
     "a learner that is behind is waited for": (
         ConfState((1, 2, 3), (4,)),
         Wanted((1, 2, 4)),
