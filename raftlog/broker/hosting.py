@@ -72,6 +72,8 @@ class Hosting:
         while True:
             await self._changed.wait()
             self._changed.clear()
+            if broker.metadata.image.applied_index < broker.store.metadata_index:
+                continue  # it is read again after a start, and may name replicas that were removed by its end
             broker.follow_removals()
             try:
                 await self._drop()
@@ -109,7 +111,7 @@ class Hosting:
                     del self.by_place[spec.topic_id, spec.partition]
                 replica.retire(UnknownReplica(f"{replica.name} is not on this broker any more"))
             self.halted.pop(replica_id, None)
-            await store.remove(replica_id)
+            await store.remove(replica_id, self._broker.metadata.image.applied_index)
 
     async def _create(self) -> None:
         store = self._broker.store

@@ -34,6 +34,9 @@ class Manifest(msgspec.Struct, frozen=True, array_like=True):
     amnesiac: tuple[int, ...] = ()
     """Replicas that may have lost entries which they had confirmed as written: not synced yet when the
     machine, or a sync, failed. Each stays here until it has caught up with a leader."""
+    metadata_index: int = 0
+    """Index of the metadata by which a replica was removed last: older metadata may still name it, and it
+    must not come into being again under its id."""
 
 
 async def load_manifest(disk: Disk) -> Manifest | None:

@@ -45,6 +45,8 @@ class BrokerStore:
             StorageFailed once a write or sync failed: then for good.
         on_fault: called whenever ``fault`` changes.
         was_clean: the last stop was a clean one.
+        metadata_index: replicas were removed here by metadata of this index; older metadata is not to be
+            followed.
         rebooted: the system was started anew since, without a clean stop of the store: what was written and
             not synced may be gone.
     """
@@ -56,6 +58,7 @@ class BrokerStore:
         self.on_fault: OnFault = _ignore
         self.was_clean = True
         self.rebooted = False
+        self.metadata_index = 0
         self._disk = disk
         self._config = config
         self._disk_id = disk_id
@@ -125,8 +128,14 @@ class BrokerStore:
             raise
         return made
 
-    async def remove(self, replica_id: int) -> None:
-        """Forget a replica and delete its data. One that is not there is fine."""
+    async def remove(self, replica_id: int, metadata_index: int) -> None:
+        """Forget a replica and delete its data. One that is not there is fine.
+
+        Args:
+            metadata_index: of the metadata that has it no more. What was removed by it would come back, empty
+                and without its vote, if a broker that was started anew followed an older state of it.
+        """
+        self.metadata_index = max(self.metadata_index, metadata_index)
         log = self.logs.pop(replica_id, None)
         self.lost.pop(replica_id, None)
         self.ward.forget(replica_id)
@@ -256,6 +265,7 @@ class BrokerStore:
         self.was_clean = manifest.clean
         self.rebooted = not manifest.clean and manifest.boot_id != self._disk.boot_id
         self._amnesiac.update(manifest.amnesiac)
+        self.metadata_index = manifest.metadata_index
         if self.rebooted:
             self._forget_unsynced(manifest.replicas)
         scan = await scan_journal(self._disk, self._disk_id, manifest.journal_sequence)
@@ -526,6 +536,7 @@ class BrokerStore:
             clean,
             self._disk.boot_id,
             tuple(sorted(self._amnesiac & self._specs.keys())),
+            self.metadata_index,
         )
         await store_manifest(self._disk, manifest)
 

@@ -378,6 +378,32 @@ def test_a_newcomer_gets_a_snapshot_where_the_log_begins_later(host: Moving) -> 
     host.wait(host.has_settled)
 
 
+def test_a_replica_that_was_removed_does_not_come_back_by_older_metadata(host: Moving) -> None:
+    """A broker that was started anew reads its metadata up to an older commit index. There it still has the
+    replica, one of the first voters even, which would vote again, having forgotten all (simulator, seed
+    9025)."""
+    leaves, comes = host.followers_of()[0], host.others()[0]
+    old = host.replica(leaves).replica_id
+    assert old in host.assignment.founders
+    host.alter(*(broker_id for broker_id in host.holders if broker_id != leaves), comes)
+    host.wait(host.has_settled)
+    removed_by = host.cluster.brokers[leaves].store.metadata_index
+    host.cluster.kill_broker(leaves)
+    for other in host.cluster.brokers:
+        host.cluster.network.cut(broker_name(leaves), broker_name(other))
+    host.cluster.start_broker(leaves)
+    broker = host.cluster.brokers[leaves]
+    assert broker.metadata.image.applied_index < removed_by, "nobody has told it of the newest commit yet"
+    broker.hosting.image_changed()  # as when it hears of some of what it missed
+    host.loop.run_for(5.0)
+    assert old not in broker.store.logs
+    host.cluster.network.heal()
+    host.cluster.introduce()
+    host.wait(lambda: broker.metadata.image.applied_index >= removed_by)
+    host.alter(*host.followers_of(), leaves)
+    host.wait(host.has_settled)
+
+
 def test_replicas_go_round_and_round(host: Moving) -> None:
     """Every broker in turn, some of them more than once, under new ids each time."""
     writer = Writer(host)

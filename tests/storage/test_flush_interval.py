@@ -362,7 +362,7 @@ def test_a_removed_replica_is_remembered_no_longer() -> None:
         await three_entries(disk)
         disk = disk.crash()
         store, _ = await reopen(disk)
-        await store.remove(1)
+        await store.remove(1, 1)
         manifest = await load_manifest(disk)
         assert manifest is not None
         assert manifest.amnesiac == ()

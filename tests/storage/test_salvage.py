@@ -436,7 +436,7 @@ def test_a_sleeper_can_be_removed() -> None:
         await (await filled(disk)).close()
         remove(disk, next(iter(segments(disk))))
         store = await open_store(disk)
-        await store.remove(1)
+        await store.remove(1, 1)
         assert not store.ward.patients
         assert not store.out_of_service
         assert await store.ward.next_damage(1) is None

@@ -397,13 +397,14 @@ def test_remove() -> None:
         await grow(store, gone, 60)
         await grow(store, kept, 60)
         late = submit(store, gone, [Writer(gone).entry(1, size=4000)])
-        await store.remove(1)
+        await store.remove(1, 70)
         await late
-        await store.remove(99)
+        await store.remove(99, 12)
         assert not [p for p in disk.paths() if p.startswith("replicas/1/")]
         for clean in (False, True):
             store, disk = await reopen(store, disk, clean=clean)
             assert list(store.logs) == [2]
+            assert store.metadata_index == 70, "by older metadata it would come back"
             assert not store.lost
             assert len(await contents(store.logs[2])) == 60
         assert not [p for p in disk.paths() if p.startswith("replicas/1/")]
@@ -422,7 +423,7 @@ def test_a_replica_without_data_is_lost_and_never_empty() -> None:
         store = await BrokerStore.open(other, SMALL, disk_id=DISK_ID)
         assert store.logs == {}
         assert set(store.lost) == {1, 2}
-        await store.remove(2)
+        await store.remove(2, 1)
         store, other = await reopen(store, other)
         assert set(store.lost) == {1}
 
