@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from raftlog import aio, config, errors, serde, testing
     from raftlog.client.delivery import BatchDelivery, Delivery
     from raftlog.client.log import Log
-    from raftlog.client.sync import Consumer, Producer
+    from raftlog.client.sync import Consumer
+    from raftlog.client.sync_producer import Producer
     from raftlog.errors import RaftlogError
     from raftlog.record.types import BatchRange, Record, RecordMetadata, TopicPartition
 
@@ -61,7 +62,7 @@ _FROM = {
     "Consumer": "raftlog.client.sync",
     "Delivery": "raftlog.client.delivery",
     "Log": "raftlog.client.log",
-    "Producer": "raftlog.client.sync",
+    "Producer": "raftlog.client.sync_producer",
     "RaftlogError": "raftlog.errors",
     "Record": "raftlog.record.types",
     "RecordMetadata": "raftlog.record.types",

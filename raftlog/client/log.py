@@ -28,7 +28,8 @@ from raftlog.errors import Closed, NotRunning, RaftlogError
 from raftlog.net.network import real_seams
 
 if TYPE_CHECKING:
-    from raftlog.client.sync import Consumer, Producer
+    from raftlog.client.sync import Consumer
+    from raftlog.client.sync_producer import Producer
 
 __all__ = [
     "Bootstrap",
@@ -105,7 +106,8 @@ class Log:
         Raises:
             ConfigError: unknown, out of range or contradictory settings.
         """
-        from raftlog.client.sync import Producer  # pulls in the record codec: not for who only lists topics
+        # pulls in the record codec: not for who only lists topics
+        from raftlog.client.sync_producer import Producer
 
         config = ProducerConfig(**settings)
         runtime = self._connected()

@@ -22,7 +22,7 @@ from fake_cluster import FakeCluster, ignore, lose_answer, refuse
 import raftlog
 from raftlog import aio
 from raftlog.client import log as log_module
-from raftlog.client import sync
+from raftlog.client import sync, sync_producer
 from raftlog.client.delivery import Delivery
 from raftlog.errors import (
     AuthenticationFailed,
@@ -175,7 +175,7 @@ def test_a_full_buffer_blocks_the_sender_until_there_is_room(world: RealWorld) -
         producer.send(TOPIC, b"x").result(timeout=10)
 
 
-def send_for_ever(producer: sync.Producer) -> None:
+def send_for_ever(producer: sync_producer.Producer) -> None:
     while True:
         producer.send(TOPIC, b"x" * 1000)
 
@@ -382,7 +382,7 @@ def test_after_a_fork_the_log_works_and_the_parents_handles_refuse(world: RealWo
 
 
 def in_child(
-    log: raftlog.Log, producer: sync.Producer, consumer: sync.Consumer, under_way: Delivery
+    log: raftlog.Log, producer: sync_producer.Producer, consumer: sync.Consumer, under_way: Delivery
 ) -> list[bytes]:
     told: list[bytes] = []
     uses: list[Callable[[], Any]] = [
@@ -447,7 +447,7 @@ def test_what_is_buffered_at_exit_is_flushed(world: RealWorld) -> None:
 def test_what_cannot_be_flushed_at_exit_is_logged(world: RealWorld) -> None:
     world.do(world.cluster.create, TOPIC)
     world.cluster.every_fault = ignore
-    program = EXITS + "from raftlog.client import sync\nsync.EXIT_FLUSH_S = 0.3\n"
+    program = EXITS + "from raftlog.client import sync_producer\nsync_producer.EXIT_FLUSH_S = 0.3\n"
     ended = run_python(program, msgspec.json.encode(world.bootstrap).decode())
     assert ended.returncode == 0
     assert "10 records are still under way" in ended.stderr
@@ -496,7 +496,7 @@ def surface(cls: type) -> dict[str, Any]:
     ("blocking", "asynchronous"),
     [
         (log_module.Log, aio.Log),
-        (sync.Producer, aio.Producer),
+        (sync_producer.Producer, aio.Producer),
         (sync.Consumer, aio.Consumer),
     ],
 )

@@ -1,0 +1,205 @@
+"""The blocking producer. What it does is in ``producer``; here is how a thread waits for it.
+
+Appending happens on the caller's thread; only I/O is the I/O thread's.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import time
+import warnings
+import weakref
+from collections.abc import Iterable, Sequence
+from functools import partial
+from types import TracebackType
+from typing import Any, Final, Self
+
+from raftlog.client.cluster import ClusterClient
+from raftlog.client.delivery import BatchDelivery, Delivery, wait_for_all
+from raftlog.client.handle import Deadline, Handle, block_until
+from raftlog.client.io_thread import IoThread
+from raftlog.client.producer import Pending, ProducerCore
+from raftlog.config import ProducerConfig
+from raftlog.errors import Closed, DeliveryFailed, RequestTimeout
+
+log = logging.getLogger("raftlog.client")
+
+EXIT_FLUSH_S: Final = 5.0
+
+_producers: weakref.WeakSet[Producer] = weakref.WeakSet()
+
+
+class Producer(Handle):
+    """Sends records. Thread-safe; made by :meth:`raftlog.Log.producer`."""
+
+    def __init__(self, owner: object, io: IoThread, cluster: ClusterClient, config: ProducerConfig) -> None:
+        super().__init__("producer")
+        self._owner = owner  # a Log that nobody holds closes its connections
+        self._io = io
+        self._core = ProducerCore(cluster, config, io.loop, io.loop.call_soon_threadsafe)
+        _producers.add(self)
+
+    def send(
+        self,
+        topic: str,
+        value: Any,
+        key: Any = None,
+        headers: Iterable[tuple[str, bytes | None]] = (),
+        partition: int | None = None,
+        timestamp_ms: int | None = None,
+    ) -> Delivery:
+        """Buffer one record and return at once; blocks only while the buffer is full or the topic unknown
+        yet.
+
+        Args:
+            topic: must exist.
+            value: bytes, or what ``value_serializer`` takes; None is a tombstone.
+            key: bytes, or what ``key_serializer`` takes. Equal keys go to equal partitions, in order.
+            headers: pairs of (str, bytes or None).
+            partition: overrides the choice by key.
+            timestamp_ms: milliseconds since the epoch; default: now.
+
+        Raises:
+            InvalidRecord, SerializationError, RecordTooLarge: about this record; it was not buffered.
+            UnknownTopic, InvalidTopic, UnknownPartition: there is nowhere to send it.
+            BufferFull: no room within ``max_block_ms``.
+            Closed, UseAfterFork: this producer cannot be used (any more).
+        """
+        if not self._usable:
+            self._check_open()
+        result = self._core.send(topic, value, key, headers, partition, timestamp_ms)
+        if type(result) is Delivery:
+            return result
+        assert isinstance(result, Pending), "a record is buffered or pending"
+        return self._wait_and_send(result)
+
+    def _wait_and_send(self, pending: Pending) -> Delivery:
+        core = self._core
+        deadline = Deadline(core.max_block_s)
+        while True:
+            if pending.needs_topic:
+                self._load_topic(pending.topic, deadline)
+            elif not block_until(core.accumulator.when_room, deadline.left()) or deadline.over():
+                raise core.buffer_full()
+            result = core.resume(pending)
+            if isinstance(result, Delivery):
+                return result
+            pending = result
+
+    def _load_topic(self, topic: str, deadline: Deadline) -> None:
+        left = deadline.left()
+        assert left is not None, "max_block_ms is a limit"
+        self._io.call(self._core.load_topic(topic, left))
+
+    def send_batch(
+        self,
+        topic: str,
+        values: Sequence[Any],
+        keys: Sequence[Any] | None = None,
+        partition: int | None = None,
+        timestamp_ms: int | None = None,
+    ) -> BatchDelivery:
+        """Send many records at once: several times faster than one ``send`` each.
+
+        Without keys whole batches go to one partition after another; with keys each record goes where its key
+        belongs. All get the same timestamp, and no headers.
+
+        Raises:
+            As :meth:`send`. Where the buffer is full part of the batches may have been sent before
+            BufferFull.
+        """
+        self._check_open()
+        core = self._core
+        deadline = Deadline(core.max_block_s)
+        if not core.knows(topic):
+            self._load_topic(topic, deadline)
+        batches = []
+        for each in core.split(topic, values, keys, partition, timestamp_ms):
+            deadline = Deadline(core.max_block_s)
+            while (batch := core.buffer_batch(each)) is None:
+                if not block_until(core.accumulator.when_room, deadline.left()) or deadline.over():
+                    raise core.buffer_full()
+            batches.append(batch)
+        return BatchDelivery(batches)
+
+    def flush(self, timeout: float | None = None) -> None:
+        """Send everything now, and block until all sent so far is acknowledged or failed.
+
+        Args:
+            timeout: seconds; None waits as long as it takes, which ``delivery_timeout_ms`` bounds.
+
+        Raises:
+            DeliveryFailed: some failed that nobody has looked at; each is told of once.
+            RequestTimeout: not all were done in time; nothing is lost by that.
+        """
+        self._check_open()
+        self._flush(timeout)
+
+    def _flush(self, timeout: float | None) -> None:
+        batches = self._core.accumulator.close_open_batches()
+        if not wait_for_all(batches, timeout):
+            left = sum(batch.count for batch in batches if not batch.done)
+            raise RequestTimeout(f"{left} records are still under way after {timeout:g} s")
+        self._core.raise_failures()
+
+    def close(self, timeout: float | None = None) -> None:
+        """Flush, and give up what is not done after ``timeout`` seconds. Closing twice does nothing.
+
+        Raises:
+            As :meth:`flush`.
+        """
+        if not self._begin_close():
+            return
+        _producers.discard(self)
+        self._core.accumulator.close()
+        try:
+            self._flush(timeout)
+        finally:
+            block_until(partial(self._io.call_soon, self._stop), EXIT_FLUSH_S)
+
+    def _stop(self, done: Any) -> None:
+        self._core.sender.stop()
+        done()
+
+    def __enter__(self) -> Self:
+        self._check_open()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self.close()
+        except (DeliveryFailed, RequestTimeout) as failure:
+            if error is None:
+                raise
+            log.warning("while leaving on %r: %s", error, failure)
+
+    def __del__(self) -> None:
+        if not getattr(self, "_usable", False):
+            return
+        core, io = self._core, self._io
+        if core.accumulator.unsettled():
+            warnings.warn(
+                f"a producer was dropped with {core.accumulator.used} bytes of records not acknowledged: "
+                "close it, or use it in a `with`",
+                ResourceWarning,
+                source=self,
+                stacklevel=2,
+            )
+        io.call_soon(core.sender.stop)
+
+
+@atexit.register
+def _at_exit() -> None:
+    """Give what is buffered a last chance; registered after the I/O thread's own end, so it runs before
+    it."""
+    until = time.monotonic() + EXIT_FLUSH_S
+    for producer in list(_producers):
+        if producer.closed:
+            continue
+        try:
+            producer.close(timeout=max(until - time.monotonic(), 0.0))
+        except (DeliveryFailed, RequestTimeout, Closed) as error:
+            log.warning("at exit, records were dropped: %s", error)
