@@ -19,6 +19,7 @@ from raftlog.broker.fetch import wire_error
 from raftlog.broker.replica import Done
 from raftlog.errors import (
     InvalidTransaction,
+    LeadershipLost,
     NotLeader,
     ProducerFenced,
     RaftlogError,
@@ -42,7 +43,8 @@ _FINAL: Final = (ProducerFenced, InvalidTransaction, StaleCoordinator)
 """Answers that no repetition changes."""
 
 Landed: TypeAlias = Callable[[RaftlogError | None], None]
-"""Told that the partition has the marker, or for which of the final reasons it does not take it."""
+"""Told that the partition has the marker, or for which of the final reasons it does not take it; or
+LeadershipLost: the coordinator has given up, and it may or may not have it."""
 
 
 class MarkedReplica(Protocol):
@@ -100,8 +102,8 @@ class Markers:
         Args:
             row: what and where. If the topic is not in this broker's image, it counts as deleted: whoever
                 sends has seen to it that the image is new enough.
-            landed: called once, never from in here; not at all if ``is_wanted`` says no before.
-            is_wanted: asked before each attempt.
+            landed: called once, never from in here.
+            is_wanted: whether the coordinator leads still; asked before each attempt.
         """
         self._put(_Errand(row, landed, is_wanted))
 
@@ -116,7 +118,12 @@ class Markers:
         self._scheduled = False
         outbox, self._outbox = self._outbox, {}
         for target, waiting in outbox.items():
-            errands = [errand for errand in waiting if errand.is_wanted()]
+            errands: list[_Errand] = []
+            for errand in waiting:
+                if errand.is_wanted():
+                    errands.append(errand)
+                else:
+                    errand.landed(LeadershipLost("the coordinator of the transaction was replaced"))
             for start in range(0, len(errands), _MARKERS_MAX):
                 self._carry(target, errands[start : start + _MARKERS_MAX])
 
@@ -161,8 +168,7 @@ class Markers:
         for errand, answer in zip(errands, errors, strict=True):
             error = None if answer is None else from_wire(answer.name, answer.message, answer.details)
             if error is None or isinstance(error, _FINAL):
-                if errand.is_wanted():
-                    errand.landed(error)
+                errand.landed(error)
             else:
                 self._again(target, asked, errand, error)
 

@@ -26,13 +26,13 @@ from raftlog.broker.transactions import (
     Decision,
     NeedsProducerId,
     TransactionCoordinator,
+    has_landed,
 )
 from raftlog.errors import (
     Busy,
     ConcurrentTransactions,
     InvalidTopic,
     RaftlogError,
-    StaleCoordinator,
     UnknownReplica,
 )
 from raftlog.net.rpc import Empty
@@ -271,8 +271,10 @@ class TransactionReplica(CoordinatorReplica[TransactionsState]):
         left = set(targets)
 
         def landed(target: Target, error: RaftlogError | None) -> None:
-            if isinstance(error, StaleCoordinator):
-                logger.info("%s leaves %r to a later coordinator", self.name, transaction.transactional_id)
+            if not has_landed(error):
+                logger.info(
+                    "%s leaves %r to a later coordinator: %s", self.name, transaction.transactional_id, error
+                )
                 return
             left.discard(target)
             if not left:

@@ -257,27 +257,35 @@ class CoordinatedWorld(World):
 
     def read(self, partition: int = 0, isolation: int = READ_COMMITTED) -> list[bytes]:
         """All values that a reader sees, markers and what aborted transactions wrote left out."""
-        wanted = FetchPartition(self.topic_id, partition, 0)
-        request = FetchRequest(0, 1 << 20, [wanted], isolation)
-        response: FetchResponse
-        response, payload = self.seek((self.topic_id, partition), request)
-        row = response.partitions[0]
-        assert row.error is None, row
-        return visible(payload, row.aborted)
+        found: list[bytes] = []
+        offset = 0
+        while True:
+            request = FetchRequest(0, 1 << 20, [FetchPartition(self.topic_id, partition, offset)], isolation)
+            response: FetchResponse
+            response, payload = self.seek((self.topic_id, partition), request)
+            row = response.partitions[0]
+            assert row.error is None, row
+            if not row.length:
+                return found
+            values, offset = visible(payload, row.aborted)
+            found += values
 
 
-def visible(payload: Any, aborted: Sequence[tuple[int, int, int]] = ()) -> list[bytes]:
-    """The record values in what a fetch returned, without markers and what aborted transactions wrote."""
+def visible(payload: Any, aborted: Sequence[tuple[int, int, int]] = ()) -> tuple[list[bytes], int]:
+    """The record values in what a fetch returned, without markers and what aborted transactions wrote; and
+    the offset behind."""
     found: list[bytes] = []
+    behind = 0
     for header, position in iter_frames(payload):
         frame = bytes(payload[position + FRAME_HEADER_BYTES : position + header.length])
         if header.kind != FrameKind.BATCH:
             continue
         each = BatchHeader.parse(frame)
+        behind = each.next_offset
         is_hidden = any(
             each.producer_id == producer_id and first <= each.base_offset < marker
             for producer_id, first, marker in aborted
         )
         if not each.is_control and not is_hidden:
             found += [bytes(record.value or b"") for record in decode_batch(frame, TOPIC, 0)]
-    return found
+    return found, behind

@@ -14,8 +14,10 @@ from raftlog.broker.internal_topics import TRANSACTIONS_TOPIC
 from raftlog.broker.markers import Markers
 from raftlog.config import BrokerConfig
 from raftlog.errors import (
+    Busy,
     ConcurrentTransactions,
     InvalidTransaction,
+    LeadershipLost,
     NotLeader,
     ProducerFenced,
     StaleCoordinator,
@@ -42,7 +44,9 @@ from raftlog.net.rpc_transactions import (
     ProducerIdentity,
     WriteMarkersRequest,
 )
+from raftlog.record.control import Marker
 from raftlog.testing.disk import CrashMode
+from raftlog.testing.sim_cluster import broker_name
 
 
 def begun(world: CoordinatedWorld, value: bytes = b"a") -> ProducerIdentity:
@@ -328,8 +332,25 @@ def test_a_reader_waits_for_the_marker() -> None:
         assert not poll.done(), "no empty answer for each batch of an open transaction"
         world.end(me)
         response, payload = world.answer(poll)
-        assert visible(payload, response.partitions[0].aborted) == [b"a", b"b"]
+        assert visible(payload, response.partitions[0].aborted) == ([b"a", b"b"], 3)
         assert (response.partitions[0].last_stable, response.partitions[0].committed) == (3, 3)
+
+
+def test_a_reader_ahead_of_the_last_stable_offset_waits_until_that_has_come_by() -> None:
+    with CoordinatedWorld() as world:
+        me, other = world.init(), world.init("other")
+        world.enlist(me)
+        world.enlist(other, name="other")
+        world.write(me, b"a")
+        world.write(other, b"b")
+        poll = world.ask_leader((world.topic_id, 0), world.committed_fetch(2, wait_ms=20_000))
+        world.end(me)
+        world.until_true(lambda: world.open_transactions().last_stable == 1)
+        world.loop.run_for(0.5)
+        assert not poll.done(), "it has moved, and is behind the reader still"
+        world.end(other, name="other")
+        response, payload = world.answer(poll)
+        assert visible(payload, response.partitions[0].aborted)[1] == 4
 
 
 def test_nothing_above_the_first_open_transaction_is_read() -> None:
@@ -507,6 +528,47 @@ def test_what_hangs_of_a_known_id_is_aborted_once_it_is_over() -> None:
         world.seek(place, AbortTransactionRequest(*place, TXN, hanging))
         assert not world.open_transactions().open
         assert world.read() == []
+
+
+def test_a_coordinator_that_cannot_confirm_that_it_leads_aborts_nothing() -> None:
+    """It may have been replaced, and what it takes for an orphan may belong to a new transaction."""
+    with CoordinatedWorld() as world:
+        stray = world.call(world.connection(0), InitProducerRequest())[0]
+        world.write(ProducerIdentity(stray.producer_id, 0), b"stray")
+        names = [f"id-{number}" for number in range(20)]
+        places = [world.place(TRANSACTIONS_TOPIC, name) for name in names]
+        place = next(place for place in places if world.leader_at(place) != world.leader())
+        deaf = world.leader_at(place)
+        for other in range(3):
+            if other != deaf:
+                world.cluster.network.cut(broker_name(other), broker_name(deaf), both=False)
+        hanging = HangingTransaction(world.topic_id, 0, stray.producer_id, 0)
+        asked = world.ask(world.connection(deaf), AbortTransactionRequest(*place, "", hanging))
+        world.until(asked.done)
+        assert isinstance(outcome(asked), NotLeader)
+        assert len(world.open_transactions().open) == 1
+
+
+def test_an_operator_hears_when_the_coordinator_is_replaced() -> None:
+    with CoordinatedWorld() as world:
+        stray = world.call(world.connection(0), InitProducerRequest())[0]
+        world.write(ProducerIdentity(stray.producer_id, 0), b"stray")
+        place = world.transaction_place
+        old = world.leader_at(place)
+        hanging = HangingTransaction(world.topic_id, 0, stray.producer_id, 0)
+        for broker_id in range(3):
+            replica = world.replica(broker_id)
+            replica.write_marker = _busy  # type: ignore[method-assign]
+        asked = world.ask(world.connection(old), AbortTransactionRequest(*place, "", hanging))
+        world.loop.run_for(0.5)
+        assert not asked.done()
+        world.isolate(old)
+        world.until(asked.done)
+        assert isinstance(outcome(asked), LeadershipLost)
+
+
+def _busy(marker: Marker, done: object) -> None:
+    raise Busy("not now")
 
 
 def test_a_topic_that_is_deleted_holds_up_no_transaction() -> None:
