@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from raftlog.broker.assigned import AssignedReplica
 from raftlog.broker.coordinator_replica import CoordinatorReplica
@@ -40,6 +40,9 @@ COORDINATORS: Final[dict[str, type[CoordinatorReplica[Any]]]] = {
 }
 """Internal topic -> what its replicas are."""
 _AGAIN_S: Final = 1.0
+
+Assigned: TypeAlias = dict[int, tuple[Topic, int]]
+"""Replica id -> (topic, partition)."""
 
 
 class Hosting:
@@ -75,19 +78,20 @@ class Hosting:
             if broker.metadata.image.applied_index < broker.store.metadata_index:
                 continue  # it is read again after a start, and may name replicas that were removed by its end
             broker.follow_removals()
+            assigned = self._assigned()
             try:
-                await self._drop()
-                await self._create()
-                await self.open()
+                await self._drop(assigned)
+                await self._create(assigned)
+                await self._open_all(assigned)
             except RaftlogError as error:
                 logger.warning("broker %d: cannot follow the metadata now: %s", broker.broker_id, error)
                 await asyncio.sleep(_AGAIN_S)
                 self._changed.set()
-            self._tell()
+            self._tell(assigned)
             for replica in self.by_place.values():
                 replica.metadata_changed()
 
-    def _assigned(self) -> dict[int, tuple[Topic, int]]:
+    def _assigned(self) -> Assigned:
         """Replica id -> (topic, partition) of what should be here."""
         broker = self._broker
         return {
@@ -95,10 +99,9 @@ class Hosting:
             for topic, partition, replica_id in broker.metadata.image.replicas_on(broker.broker_id)
         }
 
-    async def _drop(self) -> None:
+    async def _drop(self, assigned: Assigned) -> None:
         """Remove replicas whose creation this image knows of and that it does not assign here (any more)."""
         store = self._broker.store
-        assigned = self._assigned()
         known_below = self._broker.metadata.image.next_replica_id
         own = self._broker.metadata.replica.replica_id
         for replica_id in [*store.logs, *store.out_of_service]:
@@ -113,10 +116,10 @@ class Hosting:
             self.halted.pop(replica_id, None)
             await store.remove(replica_id, self._broker.metadata.image.applied_index)
 
-    async def _create(self) -> None:
+    async def _create(self, assigned: Assigned) -> None:
         store = self._broker.store
         specs = []
-        for replica_id, (topic, index) in self._assigned().items():
+        for replica_id, (topic, index) in assigned.items():
             if replica_id in store.logs or replica_id in store.out_of_service:
                 continue
             try:
@@ -140,9 +143,13 @@ class Hosting:
             await store.create_many(specs)
 
     async def open(self) -> None:
-        """Bring to life what is on the disk and in the image, and tell all who belongs to them."""
+        """Bring to life what is on the disk and in the image."""
+        await self._open_all(self._assigned())
+
+    async def _open_all(self, assigned: Assigned) -> None:
+        """The same, and tell those that run who belongs to their groups."""
         broker = self._broker
-        for replica_id, (topic, index) in self._assigned().items():
+        for replica_id, (topic, index) in assigned.items():
             partition = topic.partitions[index]
             known = self.by_id.get(replica_id)
             if isinstance(known, AssignedReplica):
@@ -209,12 +216,13 @@ class Hosting:
         spec = replica.log.spec
         self._ask(CompletePartition(spec.topic_id, spec.partition, replica.assignment.version))
 
-    def _tell(self) -> None:
+    def _tell(self, assigned: Assigned) -> None:
         """Ask for other replicas in the place of those that are lost here, or damaged beyond repair."""
         lost = self._broker.store.lost.keys() | self._broker.repairs.beyond_help
-        for replica_id, (topic, index) in self._assigned().items():
+        for replica_id in sorted(assigned.keys() & lost):
+            topic, index = assigned[replica_id]
             partition = topic.partitions[index]
-            if replica_id in lost and replica_id in partition.wanted:
+            if replica_id in partition.wanted:
                 self.replace(topic.topic_id, index, replica_id)
 
     def replace(self, topic_id: bytes, partition: int, replica_id: int) -> None:

@@ -112,8 +112,8 @@ class MetadataState:
         """(broker id, replica id) of the metadata group's first configuration."""
         self.next_broker_id = 0
         self.removed: dict[int, int] = {}
-        """Brokers that belong to the cluster no more -> their replicas of the metadata group. Their ids are not
-        used again."""
+        """Brokers that belong to the cluster no more -> their replicas of the metadata group. Their ids are
+        not used again."""
         self.next_replica_id = FIRST_REPLICA_ID
         self.next_producer_id = 0
         self.controller_epoch = 0
