@@ -27,7 +27,7 @@ from raftlog.testing.checker import History, Outcome
 from raftlog.testing.swarm import Profile, draw
 from raftlog.testing.workload import Workload
 
-SEEDS = range(30)
+SEEDS = range(50)
 SEEDS_TWICE = (3, 11, 16)
 CANARY_SEEDS_MAX = 40
 
