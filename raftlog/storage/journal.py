@@ -277,7 +277,7 @@ class Journal:
         # left it.
         items, self._running, self._queue = self._queue, self._queue, []
         begin = self._position
-        group = self._build(file, items, first=rolls)
+        group = self._build(items, first=rolls)
         at = FILE_HEADER_BYTES + begin - file.base
         if rolls:
             header = encode_file_header(FileHeader(self._disk_id, file.sequence, file.base))
@@ -300,10 +300,10 @@ class Journal:
             self._files.add(file)
             self._on_roll()
         self._running = []
-        self._finish(group, items)
+        self._finish(file, group, items)
 
-    def _build(self, file: JournalFile, items: list[_Item], *, first: bool) -> Group:
-        group = Group(self._position, self._files, file)
+    def _build(self, items: list[_Item], *, first: bool) -> Group:
+        group = Group(self._position)
         group.add(encode_mark(group.position, self._synced))
         # Before the checkpoints, which already describe the logs as they are after it.
         group.resets, self._resets = list(self._resets.values()), {}
@@ -329,9 +329,13 @@ class Journal:
         self._marked = self._synced == self._position and group.position == self._position + MARK_BYTES
         return group
 
-    def _finish(self, group: Group, items: list[_Item]) -> None:
+    def _finish(self, file: JournalFile, group: Group, items: list[_Item]) -> None:
         for log in group.resets:
             self._files.forget(log.spec.replica_id)
+        for replica_id, first, last in group.entries:
+            # Not before: until now, older files were all that held what was copied.
+            if replica_id in self._logs or replica_id in self._sleepers:
+                self._files.need(file, replica_id, first, last)
         for log, index in group.checkpoints:
             self._files.checkpointed(log.spec.replica_id, index)
         counts = self._unsynced.appends

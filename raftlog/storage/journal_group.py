@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from raftlog.raft.types import Append, Entry, HardState
 from raftlog.record.frame import Buffer
-from raftlog.storage.journal_files import JournalFile, JournalFiles
 from raftlog.storage.journal_format import (
     RECORD_HEADER_BYTES,
     RecordKind,
@@ -24,38 +23,35 @@ class Group:
 
     Args:
         position: where it begins in the unbounded journal.
-        files: told which entries the file now holds.
-        file: into which it goes.
 
     Attributes:
         position: where it ends.
         buffers: its bytes.
         direct: large frames that go to their segments instead: (segment, position, frame).
         resets: replicas whose logs begin anew in it.
+        entries: (replica id, first index, last index) of the entries in it.
         checkpoints: (log, flushed index) of the checkpoints in it.
         sync: nobody is told before it is synced.
         interval_ms: otherwise, a sync follows within this.
     """
 
     __slots__ = (
-        "_file",
-        "_files",
         "buffers",
         "checkpoints",
         "direct",
+        "entries",
         "interval_ms",
         "position",
         "resets",
         "sync",
     )
 
-    def __init__(self, position: int, files: JournalFiles, file: JournalFile) -> None:
-        self._files = files
-        self._file = file
+    def __init__(self, position: int) -> None:
         self.position = position
         self.buffers: list[Buffer] = []
         self.direct: list[tuple[Segment, int, Buffer]] = []
         self.resets: list[ReplicaLog] = []
+        self.entries: list[tuple[int, int, int]] = []
         self.checkpoints: list[tuple[ReplicaLog, int]] = []
         self.sync = False
         self.interval_ms = 0
@@ -85,7 +81,7 @@ class Group:
             self.add(encode_hard_state(self.position, replica_id, state))
         if not entries:
             return
-        self._files.need(self._file, replica_id, entries[0].index, entries[-1].index)
+        self.entries.append((replica_id, entries[0].index, entries[-1].index))
         buffers = self.buffers
         position = self.position
         for entry in entries:
@@ -112,7 +108,7 @@ class Group:
         if log.removed or index > log.last_index:
             return
         replica_id = log.spec.replica_id
-        self._files.need(self._file, replica_id, index, log.last_index)
+        self.entries.append((replica_id, index, log.last_index))
         for entry in log.memory.entries[index - log.memory.first_index :]:
             place = log.place_of(entry.index)
             if place is not None:
@@ -131,7 +127,7 @@ class Group:
         replica_id, entries = sleeper.spec.replica_id, sleeper.entries
         self.add(encode_checkpoint(self.position, replica_id, sleeper.checkpoint))
         if entries:
-            self._files.need(self._file, replica_id, entries[0].header.index, entries[-1].header.index)
+            self.entries.append((replica_id, entries[0].header.index, entries[-1].header.index))
         for entry in entries:
             header = entry.header
             if entry.place is not None:

@@ -25,6 +25,7 @@ from storage_kit import (
 from raftlog.errors import DataDirLocked, ForeignDataDir, RaftlogError
 from raftlog.raft.types import Append, ConfState, Entry, HardState
 from raftlog.record.frame import FrameKind
+from raftlog.storage.journal import Journal
 from raftlog.storage.manifest import Manifest, store_manifest
 from raftlog.storage.spec import StorageConfig
 from raftlog.storage.store import BrokerStore
@@ -365,6 +366,53 @@ def test_a_quiet_uncommitted_group_does_not_hold_the_journal() -> None:
         await store.flush()
         await store.close()
         assert not (await verify(disk)).problems
+
+    run(main())
+
+
+def durable_part(disk: SimDisk) -> SimDisk:
+    """What a power cut would leave at least; the disk itself goes on."""
+    made = SimDisk()
+    for path, node in disk._nodes.items():
+        made.put(path, bytes(node.durable))
+    return made
+
+
+def test_a_file_stays_until_what_was_copied_from_it_is_durable(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        disk = SimDisk()
+        store = await BrokerStore.open(disk, SMALL, disk_id=DISK_ID)
+        quiet, busy = await store.create_many([spec(1), spec(2)])
+        await grow(store, quiet, 3, commit=False)
+        expected = await contents(quiet)
+        with monkeypatch.context() as patch:
+            patch.setattr(Journal, "free_oldest", lambda self: None)
+            while len(store._journal.files) <= SMALL.journal_files_max:
+                await grow(store, busy, 40)
+                await store.flush()
+        oldest = min(journal_files(disk))
+        disk.latency = 0.01
+        store._journal.free_oldest()
+        copied = asyncio.ensure_future(store._journal.checkpoint(()))
+        without_power = []
+        remove = disk.remove
+
+        async def cut_power_behind(path: str) -> None:
+            await remove(path)
+            without_power.append(durable_part(disk))
+
+        monkeypatch.setattr(disk, "remove", cut_power_behind)
+        while not copied.done():
+            await asyncio.sleep(0.001)
+            await store._journal.files.release()
+        await store._journal.files.release()
+        copied.result()
+        for found in without_power:
+            again = await BrokerStore.open(found, SMALL, disk_id=DISK_ID)
+            assert await contents(again.logs[1]) == expected
+            await again.close()
+        assert without_power
+        assert oldest not in journal_files(disk)
 
     run(main())
 
