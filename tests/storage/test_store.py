@@ -4,6 +4,7 @@ go."""
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import msgspec
 import pytest
@@ -391,28 +392,25 @@ def test_a_file_stays_until_what_was_copied_from_it_is_durable(monkeypatch: pyte
                 await grow(store, busy, 40)
                 await store.flush()
         oldest = min(journal_files(disk))
-        disk.latency = 0.01
+        gate, commit = asyncio.Event(), disk.commit
+
+        async def held_up(*args: Any, **options: Any) -> None:
+            await gate.wait()
+            await commit(*args, **options)
+
+        monkeypatch.setattr(disk, "commit", held_up)
         store._journal.free_oldest()
         copied = asyncio.ensure_future(store._journal.checkpoint(()))
-        without_power = []
-        remove = disk.remove
-
-        async def cut_power_behind(path: str) -> None:
-            await remove(path)
-            without_power.append(durable_part(disk))
-
-        monkeypatch.setattr(disk, "remove", cut_power_behind)
-        while not copied.done():
-            await asyncio.sleep(0.001)
-            await store._journal.files.release()
+        await asyncio.sleep(0.01)
         await store._journal.files.release()
-        copied.result()
-        for found in without_power:
-            again = await BrokerStore.open(found, SMALL, disk_id=DISK_ID)
-            assert await contents(again.logs[1]) == expected
-            await again.close()
-        assert without_power
+        found = durable_part(disk)
+        gate.set()
+        await copied
+        await store._journal.files.release()
         assert oldest not in journal_files(disk)
+        again = await BrokerStore.open(found, SMALL, disk_id=DISK_ID)
+        assert await contents(again.logs[1]) == expected
+        await again.close()
 
     run(main())
 
