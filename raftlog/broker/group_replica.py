@@ -19,11 +19,12 @@ from functools import partial
 from typing import Any, Final
 
 from raftlog.broker import group_offsets
-from raftlog.broker.coordinator_replica import CoordinatorReplica, nobody_waits
+from raftlog.broker.assigned import Complete
+from raftlog.broker.coordinator_replica import CoordinatorHost, CoordinatorReplica, nobody_waits
 from raftlog.broker.group_offsets import Decision
 from raftlog.broker.groups import GroupCoordinator, TopicView
 from raftlog.broker.replica import Done
-from raftlog.errors import RaftlogError
+from raftlog.errors import RaftlogError, StorageFailed, StorageFull
 from raftlog.net.rpc import (
     DeleteGroupRequest,
     DeleteOffsetsRequest,
@@ -36,13 +37,18 @@ from raftlog.net.rpc import (
     OffsetFetchResponse,
     StageOffsetsRequest,
 )
+from raftlog.raft.config import RecoveredLog
 from raftlog.record.control import Marker
 from raftlog.state.groups import CODEC, ChangeGroup, GroupsState
+from raftlog.state.image import Partition
+from raftlog.storage.replica_log import ReplicaLog
 
 logger = logging.getLogger("raftlog.broker")
 
 _EXPIRY_STEP_S: Final = 0.02
 """Sessions end this much late at most, and a device that takes no writes is tried no more often."""
+_STALLED_MS: Final = 1_000
+"""A timer that comes this much late says that nothing else was done meanwhile either."""
 
 
 class _Parked:
@@ -71,12 +77,24 @@ class GroupReplica(CoordinatorReplica[GroupsState]):
 
     kind = GroupsState
 
-    _coordinator: GroupCoordinator
-    """Of the present term; there is one while ``staged`` is there."""
-    _parked: dict[str, dict[str, _Parked]]
-    """group id -> member id -> its newest heartbeat, if that waits."""
-    _changed: set[str]
-    """Groups whose parked heartbeats are to be decided again."""
+    def __init__(
+        self,
+        host: CoordinatorHost,
+        log: ReplicaLog,
+        machine: GroupsState,
+        recovered: RecoveredLog,
+        assignment: Partition,
+        complete: Complete,
+    ) -> None:
+        super().__init__(host, log, machine, recovered, assignment, complete)
+        self._coordinator = GroupCoordinator()
+        """Of the term in which this replica serves."""
+        self._parked: dict[str, dict[str, _Parked]] = {}
+        """group id -> member id -> its newest heartbeat, if that waits."""
+        self._changed: set[str] = set()
+        """Groups whose parked heartbeats are to be decided again."""
+        self._expires_ms = 0
+        """When the timer of the sessions is due."""
 
     def encode(self, command: Any) -> bytes:
         return CODEC.encode(command)
@@ -85,15 +103,12 @@ class GroupReplica(CoordinatorReplica[GroupsState]):
 
     def began_serving(self, staged: GroupsState) -> None:
         self._coordinator = GroupCoordinator()
-        self._parked = {}
-        self._changed = set()
-        self._expires_ms = 0
         self._coordinator.restart(staged, self.host.now_ms())
         self._arm()
 
     def stopped_serving(self) -> None:
         super().stopped_serving()
-        parked, self._parked = getattr(self, "_parked", {}), {}
+        parked, self._parked = self._parked, {}
         for members in parked.values():
             for each in members.values():
                 if each.timer is not None:
@@ -221,14 +236,28 @@ class GroupReplica(CoordinatorReplica[GroupsState]):
             self.call_later("expiry", seconds, self._expire)
 
     def _expire(self) -> None:
+        staged = self.staged
+        assert staged is not None, "timers end with the leadership"
+        now_ms = self.host.now_ms()
+        if now_ms - self._expires_ms > _STALLED_MS:
+            # This process was held up: the members' signs of life lie unread before it.
+            self._coordinator.restart(staged, now_ms)
+        else:
+            self._expel(now_ms)
+        self._arm()
+
+    def _expel(self, now_ms: int) -> None:
         try:
             staged = self.check_serving()
-            for command in self._coordinator.expire(staged, self.host.now_ms(), self._view()):
+            for command in self._coordinator.expire(staged, now_ms, self._view()):
                 self._log(staged, Decision((command,), None), nobody_waits)
+        except (StorageFull, StorageFailed) as error:
+            # Heartbeats are refused, too, so nobody can show that it lives.
+            logger.info("%s: no member is expelled: %s", self.name, error)
+            if self.staged is not None:
+                self._coordinator.restart(self.staged, now_ms)
         except RaftlogError as error:
             logger.debug("%s: members are expelled later: %s", self.name, error)
-        if self.staged is not None:
-            self._arm()
 
     def connection_lost(self, connection: Hashable) -> None:
         """A client's connection broke: members that were last heard on it are soon out."""

@@ -24,7 +24,7 @@ TRANSACTIONS_TOPIC: Final = "__transactions"
 COORDINATED: Final = (GROUPS_TOPIC, TRANSACTIONS_TOPIC)
 """Those that are made on first use."""
 REPLICATION_MAX: Final = 3
-_WAIT_S: Final = 10.0
+_WAIT_S: Final = 5.0
 _RETRY_S: Final = 0.03
 
 

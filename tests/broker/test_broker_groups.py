@@ -40,6 +40,7 @@ from raftlog.net.rpc import (
 )
 from raftlog.net.rpc_transactions import InitTransactionsRequest, WriteMarkersRequest
 from raftlog.testing.disk import CrashMode
+from raftlog.testing.sim_cluster import broker_name
 
 ALL = (0, 1, 2, 3)
 
@@ -250,6 +251,20 @@ def test_a_new_coordinator_expels_nobody(how: str) -> None:
         assert row_of(world).epoch == one.epoch
 
 
+def test_who_is_gone_with_the_old_coordinator_is_out_of_the_new_one_in_time() -> None:
+    with CoordinatedWorld(partitions=4) as world:
+        one, two = Member(world, "one"), Member(world, "two")
+        settle(one, two)
+        victim = world.leader_at(world.group_place)
+        world.cluster.kill_broker(victim)
+        world.leader_at(world.group_place, but=victim)
+        world.pass_time(8.0)
+        two.beat()
+        world.pass_time(3.0)
+        settle(two)
+        assert two.assigned == ALL
+
+
 @pytest.mark.parametrize("delay_ms", [0.0, 1.0, 2.0, 4.0, 8.0])
 def test_the_coordinator_dies_while_a_member_joins(delay_ms: float) -> None:
     with CoordinatedWorld(partitions=4, seed=int(delay_ms) + 3) as world:
@@ -268,6 +283,40 @@ def test_the_coordinator_dies_while_a_member_joins(delay_ms: float) -> None:
         settle(one, two)
         for broker in range(3):
             world.group_replica(broker).machine.check_invariants()
+
+
+def test_a_coordinator_that_was_held_up_expels_nobody() -> None:
+    """Its members were there all the while: what they sent lies unread before it."""
+    with CoordinatedWorld(brokers=1, partitions=4) as world:
+        one = Member(world, "one")
+        settle(one)
+        world.loop.pause(broker_name(0))
+        world.loop.run_for(60.0)
+        world.loop.resume(broker_name(0))
+        world.pass_time(1.0)
+        one.beat()
+        assert one.assigned == ALL
+        world.pass_time(11.0)
+        with pytest.raises(StaleMember):
+            one.beat()
+
+
+def test_a_full_disk_expels_nobody() -> None:
+    with CoordinatedWorld(brokers=1, partitions=4) as world:
+        one = Member(world, "one")
+        settle(one)
+        disk = world.cluster.disks[0]
+        disk.capacity = disk.used_bytes
+        leader = world.connection(0)
+        while world.broker(0).store.fault is None:
+            world.produce(leader, batch(bytes(100_000))).add_done_callback(outcome)
+            world.loop.run_for(0.1)
+        world.pass_time(30.0)
+        disk.capacity = None
+        world.until(lambda: world.broker(0).store.fault is None)
+        world.pass_time(5.0)
+        one.beat()
+        assert one.assigned == ALL
 
 
 def test_fifty_members_over_five_hundred_partitions() -> None:
