@@ -18,25 +18,22 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Mapping, Sequence
-from datetime import datetime
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 from raftlog.client import attach
 from raftlog.client.admin import CALL_TIMEOUT_S, Admin
+from raftlog.client.aio_consumer import Consumer
 from raftlog.client.aio_producer import Producer
 from raftlog.client.cluster import Bootstrap, ClusterClient
-from raftlog.client.consumer import ConsumerCore, Place
 from raftlog.client.descriptions import ClusterDescription, TopicDescription
-from raftlog.client.handle import Deadline, Handle, OneUser, process_client_id, wait_until
+from raftlog.client.handle import process_client_id
 from raftlog.client.log import refresh_through_ray
 from raftlog.config import ConsumerConfig, Environment, ProducerConfig, TopicConfig
 from raftlog.errors import Closed
 from raftlog.net.network import Seams, real_seams
-from raftlog.record.types import Record, TopicPartition
 
 __all__ = ["Consumer", "Log", "Producer", "connect", "shutdown", "start"]
 
@@ -185,137 +182,3 @@ class Log:
 
     def _admin(self) -> Admin:
         return Admin(self._connected())
-
-
-class Consumer(Handle):
-    """As :class:`raftlog.Consumer`; belongs to one task at a time. Made by :meth:`Log.consumer`."""
-
-    def __init__(self, cluster: ClusterClient, topics: Sequence[str], config: ConsumerConfig) -> None:
-        super().__init__("consumer")
-        loop = asyncio.get_running_loop()
-        self._core = ConsumerCore(cluster, config, topics, loop, loop.call_soon)
-        self._use = OneUser(asyncio.current_task)
-        self._clock = loop.time
-
-    async def poll(self, timeout: float = 1.0, max_records: int | None = None) -> list[Record]:
-        """As :meth:`raftlog.Consumer.poll`."""
-        records_max = self._core.config.max_poll_records if max_records is None else max_records
-        deadline = Deadline(timeout, self._clock)
-        core = await self._started()
-        with self._use:
-            while True:
-                seen = core.arrivals
-                records = core.take(records_max)
-                if records or deadline.over():
-                    return records
-                await wait_until(partial(core.when_arrived, seen), deadline.left())
-
-    def __aiter__(self) -> AsyncIterator[Record]:
-        """Record after record, for ever; ends when the consumer is closed."""
-        return self.records()
-
-    async def records(
-        self, until: Literal["end"] | None = None, idle_timeout: float | None = None
-    ) -> AsyncIterator[Record]:
-        """As :meth:`raftlog.Consumer.records`."""
-        core = await self._started()
-        if until is not None:
-            core.limit(await core.ends())
-        try:
-            while True:
-                record = core.pop()
-                if record is None:
-                    record = await self._wait_and_pop(until is not None, idle_timeout)
-                    if record is None:
-                        return
-                yield record
-        except Closed:
-            return
-        finally:
-            if until is not None:
-                core.limit(None)
-
-    async def _wait_and_pop(self, limited: bool, idle_timeout: float | None) -> Record | None:
-        core = self._core
-        deadline = Deadline(idle_timeout, self._clock)
-        with self._use:
-            while True:
-                seen = core.arrivals
-                record = core.pop()
-                if record is not None or (limited and core.at_limits()) or deadline.over():
-                    return record
-                await wait_until(partial(core.when_arrived, seen), deadline.left())
-
-    async def assignment(self) -> list[TopicPartition]:
-        """As :meth:`raftlog.Consumer.assignment`."""
-        return (await self._started()).assignment()
-
-    async def position(self, partition: Place) -> int:
-        """As :meth:`raftlog.Consumer.position`."""
-        core = await self._started()
-        with self._use:
-            return await core.position(partition)
-
-    async def seek(self, partition: Place, offset: int) -> None:
-        """As :meth:`raftlog.Consumer.seek`."""
-        core = await self._started()
-        with self._use:
-            core.seek(partition, offset)
-
-    async def seek_to_beginning(self, *partitions: Place) -> None:
-        """As :meth:`raftlog.Consumer.seek_to_beginning`."""
-        core = await self._started()
-        with self._use:
-            core.seek_to_beginning(partitions)
-
-    async def seek_to_end(self, *partitions: Place) -> None:
-        """As :meth:`raftlog.Consumer.seek_to_end`."""
-        core = await self._started()
-        with self._use:
-            core.seek_to_end(partitions)
-
-    async def seek_to_time(self, timestamp: int | datetime, *partitions: Place) -> None:
-        """As :meth:`raftlog.Consumer.seek_to_time`."""
-        core = await self._started()
-        with self._use:
-            await core.seek_to_time(timestamp, partitions)
-
-    async def pause(self, *partitions: Place) -> None:
-        """As :meth:`raftlog.Consumer.pause`."""
-        core = await self._started()
-        with self._use:
-            core.pause(partitions)
-
-    async def resume(self, *partitions: Place) -> None:
-        """As :meth:`raftlog.Consumer.resume`."""
-        core = await self._started()
-        with self._use:
-            core.resume(partitions)
-
-    async def lag(self) -> dict[TopicPartition, int]:
-        """As :meth:`raftlog.Consumer.lag`."""
-        core = await self._started()
-        with self._use:
-            return await core.lag()
-
-    async def close(self) -> None:
-        """As :meth:`raftlog.Consumer.close`; from any task."""
-        if not self._begin_close():
-            return
-        await self._core.close()
-
-    async def _started(self) -> ConsumerCore:
-        self._check_open()
-        if not self._core.started:
-            with self._use:
-                await self._core.start()
-        return self._core
-
-    async def __aenter__(self) -> Self:
-        await self._started()
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.close()

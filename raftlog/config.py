@@ -11,7 +11,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Final, Literal, Self, TypeAlias
 
@@ -147,6 +147,7 @@ _Limit: TypeAlias = Annotated[Annotated[int, Field(ge=0, le=2**63 - 1)] | None, 
 _BatchBytes: TypeAlias = Annotated[int, Field(ge=1 * KIB, le=BATCH_BYTES_LIMIT)]
 _Compression: TypeAlias = Literal["none", "lz4", "zstd"]
 _SerializerField: TypeAlias = Annotated[Serializer | None, BeforeValidator(serializer_of)]
+_Callback: TypeAlias = Callable[[list[TopicPartition]], Any] | None
 _DeserializerField: TypeAlias = Annotated[Deserializer | None, BeforeValidator(deserializer_of)]
 
 
@@ -187,6 +188,7 @@ class ProducerConfig(Settings):
         "compression.type": "compression",
         "key.serializer": "key_serializer",
         "max.in.flight.requests.per.connection": "max_in_flight",
+        "transaction.timeout.ms": "transaction_timeout_ms",
         "transactional.id": "transactional_id",
         "value.serializer": "value_serializer",
     }
@@ -218,7 +220,10 @@ class ProducerConfig(Settings):
     key_serializer: _SerializerField = None
     value_serializer: _SerializerField = None
     transactional_id: Annotated[str, Field(min_length=1, max_length=249)] | None = None
-    """The name under which a producer's transactions go on after a restart."""
+    """The name under which a producer's transactions go on after a restart. Whoever opens it fences the one
+    before."""
+    transaction_timeout_ms: Annotated[int, Field(ge=1, le=15 * 60_000)] = 60_000
+    """A transaction that is open for longer is aborted."""
 
     @classmethod
     def _translate(cls, values: dict[str, Any]) -> dict[str, Any]:
@@ -241,8 +246,10 @@ class ConsumerConfig(Settings):
         "fetch.max.bytes": "fetch_bytes_max",
         "fetch.max.wait.ms": "fetch_wait_ms",
         "group.id": "group",
+        "group.remote.assignor": "assignor",
         "isolation.level": "isolation",
         "max.partition.fetch.bytes": "partition_fetch_bytes",
+        "max.poll.interval.ms": "rebalance_timeout_ms",
         "max.poll.records": "max_poll_records",
         "value.deserializer": "value_deserializer",
     }
@@ -264,6 +271,22 @@ class ConsumerConfig(Settings):
     OffsetOutOfRange."""
     enable_auto_commit: bool = False
     """Commit what ``poll`` returns before it returns it: at most once."""
+    session_timeout_ms: Annotated[int, Field(ge=100, le=1_800_000)] = 30_000
+    """A member of a group of which nothing is heard for this long is out. Heartbeats are sent in the
+    background, and where a process ends its connection breaks, which leaves a second: this is for processes
+    that stand still and for networks that fall silent."""
+    rebalance_timeout_ms: Annotated[int, Field(ge=100, le=1_800_000)] = 300_000
+    """A partition that is to go to another member goes when its consumer is used next (``poll``, ``commit``
+    without offsets, ``close``), and without being asked when that takes longer than this."""
+    assignor: Literal["uniform", "sticky"] = "uniform"
+    """How the group's partitions are shared; taken from the newest member that joins."""
+    on_assigned: _Callback = None
+    """Called with the partitions (a list) that a member gets, before it reads them: the place to seek. Like
+    the others it is called by ``poll`` and the like, in their thread; what it raises, they raise."""
+    on_revoked: _Callback = None
+    """Called with the partitions that go to another member: the last chance to commit."""
+    on_lost: _Callback = None
+    """Called with partitions that others may have already; default: on_revoked."""
     value_deserializer: _DeserializerField = None
     max_poll_records: Annotated[int, Field(ge=1)] = 500
     """What one ``poll`` returns at most, unless it says otherwise."""
@@ -285,6 +308,9 @@ class ConsumerConfig(Settings):
             )
         if self.enable_auto_commit and self.group is None:
             raise ConfigError("committing offsets (enable_auto_commit, at-most-once) needs a group")
+        for name in ("on_assigned", "on_revoked", "on_lost"):
+            if self.group is None and getattr(self, name) is not None:
+                raise ConfigError(f"{name} needs a group: without one, nothing is assigned or revoked")
 
 
 class BrokerConfig(Settings):

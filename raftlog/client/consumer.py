@@ -1,11 +1,11 @@
 """The consumer's core: an assignment, and handing out what the fetcher brought.
 
 It never blocks and never waits: :meth:`ConsumerCore.take` gives what is there, and
-    :meth:`ConsumerCore.when_arrived` tells
-when looking again may be worth it. Decoding and deserialising happen in ``take``, on the caller's thread.
+:meth:`ConsumerCore.when_arrived` tells when looking again may be worth it. Decoding and deserialising happen
+in ``take``, on the caller's thread.
 
 A partition's position is the offset after the last record handed out. What was fetched or decoded ahead never
-counts.
+counts. In a group partitions come and go, see ``sharing``.
 """
 
 from __future__ import annotations
@@ -14,15 +14,18 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import datetime
 from functools import partial
 from threading import Lock
-from typing import Any, Final
+from typing import Any
 
-from raftlog.client.assigned import UNKNOWN_TERM, AssignedPartition
+from raftlog.client.assigned import COMMITTED, UNKNOWN_TERM, AssignedPartition
 from raftlog.client.cluster import ClusterClient, partition_of
-from raftlog.client.fetcher import LOOKUP_TIMEOUT_S, RESETS, Fetcher
-from raftlog.client.metadata import TopicView
+from raftlog.client.fetcher import Fetcher
+from raftlog.client.group import Membership
+from raftlog.client.metadata import PartitionView, TopicView
+from raftlog.client.offsets import LOOKUP_TIMEOUT_S, RESETS, to_ms
+from raftlog.client.sharing import Sharing
 from raftlog.config import ConsumerConfig, validate_topic_name
 from raftlog.errors import (
     Closed,
@@ -34,15 +37,11 @@ from raftlog.errors import (
     UnknownPartition,
 )
 from raftlog.net.rpc import OFFSET_EARLIEST, OFFSET_LATEST
-from raftlog.record.codec import decode_batch
-from raftlog.record.frame import FRAME_HEADER_BYTES, FrameKind, iter_frames
 from raftlog.record.types import Record, TopicPartition
 
 log = logging.getLogger("raftlog.client")
 
 Place = TopicPartition | tuple[str, int]
-
-_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 class ConsumerCore:
@@ -51,13 +50,13 @@ class ConsumerCore:
     Args:
         cluster: whose loop everything asynchronous runs on.
         config: its settings.
-        topics: read all partitions of these, unless ``config.assign`` names partitions.
+        topics: read all partitions of these, or the group's share of them; none where ``config.assign``
+            names partitions.
         loop: the cluster's.
         call_soon: the loop's ``call_soon``, or ``call_soon_threadsafe`` where another thread polls.
 
     Raises:
-        ConfigError: neither topics nor partitions, or both; or a setting that this release does not carry
-            out.
+        ConfigError: neither topics nor partitions, or both.
     """
 
     def __init__(
@@ -68,11 +67,6 @@ class ConsumerCore:
         loop: asyncio.AbstractEventLoop,
         call_soon: Callable[..., Any],
     ) -> None:
-        if config.group is not None:
-            raise ConfigError(
-                "group: this release has no consumer groups; without one a consumer reads all partitions of "
-                "its topics, or those of assign="
-            )
         if bool(topics) == bool(config.assign):
             raise ConfigError("a consumer reads either topics or the partitions of assign=")
         self.topics = tuple(validate_topic_name(topic) for topic in topics)
@@ -82,45 +76,66 @@ class ConsumerCore:
         self._cluster = cluster
         self._deserializer = config.value_deserializer
         self._lock = Lock()
-        self._partitions: dict[TopicPartition, AssignedPartition] = {}
+        self.partitions: dict[TopicPartition, AssignedPartition] = {}
+        """What is read; the consumer's thread changes it."""
         self._turns: deque[AssignedPartition] = deque()
         self._current: AssignedPartition | None = None
+        self._is_limited = False
         self._arrivals = 0
         self._waiting: deque[Callable[[], None]] = deque()
-        self._fetcher = Fetcher(cluster, loop, config, self._lock, self._arrived, call_soon)
+        self.sharing: Sharing | None = None
+        """The consumer's part in its group, if it has one."""
+        committed = None
+        if config.group is not None:
+            member = Membership(cluster, config, self.topics, loop, self._arrived, call_soon)
+            self.sharing = Sharing(self, member)
+            committed = member.committed
+        self._fetcher = Fetcher(cluster, loop, config, self._lock, self._arrived, call_soon, committed)
 
     # -- the loop --------------------------------------------------------------------------------------------
 
     async def start(self) -> None:
-        """Find the partitions to read, and begin to fetch.
+        """Find the partitions to read, and begin to fetch; or begin to join the group.
 
         Raises:
             UnknownTopic, UnknownPartition, ConnectionLost, RequestTimeout.
         """
         if self.started:
             return
-        reset = RESETS[self.config.auto_offset_reset]
         names = dict.fromkeys([*self.topics, *(each.topic for each in self.config.assign or ())])
         views: dict[str, TopicView] = {
             name: await self._cluster.topic(validate_topic_name(name), timeout=LOOKUP_TIMEOUT_S)
             for name in names
         }
-        if self.config.assign:
-            chosen = [partition_of(views[topic], index) for topic, index in dict.fromkeys(self.config.assign)]
+        if self.sharing is not None:
+            await self.sharing.member.start()
+        elif self.config.assign:
+            self.add(
+                [partition_of(views[topic], index) for topic, index in dict.fromkeys(self.config.assign)]
+            )
         else:
-            chosen = [view for name in names for view in views[name].partitions]
-        for view in chosen:
-            each = AssignedPartition(view, reset)
-            self._partitions[each.name] = each
-        self._turns = deque(self._partitions.values())
+            self.add([view for name in names for view in views[name].partitions])
+        self.fetch()
         self.started = True
-        self._fetcher.assign(self._turns)
+
+    @property
+    def in_group(self) -> Sharing:
+        """The consumer's part in its group.
+
+        Raises:
+            ConfigError: it has none.
+        """
+        if self.sharing is None:
+            raise ConfigError("offsets are committed by groups: this consumer has none, give it group=")
+        return self.sharing
 
     async def close(self) -> None:
-        """Stop; who waits for records is told."""
+        """Stop, and leave the group; who waits for records is told."""
         self.closed = True
         self._fetcher.stop()
         self._arrived()
+        if self.sharing is not None:
+            await self.sharing.member.leave()
 
     def _arrived(self) -> None:
         with self._lock:
@@ -129,20 +144,17 @@ class ConsumerCore:
         for callback in waiting:
             callback()
 
-    async def ends(self) -> dict[TopicPartition, int]:
-        """The offset after the last committed record of each assigned partition, asked now."""
-        return await self._offsets(self._partitions.values(), OFFSET_LATEST)
-
-    async def _offsets(self, partitions: Iterable[AssignedPartition], what: int) -> dict[TopicPartition, int]:
-        partitions = list(partitions)
-        answers = await asyncio.gather(
-            *(self._fetcher.offset(each.view, what, timeout=LOOKUP_TIMEOUT_S) for each in partitions)
+    async def ends(self, places: Sequence[Place] = ()) -> dict[TopicPartition, int]:
+        """The offset after the last record to be read of these partitions or of all, asked now."""
+        chosen = self.chosen(places)
+        found = await asyncio.gather(
+            *(self._fetcher.offsets.find(each.view, OFFSET_LATEST) for each in chosen)
         )
-        return {each.name: answer.offset for each, answer in zip(partitions, answers, strict=True)}
+        return {each.name: offset for each, offset in zip(chosen, found, strict=True)}
 
     async def position(self, place: Place) -> int:
         """The offset of the next record to be handed out, looked up if need be."""
-        each = self._find(place)
+        each = self.find(place)
         while each.position is None:
             if each.error is not None:
                 self._meet(each, each.error)
@@ -158,39 +170,19 @@ class ConsumerCore:
 
     async def lag(self) -> dict[TopicPartition, int]:
         """How many records each assigned partition holds from its position on, asked now."""
-        positions = {name: await self.position(name) for name in self._partitions}
+        positions = {name: await self.position(name) for name in self.partitions}
         ends = await self.ends()
         return {name: max(ends[name] - position, 0) for name, position in positions.items()}
 
     async def seek_to_time(self, when: int | datetime, places: Sequence[Place]) -> None:
         """Go to the first record of that time or later; to the end where there is none."""
         timestamp_ms = to_ms(when)
-        chosen = self._chosen(places)
-        found = await asyncio.gather(*(self._first_since(each, timestamp_ms) for each in chosen))
+        chosen = self.chosen(places)
+        found = await asyncio.gather(
+            *(self._fetcher.offsets.since(each.view, timestamp_ms) for each in chosen)
+        )
         for each, offset in zip(chosen, found, strict=True):
-            self._jump(each, offset)
-
-    async def _first_since(self, each: AssignedPartition, timestamp_ms: int) -> int:
-        """The broker's index knows batches; which record of the batch it is, is found by reading on from
-        there."""
-        answer = await self._fetcher.offset(each.view, timestamp_ms, timeout=LOOKUP_TIMEOUT_S)
-        offset = answer.offset
-        if offset < 0:
-            return (await self._fetcher.offset(each.view, OFFSET_LATEST, timeout=LOOKUP_TIMEOUT_S)).offset
-        while True:
-            chunk = await self._fetcher.read_at(each.view, offset, timeout=LOOKUP_TIMEOUT_S)
-            end = offset
-            for header, at in iter_frames(chunk):
-                if header.kind != FrameKind.BATCH:
-                    continue
-                batch = chunk[at + FRAME_HEADER_BYTES : at + header.length]
-                for record in decode_batch(batch, *each.name, check=False):
-                    if record.offset >= offset and record.timestamp_ms >= timestamp_ms:
-                        return record.offset
-                    end = max(end, record.offset + 1)
-            if end == offset:
-                return offset
-            offset = end
+            self.jump(each, offset)
 
     # -- the consumer's thread -------------------------------------------------------------------------------
 
@@ -254,7 +246,7 @@ class ConsumerCore:
             found = each.decode_next(self._lock)
         except RaftlogError as error:
             with self._lock:
-                each.jump(each.position, each.reset)
+                each.jump(each.position, each.reset, last_term=each.position_term)
                 each.error = error
             found = False
         if each.buffered < before:
@@ -270,15 +262,14 @@ class ConsumerCore:
         reset = RESETS[self.config.auto_offset_reset]
         if isinstance(error, OffsetOutOfRange) and reset is not None:
             log.warning("%s: %s; going on at the %s record", each.view, error, self.config.auto_offset_reset)
-            self._jump(each, None, reset)
+            self.jump(each, None, reset)
             return
         if isinstance(error, LogTruncated) and reset is not None:
             log.warning("%s: %s; going on there", each.view, error.message)
-            self._jump(each, error.offset)
+            self.jump(each, error.offset)
             return
         # fetch again from the position, so that the next poll meets the error again, or not
-        last_term = each.last_term if isinstance(error, LogTruncated) else UNKNOWN_TERM
-        self._jump(each, each.position, each.reset, last_term=last_term)
+        self.jump(each, each.position, each.reset, last_term=each.position_term)
         raise error.with_traceback(None)
 
     def _hand_out(self, each: AssignedPartition, end: int, taken: list[Record]) -> bool:
@@ -329,61 +320,107 @@ class ConsumerCore:
 
     def assignment(self) -> list[TopicPartition]:
         """The partitions that are read, in order."""
-        return sorted(self._partitions)
+        return sorted(self.partitions)
+
+    def add(self, views: Iterable[PartitionView]) -> list[TopicPartition]:
+        """Read these too, once :meth:`fetch` is called; returns their names, in order."""
+        reset = COMMITTED if self.config.group is not None else RESETS[self.config.auto_offset_reset]
+        names = []
+        for view in views:
+            each = AssignedPartition(view, reset)
+            self.partitions[each.name] = each
+            names.append(each.name)
+        return sorted(names)
+
+    def drop(self, partitions: Iterable[AssignedPartition]) -> None:
+        """Read these no more."""
+        for each in partitions:
+            self.partitions.pop(each.name, None)
+            with self._lock:
+                each.jump(None)
+        self.fetch()
+
+    def fetch(self) -> None:
+        """Fetch what is assigned now."""
+        self._turns = deque(self.partitions.values())
+        self._current = None
+        self._fetcher.assign(self._turns)
 
     def seek(self, place: Place, offset: int) -> None:
         """Go to an offset; whether it exists shows when it is fetched."""
         if isinstance(offset, bool) or not isinstance(offset, int) or offset < 0:
             raise ConfigError(f"an offset to seek to is an integer from 0, not {offset!r}")
-        self._jump(self._find(place), offset)
+        self.jump(self.find(place), offset)
 
     def seek_to_beginning(self, places: Sequence[Place]) -> None:
         """Go to the first record there is, looked up when it is needed."""
-        for each in self._chosen(places):
-            self._jump(each, None, OFFSET_EARLIEST)
+        for each in self.chosen(places):
+            self.jump(each, None, OFFSET_EARLIEST)
 
     def seek_to_end(self, places: Sequence[Place]) -> None:
         """Go behind the last record there is when it is looked up."""
-        for each in self._chosen(places):
-            self._jump(each, None, OFFSET_LATEST)
+        for each in self.chosen(places):
+            self.jump(each, None, OFFSET_LATEST)
 
     def pause(self, places: Sequence[Place]) -> None:
         """Hand out nothing of these until they are resumed."""
-        for each in self._chosen(places):
+        for each in self.chosen(places):
             each.paused = True
         self._current = None
 
     def resume(self, places: Sequence[Place]) -> None:
         """Go on with these."""
-        for each in self._chosen(places):
+        for each in self.chosen(places):
             each.paused = False
         self._fetcher.wake()
         self._arrived()
 
+    @property
+    def unlimited(self) -> list[TopicPartition]:
+        """Partitions that have come while the others were limited."""
+        if not self._is_limited:
+            return []
+        return [name for name, each in self.partitions.items() if each.limit is None]
+
     def limit(self, ends: Mapping[TopicPartition, int] | None) -> None:
         """Hand out nothing from these offsets on; None lifts all limits."""
-        for name, each in self._partitions.items():
-            each.limit = None if ends is None else ends.get(name)
+        self._is_limited = ends is not None
+        for name, each in self.partitions.items():
+            each.limit = None if ends is None else ends.get(name, each.limit)
         self._current = None
         self._fetcher.wake()
 
     def at_limits(self) -> bool:
         """Whether every partition has reached its limit."""
+        if self.sharing is not None and (not self.sharing.member.settled or self.sharing.member.disturbed):
+            return False
         return all(
             each.limit is not None and each.position is not None and each.position >= each.limit
-            for each in self._partitions.values()
+            for each in self.partitions.values()
         )
 
-    def _find(self, place: Place) -> AssignedPartition:
-        each = self._partitions.get(TopicPartition(*place))
+    def find(self, place: Place) -> AssignedPartition:
+        """The partition of that name; UnknownPartition if it is not assigned."""
+        each = self.partitions.get(TopicPartition(*place))
         if each is None:
             raise UnknownPartition(f"{place[0]}[{place[1]}] is not assigned to this consumer")
         return each
 
-    def _chosen(self, places: Sequence[Place]) -> list[AssignedPartition]:
-        return [self._find(place) for place in places] if places else list(self._partitions.values())
+    async def view(self, place: Place) -> PartitionView:
+        """A partition that need not be assigned.
 
-    def _jump(
+        Raises:
+            UnknownTopic, UnknownPartition, ConnectionLost, RequestTimeout.
+        """
+        return await self._cluster.partition(
+            validate_topic_name(place[0]), place[1], timeout=LOOKUP_TIMEOUT_S
+        )
+
+    def chosen(self, places: Sequence[Place]) -> list[AssignedPartition]:
+        """These, or all."""
+        return [self.find(place) for place in places] if places else list(self.partitions.values())
+
+    def jump(
         self,
         each: AssignedPartition,
         offset: int | None,
@@ -391,6 +428,7 @@ class ConsumerCore:
         *,
         last_term: int = UNKNOWN_TERM,
     ) -> None:
+        """Go on from elsewhere."""
         with self._lock:
             each.jump(offset, reset, last_term=last_term)
         self._current = None
@@ -400,18 +438,3 @@ class ConsumerCore:
 def _settle(future: asyncio.Future[None]) -> None:
     if not future.done():
         future.set_result(None)
-
-
-def to_ms(when: int | datetime) -> int:
-    """Milliseconds since the epoch.
-
-    Raises:
-        ConfigError: a datetime without a timezone, or something else.
-    """
-    if isinstance(when, datetime):
-        if when.tzinfo is None:
-            raise ConfigError(f"{when!r} has no timezone: say datetime.now(UTC), or pass milliseconds")
-        return (when - _EPOCH) // timedelta(milliseconds=1)
-    if isinstance(when, bool) or not isinstance(when, int):
-        raise ConfigError(f"a time is milliseconds or a datetime with a timezone, not {when!r}")
-    return when

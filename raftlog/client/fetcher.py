@@ -8,15 +8,16 @@ callbacks.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from functools import partial
 from threading import Lock
-from typing import Any, Final
+from typing import Any
 
-from raftlog.client.assigned import AssignedPartition, end_of
+from raftlog.client.assigned import COMMITTED, AssignedPartition, end_of
 from raftlog.client.cluster import ClusterClient
 from raftlog.client.metadata import PartitionView
-from raftlog.client.retry import BACKOFF, is_retriable, retry
+from raftlog.client.offsets import ISOLATIONS, RESETS, OffsetFinder
+from raftlog.client.retry import BACKOFF, is_retriable
 from raftlog.config import ConsumerConfig
 from raftlog.errors import (
     ConnectionLost,
@@ -28,24 +29,13 @@ from raftlog.errors import (
     from_wire,
 )
 from raftlog.net.connection import RpcConnection
-from raftlog.net.rpc import (
-    OFFSET_EARLIEST,
-    OFFSET_LATEST,
-    FetchedPartition,
-    FetchPartition,
-    FetchRequest,
-    FetchResponse,
-    ListOffsetsRequest,
-    OffsetAnswer,
-    OffsetQuery,
-)
-
-LOOKUP_TIMEOUT_S: Final = 30.0
-RESETS: Final = {"earliest": OFFSET_EARLIEST, "latest": OFFSET_LATEST, "none": None}
+from raftlog.net.rpc import FetchedPartition, FetchPartition, FetchRequest, FetchResponse, GroupOffset
 
 _FETCHED = asyncio.Future[tuple[FetchResponse, memoryview]]
 _Asked = list[tuple[AssignedPartition, int]]
 """Partitions with their epochs when they were asked for."""
+CommittedOffsets = Callable[[Sequence[PartitionView]], Awaitable[dict[PartitionView, GroupOffset]]]
+"""What the consumer's group has committed of these; those without are left out."""
 
 
 class Fetcher:
@@ -58,6 +48,7 @@ class Fetcher:
         lock: guards what fetcher and consumer both touch.
         arrived: called when there is something new for the consumer: records, an error, or a position.
         call_soon: the loop's ``call_soon``, or ``call_soon_threadsafe`` where another thread polls.
+        committed: looks up what is COMMITTED; None: there is no group.
     """
 
     def __init__(
@@ -68,6 +59,7 @@ class Fetcher:
         lock: Lock,
         arrived: Callable[[], None],
         call_soon: Callable[..., Any],
+        committed: CommittedOffsets | None = None,
     ) -> None:
         self._cluster = cluster
         self._loop = loop
@@ -75,6 +67,9 @@ class Fetcher:
         self._lock = lock
         self._arrived = arrived
         self._call_soon = call_soon
+        self._committed = committed
+        self._isolation = ISOLATIONS[config.isolation]
+        self.offsets = OffsetFinder(cluster, self._isolation)
         self._partitions: list[AssignedPartition] = []
         self._turn = 0
         self._woken = False
@@ -84,9 +79,9 @@ class Fetcher:
         self._stopped = False
 
     def assign(self, partitions: Iterable[AssignedPartition]) -> None:
-        """Fetch these from now on."""
+        """Fetch these from now on, and no others; from any thread."""
         self._partitions = list(partitions)
-        self._pump()
+        self.wake()
 
     def wake(self) -> None:
         """Something is due, or has room again; from any thread."""
@@ -130,14 +125,16 @@ class Fetcher:
         share = self._config.prefetch_bytes // max(len(self._partitions), 1)
         self._turn += 1
         turn = self._turn % max(len(self._partitions), 1)  # who comes first gets the bytes of a full answer
-        due = []
+        due, unknown = [], []
         for each in self._partitions[turn:] + self._partitions[:turn]:
             if each.fetching or each.paused or each.error is not None or each.pause_until > now:
                 continue
             if each.position is None:
-                self._look_up(each)
+                unknown.append(each)
             elif each.buffered == 0 or (room > 0 and each.buffered < share):
                 due.append(each)
+        if unknown:
+            self._look_up(unknown)
         return due
 
     def _ask(self, connection: RpcConnection, partitions: list[AssignedPartition]) -> None:
@@ -158,7 +155,9 @@ class Fetcher:
                         config.partition_fetch_bytes,
                     )
                 )
-        future = connection.request(FetchRequest(config.fetch_wait_ms, config.fetch_bytes_max, rows))
+        future = connection.request(
+            FetchRequest(config.fetch_wait_ms, config.fetch_bytes_max, rows, self._isolation)
+        )
         patience = (config.fetch_wait_ms + config.request_timeout_ms) / 1000
         timer = self._loop.call_later(patience, connection.close)
         future.add_done_callback(partial(self._fetched, connection, asked, self._loop.time(), timer))
@@ -241,10 +240,9 @@ class Fetcher:
         waited: float,
     ) -> None:
         each.fetching = False
-        each.committed = row.committed
         if end is not None and end[0] > each.fetch_offset:
             each.fetch_offset, each.last_term = end
-            each.chunks.append(chunk)
+            each.chunks.append((chunk, row.aborted))
             each.buffered += len(chunk)
             each.failures = 0
         elif waited < self._config.fetch_wait_ms / 2000:
@@ -282,79 +280,78 @@ class Fetcher:
 
     # -- looking up offsets ----------------------------------------------------------------------------------
 
-    def _look_up(self, each: AssignedPartition) -> None:
-        if each.resolving:
-            return
-        if each.reset is None:
-            self._fail(
-                each,
-                each.epoch,
-                OffsetOutOfRange(
-                    f"{each.view}: there is no position, and auto_offset_reset is 'none': seek first"
-                ),
-            )
-            self._arrived()
-            return
-        each.resolving = True
-        task = self._loop.create_task(self._resolve(each, each.epoch, each.reset))
+    def _look_up(self, partitions: Iterable[AssignedPartition]) -> None:
+        """Find out where these begin to be read."""
+        of_group: _Asked = []
+        for each in partitions:
+            if each.resolving:
+                continue
+            if each.reset is None:
+                self._fail(
+                    each,
+                    each.epoch,
+                    OffsetOutOfRange(
+                        f"{each.view}: there is no position, and auto_offset_reset is 'none': seek first"
+                    ),
+                )
+                self._arrived()
+                continue
+            each.resolving = True
+            if each.reset == COMMITTED:
+                of_group.append((each, each.epoch))
+            else:
+                self._spawn(self._resolve(each, each.epoch, each.reset))
+        if of_group:
+            self._spawn(self._resolve_committed(of_group))
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = self._loop.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
     async def _resolve(self, each: AssignedPartition, epoch: int, what: int) -> None:
         try:
-            answer = await self.offset(each.view, what, timeout=LOOKUP_TIMEOUT_S)
+            offset = await self.offsets.find(each.view, what)
         except RaftlogError as error:
-            if is_retriable(error) and not isinstance(error, UnknownTopic):
-                with self._lock:
-                    each.pause_until = self._loop.time() + BACKOFF.most_s
-            else:
-                self._fail(each, epoch, error)
+            self._unresolved([(each, epoch)], error)
         else:
             with self._lock:
                 if each.epoch == epoch:
-                    each.jump(answer.offset)
+                    each.jump(offset)
         finally:
             each.resolving = False
         self._arrived()
         self._pump()
 
-    async def offset(self, view: PartitionView, timestamp_ms: int, *, timeout: float) -> OffsetAnswer:
-        """Ask the partition's leader for an offset: OFFSET_EARLIEST, OFFSET_LATEST, or of the batch in which
-        the first record of that time or later may be.
+    async def _resolve_committed(self, asked: _Asked) -> None:
+        """All partitions at once: a member may get hundreds."""
+        assert self._committed is not None, "COMMITTED is looked up in groups only"
+        reset = RESETS[self._config.auto_offset_reset]
+        try:
+            found = await self._committed([each.view for each, _ in asked])
+        except RaftlogError as error:
+            self._unresolved(asked, error)
+        else:
+            with self._lock:
+                for each, epoch in asked:
+                    if each.epoch == epoch:
+                        offset = found.get(each.view)
+                        if offset is None:
+                            each.jump(None, reset)
+                        else:
+                            each.jump(offset.offset, last_term=offset.leader_epoch)
+                            each.saved = offset.offset
+        finally:
+            for each, _ in asked:
+                each.resolving = False
+        self._arrived()
+        self._pump()
 
-        Raises:
-            RaftlogError: the last attempt's, when ``timeout`` seconds are over.
-        """
-        deadline = self._loop.time() + timeout
-        request = ListOffsetsRequest([OffsetQuery(view.topic_id, view.index, timestamp_ms)])
-
-        async def attempt() -> OffsetAnswer:
-            left = max(deadline - self._loop.time(), 0.001)
-            response, _ = await self._cluster.call_leader(view, request, timeout=left)
-            answer = response.answers[0]
-            if answer.error is not None:
-                error = from_wire(answer.error.name, answer.error.message, answer.error.details)
-                connection = self._cluster.route(view)
-                if isinstance(error, (NotLeader, UnknownReplica)) and connection is not None:
-                    self._cluster.note_refusal(view, connection, error)
-                raise error
-            return answer
-
-        return await retry(attempt, random=self._cluster.seams.random, deadline=deadline)
-
-    async def read_at(self, view: PartitionView, offset: int, *, timeout: float) -> memoryview:
-        """One fetch at ``offset`` that does not wait: the frames from there on, none at the end of the
-        log."""
-        deadline = self._loop.time() + timeout
-        wanted = FetchPartition(view.topic_id, view.index, offset, -1, self._config.partition_fetch_bytes)
-        request = FetchRequest(0, self._config.fetch_bytes_max, [wanted])
-
-        async def attempt() -> memoryview:
-            left = max(deadline - self._loop.time(), 0.001)
-            response, payload = await self._cluster.call_leader(view, request, timeout=left)
-            row = response.partitions[0]
-            if row.error is not None:
-                raise from_wire(row.error.name, row.error.message, row.error.details)
-            return payload[: row.length]
-
-        return await retry(attempt, random=self._cluster.seams.random, deadline=deadline)
+    def _unresolved(self, asked: _Asked, error: RaftlogError) -> None:
+        if is_retriable(error) and not isinstance(error, UnknownTopic):
+            with self._lock:
+                for each, _ in asked:
+                    each.pause_until = self._loop.time() + BACKOFF.most_s
+        else:
+            for each, epoch in asked:
+                self._fail(each, epoch, error)

@@ -5,7 +5,8 @@ Decoding and looking at what is there happen on the caller's thread; only I/O is
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from datetime import datetime
 from functools import partial
 from types import TracebackType
@@ -15,8 +16,10 @@ from raftlog.client.cluster import ClusterClient
 from raftlog.client.consumer import ConsumerCore, Place
 from raftlog.client.handle import Deadline, Handle, OneUser, block_until
 from raftlog.client.io_thread import IoThread
+from raftlog.client.offsets import LOOKUP_TIMEOUT_S
+from raftlog.client.sharing import Callback, Offset, Step
 from raftlog.config import ConsumerConfig
-from raftlog.errors import Closed
+from raftlog.errors import Closed, ConcurrentUse
 from raftlog.record.types import Record, TopicPartition
 
 FOREVER_S: Final = 3600.0
@@ -45,11 +48,15 @@ class Consumer(Handle):
     def poll(self, timeout: float = 1.0, max_records: int | None = None) -> list[Record]:
         """The next records: as soon as there are any, or none after ``timeout`` seconds.
 
+        In a group, partitions that come or go do so here.
+
         Args:
             timeout: seconds; 0 only looks.
             max_records: at most so many; default ``max_poll_records``.
 
         Raises:
+            Whatever a rebalance callback raises.
+            StaleMember: with auto commit: these records went to another member.
             DeserializationError: of the record at the position; seek past it.
             OffsetOutOfRange, LogTruncated: the log no longer has what the position names.
             CorruptBatch, CorruptFrame, UnknownTopic: what was read is damaged, or its topic was deleted.
@@ -63,10 +70,26 @@ class Consumer(Handle):
         with self._use:
             while True:
                 seen = core.arrivals
+                self._rebalance()
                 records = core.take(records_max)
+                if records and core.config.enable_auto_commit:
+                    self._io.call(core.in_group.save_before(records))
                 if records or deadline.over():
                     return records
                 block_until(partial(core.when_arrived, seen), deadline.left())
+
+    def _rebalance(self) -> None:
+        sharing = self._core.sharing
+        if sharing is not None and sharing.is_due:
+            self._go(sharing.rebalance())
+
+    def _go(self, steps: Generator[Step]) -> None:
+        with closing(steps):
+            for step in steps:
+                if isinstance(step, Callback):
+                    step()
+                else:
+                    self._io.call(step)
 
     def __iter__(self) -> Iterator[Record]:
         """Record after record, for ever; ends when the consumer is closed."""
@@ -78,8 +101,8 @@ class Consumer(Handle):
         """Record after record.
 
         Args:
-            until: "end": stop where the partitions end now (asked once, at the first record). None: go on for
-                ever.
+            until: "end": stop where the partitions end now (asked once, at the first record; of those that
+                come later, when they come). None: go on for ever.
             idle_timeout: stop when nothing has come for so many seconds.
 
         Raises:
@@ -90,16 +113,18 @@ class Consumer(Handle):
             yield from self._records(until, idle_timeout)
 
     def _records(self, until: Literal["end"] | None, idle_timeout: float | None) -> Iterator[Record]:
-        core = self._core
+        core, sharing = self._core, self._core.sharing
         if until is not None:
             core.limit(self._io.call(core.ends()))
         try:
             while True:
-                record = core.pop()
+                record = core.pop() if sharing is None or not sharing.is_due else None
                 if record is None:
                     record = self._wait_and_pop(until is not None, idle_timeout)
                     if record is None:
                         return
+                if core.config.enable_auto_commit and (claim := core.in_group.claim(record)) is not None:
+                    self._io.call(claim)
                 yield record
         except Closed:
             return
@@ -112,6 +137,7 @@ class Consumer(Handle):
         deadline = Deadline(idle_timeout)
         while True:
             seen = core.arrivals
+            self._rebalance()
             record = core.pop()
             if record is not None or (limited and core.at_limits()) or deadline.over():
                 return record
@@ -119,7 +145,7 @@ class Consumer(Handle):
             block_until(partial(core.when_arrived, seen), FOREVER_S if left is None else left)
 
     def assignment(self) -> list[TopicPartition]:
-        """The partitions that are read, in order."""
+        """The partitions that are read, in order; in a group: those this member has now."""
         return self._core.assignment()
 
     def position(self, partition: Place) -> int:
@@ -160,6 +186,58 @@ class Consumer(Handle):
         with self._use:
             self._io.call(self._core.seek_to_time(timestamp, partitions))
 
+    def seek_to_committed(self, *partitions: Place) -> None:
+        """Go back to what the group has committed, of these partitions or of all: what was handed out since
+        comes again.
+
+        Raises:
+            ConfigError: the consumer has no group.
+        """
+        self._check_open()
+        with self._use:
+            self._core.in_group.seek_to_committed(partitions)
+
+    def commit(
+        self, offsets: Mapping[Place, Offset] | None = None, timeout: float = LOOKUP_TIMEOUT_S
+    ) -> None:
+        """Commit, and return when it is durable.
+
+        Args:
+            offsets: partition -> offset of the next record to read, or (that, metadata). None: everything
+                that was handed out, and nothing that is fetched ahead; then partitions that the group wants
+                back are given up.
+            timeout: seconds.
+
+        Raises:
+            StaleMember: partitions went to another member, which reads from what was committed before. Drop
+                what you have of them, and go on polling.
+            ConfigError: the consumer has no group, or no such offset exists.
+            RequestTimeout, ConnectionLost: it may have been committed; commit again.
+        """
+        self._check_open()
+        with self._use:
+            self._io.call(self._core.in_group.commit(offsets, timeout))
+            if offsets is None:
+                self._rebalance()
+
+    def committed(self, partition: Place) -> int | None:
+        """The offset that the group has committed of a partition, its own or another member's; None: none.
+
+        Raises:
+            UnstableOffsets: a transaction holds it back for too long.
+        """
+        self._check_open()
+        with self._use:
+            found = self._io.call(self._core.in_group.committed(partition))
+            return None if found is None else found.offset
+
+    def committed_metadata(self, partition: Place) -> str | None:
+        """The metadata that was committed with that offset; None: there is no offset."""
+        self._check_open()
+        with self._use:
+            found = self._io.call(self._core.in_group.committed(partition))
+            return None if found is None else found.metadata
+
     def pause(self, *partitions: Place) -> None:
         """Hand out nothing of these partitions, or of all, until they are resumed."""
         self._check_open()
@@ -179,10 +257,26 @@ class Consumer(Handle):
             return self._io.call(self._core.lag())
 
     def close(self) -> None:
-        """Stop reading; from any thread. A poll that waits raises Closed, an iteration ends."""
-        if not self._begin_close():
-            return
-        self._io.call(self._core.close())
+        """Stop reading, and leave the group; from any thread. A poll that waits raises Closed, an iteration
+        ends. Positions are committed here only with auto commit.
+
+        Raises:
+            Whatever ``on_revoked`` raises; it is closed all the same. The callback is left out where another
+            thread is just using the consumer.
+        """
+        try:
+            if self._usable and self._core.sharing is not None:
+                self._part(self._core.sharing.part())
+        finally:
+            if self._begin_close():
+                self._io.call(self._core.close())
+
+    def _part(self, steps: Generator[Step]) -> None:
+        try:
+            with self._use:
+                self._go(steps)
+        except ConcurrentUse:
+            steps.close()
 
     def __enter__(self) -> Self:
         self._check_open()

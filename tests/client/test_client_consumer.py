@@ -301,7 +301,7 @@ def test_a_paused_partition_is_silent_and_keeps_its_place(world: SimWorld) -> No
     async def work(consumer: aio.Consumer) -> None:
         seen = await consumer.poll(timeout=10, max_records=1)
         await consumer.pause((TOPIC, 0))
-        got = []
+        got: list[Record] = []
         while polled := await consumer.poll(timeout=1, max_records=4):
             got += polled
         assert {record.partition for record in got} == {1}
@@ -360,7 +360,7 @@ def test_records_until_the_end_stop_there(world: SimWorld) -> None:
         fill(partition, 0, 25)
 
     async def work(consumer: aio.Consumer) -> None:
-        got = []
+        got: list[Record] = []
         async for record in consumer.records(until="end"):
             if not got:
                 for partition in partitions:
@@ -475,13 +475,14 @@ def test_a_truncated_log_is_told(world: SimWorld) -> None:
     fill(partition, 0, 10)
 
     async def work(consumer: aio.Consumer) -> None:
+        await consumer.seek((TOPIC, 0), 0)
         await poll_all(consumer, 10)
-        world.cluster.fetch_errors.append(LogTruncated("the log was cut at 7"))
+        world.cluster.fetch_errors.append(LogTruncated("the log was cut at 7", offset=7))
         await asyncio.sleep(1)
         with pytest.raises(LogTruncated):
             await consumer.poll(timeout=10)
 
-    consume(world, work)
+    consume(world, work, auto_offset_reset="none")
 
 
 # -- faults --------------------------------------------------------------------------------------------------
@@ -560,7 +561,7 @@ def test_prefetching_stops_at_its_bound(world: SimWorld) -> None:
     async def work(consumer: aio.Consumer) -> None:
         await consumer.poll(timeout=10, max_records=1)
         await asyncio.sleep(30)
-        buffered = sum(each.buffered for each in consumer._core._partitions.values())
+        buffered = sum(each.buffered for each in consumer._core.partitions.values())
         assert buffered < 64 * 1024 + 2 * 32 * 1024
         assert len(await poll_all(consumer, 199)) == 199
 
