@@ -21,7 +21,8 @@ from pathlib import Path
 from types import CodeType, ModuleType
 from typing import Any, Final
 
-from raftlog.testing.swarm import SEGMENT_BYTES_MIN
+from raftlog.testing.run import Verdict, run_once
+from raftlog.testing.swarm import SEGMENT_BYTES_MIN, Profile, draw
 
 PACKAGE: Final = "raftlog"
 
@@ -366,17 +367,21 @@ def _run_mutant(mutation: Mutation, seeds: int) -> dict[str, object]:
     for name in [name for name in sys.modules if name == PACKAGE or name.startswith(f"{PACKAGE}.")]:
         del sys.modules[name]
     run = importlib.import_module("raftlog.testing.run")
-    draw = importlib.import_module("raftlog.testing.swarm").draw
+    drawn = importlib.import_module("raftlog.testing.swarm").draw
     for seed in range(seeds):
-        profile = draw(seed)
-        if mutation.faults:
-            weights = dict.fromkeys(mutation.faults, 1.0)
-            changes = {"brokers": 3, "replication": 3, **mutation.profile}
-            profile = replace(profile, weights=weights, fault_count=14, gap_seconds=(0.02, 0.5), **changes)
-        result = run.run_once(profile)
+        result = run.run_once(shaped(mutation, drawn(seed)))
         if result.verdict is not run.Verdict.GOOD:
             return {"seeds": seed + 1, "verdict": result.verdict.value, "text": result.text}
     return {"seeds": seeds, "verdict": "good", "text": ""}
+
+
+def shaped(mutation: Mutation, profile: Profile) -> Profile:
+    """The profile with the faults and settings that a rare bug takes."""
+    if not mutation.faults:
+        return profile
+    weights = dict.fromkeys(mutation.faults, 1.0)
+    changes = {"brokers": 3, "replication": 3, **mutation.profile}
+    return replace(profile, weights=weights, fault_count=14, gap_seconds=(0.02, 0.5), **changes)
 
 
 def plant(number: int, seeds: int) -> dict[str, object]:
@@ -398,14 +403,14 @@ def plant(number: int, seeds: int) -> dict[str, object]:
 
 
 def run_all(seeds: int, only: str = "") -> list[str]:
-    """Plant every mutation in turn; print what found it.
+    """Plant every mutation in turn; print what found it. The run that did must be good without the bug.
 
     Args:
         seeds: to try for each.
         only: part of the name of those to plant.
 
     Returns:
-        Names of the mutations that were not found.
+        Names of the mutations that were not found, or not they.
 
     Raises:
         PatchFailed: a mutation no longer applies.
@@ -422,6 +427,12 @@ def run_all(seeds: int, only: str = "") -> list[str]:
         else:
             text = str(found["text"]).split(":")[0][:60]
             print(f"{found['seeds']:3d} seeds   {mutation.name}: {found['verdict']}: {text}", flush=True)
+            same = run_once(shaped(mutation, draw(int(str(found["seeds"])) - 1)))
+            if same.verdict is not Verdict.GOOD:
+                escaped.append(mutation.name)
+                print(
+                    f"            the same run without the bug: {same.verdict.value}: {same.text}", flush=True
+                )
     return escaped
 
 
