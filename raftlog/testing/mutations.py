@@ -290,14 +290,6 @@ MUTATIONS: Final = (
         {"large_values": 0.4},
     ),
     Mutation(
-        "bytes from peers are put in place before they are proved",
-        "raftlog.storage.repair",
-        "if (header.index, header.crc) in self._anchors:",
-        "if True:",
-        ("rot", "misdirected write", "usurp"),
-        {"large_values": 0.4},
-    ),
-    Mutation(
         "a consumer passes over a record between two fetches",
         "raftlog.client.fetcher",
         "each.fetch_offset, each.last_term = end\n",
