@@ -103,6 +103,15 @@ def test_2_a_late_sync_confirms_other_entries_in_a_higher_term(world: World) -> 
     assert world.fetched(world.dial(world.leader())) == [b"both have this", b"in its place"]
 
 
+def written(world: World, value: bytes) -> int:
+    """Write a record to whoever leads, again while that one is just handing over; returns its offset."""
+    while True:
+        try:
+            return world.written(world.dial(world.leader()), batch(value))
+        except (Busy, NotLeader):
+            world.loop.run_for(0.1)
+
+
 @pytest.mark.parametrize("what", [".seg", ".snap"])
 def test_3_damage_on_a_minority_loses_nothing(what: str) -> None:
     """nats-io/nats-server#7549 and #7556: one damaged file on one of three servers, and acknowledged

@@ -159,26 +159,6 @@ def test_a_follower_that_dies_in_the_middle_of_it_comes_back_whole(
     host.close()
 
 
-def test_a_leader_without_a_usable_snapshot_goes_on_trying(
-    host: Host, caplog: pytest.LogCaptureFixture
-) -> None:
-    victim = fall_behind(host)
-    leader = host.leader
-    assert host.leader_id is not None
-    disk = host.cluster.disks[host.leader_id]
-    path = f"replicas/{leader.replica_id}/{leader.log.first_index - 1:016x}.snap"
-    kept = disk.content(path)
-    disk.put(path, b"?" + kept[1:])
-    host.cluster.start_broker(victim)
-    host.loop.run_for(3.0)
-    assert host.replica(victim).snapshots_installed == 0
-    assert host.replica(victim).fault is None
-    assert sum("cannot take a snapshot" in record.getMessage() for record in caplog.records) == 1
-    disk.put(path, kept)
-    host.wait(host.is_equal)
-    assert host.replica(victim).snapshots_installed == 1
-
-
 def test_a_deposed_leader_gives_up_its_own_end_of_the_log(host: Host) -> None:
     """It wrote on while it was cut off, past the index of the snapshot that then replaces it all."""
     host.produce(20)

@@ -90,7 +90,8 @@ def test_appends_that_wait_share_one_sync() -> None:
 def test_many_replicas_are_created_at_the_price_of_one() -> None:
     async def main() -> None:
         disk = SimDisk()
-        store = await BrokerStore.open(disk, SMALL, disk_id=DISK_ID)
+        config = StorageConfig(idle_mark_seconds=60)
+        store = await BrokerStore.open(disk, config, disk_id=DISK_ID)
         await store.create(spec(1))
         before = disk.syncs
         await store.create(spec(2))
