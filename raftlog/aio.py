@@ -26,16 +26,19 @@ from typing import Any, Self
 from raftlog.client import attach
 from raftlog.client.admin import CALL_TIMEOUT_S, Admin
 from raftlog.client.aio_consumer import Consumer
-from raftlog.client.aio_producer import Producer
+from raftlog.client.aio_producer import Producer, Transaction
 from raftlog.client.cluster import Bootstrap, ClusterClient
-from raftlog.client.descriptions import ClusterDescription, TopicDescription
+from raftlog.client.descriptions import ClusterDescription, GroupDescription, TopicDescription
+from raftlog.client.group_admin import GroupAdmin, ResetTo
 from raftlog.client.handle import process_client_id
 from raftlog.client.log import refresh_through_ray
+from raftlog.client.offsets import Offset, Place
 from raftlog.config import ConsumerConfig, Environment, ProducerConfig, TopicConfig
 from raftlog.errors import Closed
 from raftlog.net.network import Seams, real_seams
+from raftlog.record.types import TopicPartition
 
-__all__ = ["Consumer", "Log", "Producer", "connect", "shutdown", "start"]
+__all__ = ["Consumer", "Log", "Producer", "Transaction", "connect", "shutdown", "start"]
 
 
 async def start(
@@ -137,6 +140,30 @@ class Log:
         """As :meth:`raftlog.Log.delete_topic`."""
         await self._admin().delete_topic(name, timeout)
 
+    async def groups(self) -> list[str]:
+        """As :meth:`raftlog.Log.groups`."""
+        return await self._groups().groups()
+
+    async def describe_group(self, group: str) -> GroupDescription:
+        """As :meth:`raftlog.Log.describe_group`."""
+        return await self._groups().describe(group)
+
+    async def delete_group(self, group: str, timeout: float = CALL_TIMEOUT_S) -> None:
+        """As :meth:`raftlog.Log.delete_group`."""
+        await self._groups().delete(group, timeout)
+
+    async def reset_offsets(
+        self, group: str, topic: str, to: ResetTo, timeout: float = CALL_TIMEOUT_S
+    ) -> dict[TopicPartition, int]:
+        """As :meth:`raftlog.Log.reset_offsets`."""
+        return await self._groups().reset(group, topic, to, timeout)
+
+    async def commit_offsets(
+        self, group: str, offsets: Mapping[Place, Offset], timeout: float = CALL_TIMEOUT_S
+    ) -> None:
+        """As :meth:`raftlog.Log.commit_offsets`."""
+        await self._groups().commit(group, offsets, timeout)
+
     async def upgrade(self, level: int = 0, timeout: float = CALL_TIMEOUT_S) -> int:
         """As :meth:`raftlog.Log.upgrade`."""
         return (await self._admin().upgrade(level, timeout)).level
@@ -179,6 +206,9 @@ class Log:
             )
         self._handles = [handle for handle in self._handles if not handle.closed]
         return self._cluster
+
+    def _groups(self) -> GroupAdmin:
+        return GroupAdmin(self._connected())
 
     def _admin(self) -> Admin:
         return Admin(self._connected())

@@ -12,10 +12,10 @@ from types import TracebackType
 from typing import Literal, Self
 
 from raftlog.client.cluster import ClusterClient
-from raftlog.client.consumer import ConsumerCore, Place
+from raftlog.client.consumer import ConsumerCore
 from raftlog.client.handle import Deadline, Handle, OneUser, wait_until
-from raftlog.client.offsets import LOOKUP_TIMEOUT_S
-from raftlog.client.sharing import Callback, Offset, Step
+from raftlog.client.offsets import LOOKUP_TIMEOUT_S, Offset, Place
+from raftlog.client.sharing import Callback, Step
 from raftlog.config import ConsumerConfig
 from raftlog.errors import Closed, ConcurrentUse
 from raftlog.record.types import Record, TopicPartition

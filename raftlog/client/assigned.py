@@ -18,6 +18,7 @@ from threading import Lock
 from typing import Final
 
 from raftlog.client.metadata import PartitionView
+from raftlog.client.offsets import UNKNOWN_TERM
 from raftlog.errors import CorruptFrame
 from raftlog.record.batch import BatchHeader
 from raftlog.record.codec import decode_batch
@@ -26,7 +27,6 @@ from raftlog.record.types import Record, TopicPartition
 
 _LENGTH_KIND_TERM: Final = struct.Struct(">I8xBxQ")
 _BATCH: Final = int(FrameKind.BATCH)
-UNKNOWN_TERM: Final = -1
 COMMITTED: Final = -3
 """To look up: the offset that the consumer's group committed. (The other numbers are those of the rpc.)"""
 _offset: Final = attrgetter("offset")

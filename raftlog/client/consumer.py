@@ -19,12 +19,12 @@ from functools import partial
 from threading import Lock
 from typing import Any
 
-from raftlog.client.assigned import COMMITTED, UNKNOWN_TERM, AssignedPartition
+from raftlog.client.assigned import COMMITTED, AssignedPartition
 from raftlog.client.cluster import ClusterClient, partition_of
 from raftlog.client.fetcher import Fetcher
 from raftlog.client.group import Membership
 from raftlog.client.metadata import PartitionView, TopicView
-from raftlog.client.offsets import LOOKUP_TIMEOUT_S, RESETS, to_ms
+from raftlog.client.offsets import LOOKUP_TIMEOUT_S, RESETS, UNKNOWN_TERM, Place, to_ms
 from raftlog.client.sharing import Sharing
 from raftlog.config import ConsumerConfig, validate_topic_name
 from raftlog.errors import (
@@ -40,8 +40,6 @@ from raftlog.net.rpc import OFFSET_EARLIEST, OFFSET_LATEST
 from raftlog.record.types import Record, TopicPartition
 
 log = logging.getLogger("raftlog.client")
-
-Place = TopicPartition | tuple[str, int]
 
 
 class ConsumerCore:

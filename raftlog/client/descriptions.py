@@ -1,14 +1,15 @@
-"""What ``describe_topic`` and ``describe_cluster`` return, put together from what the brokers say of
-themselves."""
+"""What ``describe_topic``, ``describe_group`` and ``describe_cluster`` return, put together from what the
+brokers say of themselves."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import msgspec
 
-from raftlog.net.rpc import BrokerRow, BrokerStatusResponse, ReplicaRow, TopicRow
+from raftlog.net.rpc import BrokerRow, BrokerStatusResponse, GroupOffset, GroupRow, ReplicaRow, TopicRow
+from raftlog.record.types import TopicPartition
 
 LEADER = "leader"
 
@@ -55,6 +56,49 @@ class BrokerDescription(msgspec.Struct, frozen=True):
     """How many it holds."""
     leaders: int
     """How many of them lead."""
+
+
+class MemberDescription(msgspec.Struct, frozen=True):
+    """One member of a group."""
+
+    member_id: str
+    client_id: str
+    """host:pid:random, of the process."""
+    host: str
+    """Where its connection comes from."""
+    epoch: int
+    state: str
+    """"stable", "unrevoked" (has partitions to give up) or "unreleased" (waits for some)."""
+    topics: list[str]
+    partitions: list[TopicPartition]
+    """Those it reads now."""
+
+
+class GroupOffsetDescription(msgspec.Struct, frozen=True):
+    """A partition that a group reads, or has read."""
+
+    topic: str
+    partition: int
+    committed: int | None
+    """Of the next record to read; None: nothing was committed."""
+    end: int
+    lag: int | None
+    """Records from there to the end; None where nothing was committed."""
+    metadata: str
+    member_id: str | None
+    """Whose it is now."""
+
+
+class GroupDescription(msgspec.Struct, frozen=True):
+    """One consumer group."""
+
+    name: str
+    state: str
+    """"empty", "reconciling" or "stable"."""
+    epoch: int
+    assignor: str
+    members: list[MemberDescription]
+    offsets: list[GroupOffsetDescription]
 
 
 class ClusterDescription(msgspec.Struct, frozen=True):
@@ -128,3 +172,41 @@ def describe_brokers(
             )
         )
     return described
+
+
+def describe_members(row: GroupRow, names: Mapping[bytes, str]) -> list[MemberDescription]:
+    """The members of a group; ``names``: of topics, by id."""
+    return [
+        MemberDescription(
+            each.member_id,
+            each.client_id,
+            each.host,
+            each.epoch,
+            each.state,
+            [*each.topics],
+            sorted(
+                TopicPartition(names[topic_id], index)
+                for topic_id, indices in each.assigned.items()
+                if topic_id in names
+                for index in indices
+            ),
+        )
+        for each in row.members
+    ]
+
+
+def describe_offsets(
+    committed: Mapping[TopicPartition, GroupOffset],
+    members: Iterable[MemberDescription],
+    ends: Mapping[TopicPartition, int],
+) -> list[GroupOffsetDescription]:
+    """How far a group has come with every partition in ``ends``."""
+    owners = {name: member.member_id for member in members for name in member.partitions}
+    found = []
+    for name, end in ends.items():
+        row = committed.get(name)
+        offset = None if row is None else row.offset
+        lag = None if offset is None else max(end - offset, 0)
+        metadata = "" if row is None else row.metadata
+        found.append(GroupOffsetDescription(*name, offset, end, lag, metadata, owners.get(name)))
+    return found

@@ -18,14 +18,18 @@ from raftlog.client.cluster import Bootstrap, ClusterClient
 from raftlog.client.descriptions import (
     BrokerDescription,
     ClusterDescription,
+    GroupDescription,
     PartitionDescription,
     TopicDescription,
 )
+from raftlog.client.group_admin import GroupAdmin, ResetTo
 from raftlog.client.handle import process_client_id
 from raftlog.client.io_thread import IoThread, io_thread
+from raftlog.client.offsets import Offset, Place
 from raftlog.config import ConsumerConfig, ProducerConfig, TopicConfig
 from raftlog.errors import Closed, NotRunning, RaftlogError
 from raftlog.net.network import real_seams
+from raftlog.record.types import TopicPartition
 
 if TYPE_CHECKING:
     from raftlog.client.sync import Consumer
@@ -35,6 +39,7 @@ __all__ = [
     "Bootstrap",
     "BrokerDescription",
     "ClusterDescription",
+    "GroupDescription",
     "Log",
     "PartitionDescription",
     "TopicDescription",
@@ -116,7 +121,8 @@ class Log:
         return producer
 
     def consumer(self, *topics: str, **settings: Any) -> Consumer:
-        """A new consumer of all partitions of ``topics``, or of those in ``assign=``.
+        """A new consumer of all partitions of ``topics``, of its group's share of them (``group=``), or of
+        those in ``assign=``.
 
         Args:
             topics: names.
@@ -182,6 +188,68 @@ class Log:
             UnknownTopic, ConnectionLost, RequestTimeout.
         """
         self._call(self._admin().delete_topic(name, timeout))
+
+    # -- groups ----------------------------------------------------------------------------------------------
+
+    def groups(self) -> list[str]:
+        """Names of all consumer groups, in order: those with members, and those with committed offsets."""
+        return self._call(self._connected().groups.groups())
+
+    def describe_group(self, group: str) -> GroupDescription:
+        """Members of a group, and how far it has come with each partition; asked now.
+
+        Raises:
+            UnknownGroup, ConnectionLost, RequestTimeout.
+        """
+        return self._call(self._connected().groups.describe(group))
+
+    def delete_group(self, group: str, timeout: float = CALL_TIMEOUT_S) -> None:
+        """Forget a group and what it has committed.
+
+        Raises:
+            UnknownGroup, GroupNotEmpty, UnstableOffsets, ConnectionLost, RequestTimeout.
+        """
+        self._call(self._connected().groups.delete(group, timeout))
+
+    def reset_offsets(
+        self, group: str, topic: str, to: ResetTo, timeout: float = CALL_TIMEOUT_S
+    ) -> dict[TopicPartition, int]:
+        """Have a group without members read a topic from elsewhere.
+
+        Args:
+            group: need not exist yet.
+            topic: all of its partitions, unless ``to`` names some.
+            to: "earliest", "latest", a time (an aware datetime, or milliseconds since the epoch: the first
+                record of that time or later), or offsets: {(topic, partition): offset}.
+            timeout: seconds.
+
+        Returns:
+            The new offsets.
+
+        Raises:
+            GroupNotEmpty: close its consumers first.
+            OffsetOutOfRange: there is no such offset in the partition. Nothing was changed.
+            UnknownTopic, UnknownPartition, ConfigError, ConnectionLost, RequestTimeout.
+        """
+        return self._call(self._connected().groups.reset(group, topic, to, timeout))
+
+    def commit_offsets(
+        self, group: str, offsets: Mapping[Place, Offset], timeout: float = CALL_TIMEOUT_S
+    ) -> None:
+        """Commit offsets for a group without members: where partitions are assigned by the program itself.
+
+        Args:
+            group: need not exist yet.
+            offsets: (topic, partition) -> offset of the next record to read, or (that, metadata).
+            timeout: seconds.
+
+        Raises:
+            GroupNotEmpty: its members commit themselves.
+            UnknownTopic, UnknownPartition, ConfigError, ConnectionLost, RequestTimeout.
+        """
+        self._call(self._connected().groups.commit(group, offsets, timeout))
+
+    # -- cluster ---------------------------------------------------------------------------------------------
 
     def describe_cluster(self) -> ClusterDescription:
         """The brokers, each as it says it is; asked now. One that does not answer is "lost"."""
@@ -257,6 +325,7 @@ class _Runtime:
         self.io: IoThread = io_thread()
         self.cluster: ClusterClient = self.io.call(self._make(bootstrap))
         self.admin = Admin(self.cluster)
+        self.groups = GroupAdmin(self.cluster)
         self.handles: weakref.WeakSet[Producer | Consumer] = weakref.WeakSet()
         _runtimes.add(self)
 

@@ -1,10 +1,11 @@
-"""Looking up offsets: where a partition begins and ends, and where in it a time is."""
+"""Offsets as users name them, and looking them up: where a partition begins and ends, and where in it a time
+is."""
 
 from __future__ import annotations
 
 import asyncio
 from datetime import UTC, datetime, timedelta
-from typing import Final
+from typing import Final, TypeAlias
 
 from raftlog.client.cluster import ClusterClient
 from raftlog.client.metadata import PartitionView
@@ -17,15 +18,22 @@ from raftlog.net.rpc import (
     READ_UNCOMMITTED,
     FetchPartition,
     FetchRequest,
+    GroupOffset,
     ListOffsetsRequest,
     OffsetQuery,
 )
 from raftlog.record.batch import BatchHeader
 from raftlog.record.frame import FRAME_HEADER_BYTES, FrameKind, iter_frames
+from raftlog.record.types import TopicPartition
+
+Place: TypeAlias = TopicPartition | tuple[str, int]
+Offset: TypeAlias = int | tuple[int, str]
+"""What is committed: the offset of the next record to read, alone or with metadata."""
 
 LOOKUP_TIMEOUT_S: Final = 30.0
 RESETS: Final = {"earliest": OFFSET_EARLIEST, "latest": OFFSET_LATEST, "none": None}
 ISOLATIONS: Final = {"read_committed": READ_COMMITTED, "read_uncommitted": READ_UNCOMMITTED}
+UNKNOWN_TERM: Final = -1
 _READ_BYTES: Final = 1 << 20
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 
@@ -131,3 +139,17 @@ def to_ms(when: int | datetime) -> int:
     if isinstance(when, bool) or not isinstance(when, int):
         raise ConfigError(f"a time is milliseconds or a datetime with a timezone, not {when!r}")
     return when
+
+
+def row_of(view: PartitionView, offset: Offset, term: int = UNKNOWN_TERM) -> GroupOffset:
+    """An offset to commit.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    number, metadata = offset if isinstance(offset, tuple) else (offset, "")
+    if isinstance(number, bool) or not isinstance(number, int) or number < 0 or not isinstance(metadata, str):
+        raise ConfigError(
+            f"an offset to commit is an integer from 0, or a pair of that and a str, not {offset!r}"
+        )
+    return GroupOffset(view.topic_id, view.index, number, term, metadata)

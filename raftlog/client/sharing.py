@@ -12,21 +12,18 @@ from collections.abc import Callable, Collection, Coroutine, Generator, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from raftlog.client.assigned import COMMITTED, UNKNOWN_TERM, AssignedPartition
+from raftlog.client.assigned import COMMITTED, AssignedPartition
 from raftlog.client.group import Change, Membership
 from raftlog.client.metadata import PartitionView
-from raftlog.client.offsets import LOOKUP_TIMEOUT_S
-from raftlog.errors import ConfigError, RaftlogError
+from raftlog.client.offsets import LOOKUP_TIMEOUT_S, UNKNOWN_TERM, Offset, Place, row_of
+from raftlog.errors import RaftlogError
 from raftlog.net.rpc import GroupOffset
 from raftlog.record.types import Record, TopicPartition
 
 if TYPE_CHECKING:
-    from raftlog.client.consumer import ConsumerCore, Place
+    from raftlog.client.consumer import ConsumerCore
 
 log = logging.getLogger("raftlog.client")
-
-Offset: TypeAlias = int | tuple[int, str]
-"""What ``commit`` takes: the offset of the next record to read, alone or with metadata."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,20 +216,6 @@ class Sharing:
             self._core.seek(each.name, record.offset)
             raise
         each.claimed = each.saved = end
-
-
-def row_of(view: PartitionView, offset: Offset, term: int = UNKNOWN_TERM) -> GroupOffset:
-    """An offset to commit.
-
-    Raises:
-        ConfigError: it is none.
-    """
-    number, metadata = offset if isinstance(offset, tuple) else (offset, "")
-    if isinstance(number, bool) or not isinstance(number, int) or number < 0 or not isinstance(metadata, str):
-        raise ConfigError(
-            f"an offset to commit is an integer from 0, or a pair of that and a str, not {offset!r}"
-        )
-    return GroupOffset(view.topic_id, view.index, number, term, metadata)
 
 
 def _row(each: AssignedPartition) -> GroupOffset:

@@ -13,11 +13,11 @@ from types import TracebackType
 from typing import Final, Literal, Self
 
 from raftlog.client.cluster import ClusterClient
-from raftlog.client.consumer import ConsumerCore, Place
+from raftlog.client.consumer import ConsumerCore
 from raftlog.client.handle import Deadline, Handle, OneUser, block_until
 from raftlog.client.io_thread import IoThread
-from raftlog.client.offsets import LOOKUP_TIMEOUT_S
-from raftlog.client.sharing import Callback, Offset, Step
+from raftlog.client.offsets import LOOKUP_TIMEOUT_S, Offset, Place
+from raftlog.client.sharing import Callback, Step
 from raftlog.config import ConsumerConfig
 from raftlog.errors import Closed, ConcurrentUse
 from raftlog.record.types import Record, TopicPartition
