@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from raftlog.client.delivery import BatchDelivery, Delivery
     from raftlog.client.log import Log
     from raftlog.client.sync import Consumer
-    from raftlog.client.sync_producer import Producer
+    from raftlog.client.sync_producer import Producer, Transaction
     from raftlog.errors import RaftlogError
     from raftlog.record.types import BatchRange, Record, RecordMetadata, TopicPartition
 
@@ -45,6 +45,7 @@ __all__ = [
     "Record",
     "RecordMetadata",
     "TopicPartition",
+    "Transaction",
     "__version__",
     "aio",
     "config",
@@ -67,6 +68,7 @@ _FROM = {
     "Record": "raftlog.record.types",
     "RecordMetadata": "raftlog.record.types",
     "TopicPartition": "raftlog.record.types",
+    "Transaction": "raftlog.client.sync_producer",
 }
 _SUBMODULES = frozenset({"aio", "config", "errors", "serde", "testing"})
 

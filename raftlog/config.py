@@ -188,7 +188,6 @@ class ProducerConfig(Settings):
         "compression.type": "compression",
         "key.serializer": "key_serializer",
         "max.in.flight.requests.per.connection": "max_in_flight",
-        "transaction.timeout.ms": "transaction_timeout_ms",
         "transactional.id": "transactional_id",
         "value.serializer": "value_serializer",
     }

@@ -360,6 +360,14 @@ class TransactionTimedOut(TransactionAborted, TimeoutError):
     hint = "begin the next one and do its work again; give it more time with transaction_timeout_ms"
 
 
+class CommitInDoubt(RaftlogError, TimeoutError):
+    """Nobody has answered whether the transaction was committed; it is, or will be aborted."""
+
+    retriable = True
+    indeterminate = True
+    hint = "call txn.commit() again: it commits, or says that the transaction was aborted"
+
+
 class UnknownTransactionalId(RaftlogError):
     """Nobody has this transactional id: it was never used, or not for so long that it expired."""
 

@@ -24,7 +24,7 @@ from typing import Final
 from raftlog.client.delivery import Completion, Delivery
 from raftlog.client.metadata import PartitionView, TopicView
 from raftlog.client.window import Identity, Window
-from raftlog.errors import Closed
+from raftlog.errors import Closed, RaftlogError
 from raftlog.net.connection import RpcConnection
 from raftlog.net.rpc import ProduceRequest
 from raftlog.record.batch import SEQUENCE_MODULUS, Compression, with_producer
@@ -83,17 +83,23 @@ class ProducerBatch(Completion):
         self.doubt_before = False
         self.last_error: BaseException | None = None
 
-    def encode(self, compression: Compression, identity: Identity | None, sequence: int) -> bytes:
+    def encode(
+        self,
+        compression: Compression,
+        identity: Identity | None,
+        sequence: int,
+        transactional: bool = False,
+    ) -> bytes:
         """The bytes to send, under this identity and sequence; made once, and kept for retries."""
         self.identity, self.sequence = identity, sequence
         if self.builder is None:
             assert self.encoded is not None, "a batch has its records or their bytes"
             if identity is not None:
-                self.encoded = with_producer(self.encoded, *identity, sequence)
+                self.encoded = with_producer(self.encoded, *identity, sequence, transactional)
         elif identity is None:
             self.encoded = self.builder.build(compression)
         else:
-            self.encoded = self.builder.build(compression, *identity, sequence)
+            self.encoded = self.builder.build(compression, *identity, sequence, transactional)
         self.builder = None
         return self.encoded
 
@@ -179,7 +185,8 @@ class Accumulator:
         self._arrived: list[ProducerBatch] = []
         self._unsettled: dict[ProducerBatch, None] = {}
         self._room_wanted: deque[Callable[[], None]] = deque()
-        self._closed = False
+        self._refusal: Callable[[], RaftlogError] | None = None
+        """Why no record is taken; there is no open batch then."""
 
     @property
     def used(self) -> int:
@@ -210,7 +217,7 @@ class Accumulator:
 
         Raises:
             InvalidRecord: a type that cannot be encoded; nothing was buffered.
-            Closed: the producer was closed.
+            RaftlogError: why no records are taken: the producer was closed, it has no transaction open.
         """
         with self._lock:
             batch = queue.open
@@ -275,22 +282,36 @@ class Accumulator:
     def close_open_batches(self) -> list[ProducerBatch]:
         """Let everything buffered go out now; returns all batches that are not settled."""
         with self._lock:
-            for batch in self._unsettled:
-                if not batch.closed:
-                    self._close_open(batch.queue)
-                    self._change(batch.queue)
-            return list(self._unsettled)
+            return self._close_all()
 
     def unsettled(self) -> list[ProducerBatch]:
         """All batches that are not settled, the oldest first."""
         with self._lock:
             return list(self._unsettled)
 
-    def close(self) -> None:
-        """Refuse further records."""
+    def shut(self, refusal: Callable[[], RaftlogError]) -> list[ProducerBatch]:
+        """Take no more records, and let everything buffered go out now.
+
+        Args:
+            refusal: makes the error that is raised for records.
+
+        Returns:
+            All batches that are not settled.
+        """
         with self._lock:
-            self._closed = True
+            self._refusal = refusal
+            batches = self._close_all()
         self._tell_room()
+        return batches
+
+    def reopen(self) -> None:
+        """Take records again."""
+        with self._lock:
+            self._refusal = None
+
+    def close(self) -> None:
+        """Take no more records, for good."""
+        self.shut(_closed)
 
     # -- the loop --------------------------------------------------------------------------------------------
 
@@ -353,8 +374,8 @@ class Accumulator:
     # -- within the lock -------------------------------------------------------------------------------------
 
     def _has_room(self, size: int) -> bool:
-        if self._closed:
-            raise Closed("the producer is closed")
+        if self._refusal is not None:
+            raise self._refusal()
         # into an empty buffer goes anything, or what is larger than the buffer would wait for ever
         return not self._used or self._used + size <= self.buffer_bytes
 
@@ -366,6 +387,13 @@ class Accumulator:
         self._unsettled[batch] = None
         self._change(queue)
         return batch
+
+    def _close_all(self) -> list[ProducerBatch]:
+        for batch in self._unsettled:
+            if not batch.closed:
+                self._close_open(batch.queue)
+                self._change(batch.queue)
+        return list(self._unsettled)
 
     def _close_open(self, queue: PartitionQueue) -> None:
         batch = queue.open
@@ -390,6 +418,10 @@ class Accumulator:
             except IndexError:
                 return
             callback()
+
+
+def _closed() -> RaftlogError:
+    return Closed("the producer is closed")
 
 
 def size_of(headers: Headers) -> int:

@@ -17,6 +17,7 @@ from typing import Any, Final, TypeVar
 import msgspec
 
 from raftlog.client.connections import Bootstrap, Connections
+from raftlog.client.identity_pool import IdentityPool
 from raftlog.client.metadata import NO_LEADER, MetadataCache, PartitionView, TopicView
 from raftlog.client.retry import BACKOFF, is_retriable, retry
 from raftlog.errors import (
@@ -55,6 +56,7 @@ class ClusterClient:
         bootstrap: where to begin.
         client_id: who we are in the brokers' logs and in ``ClusterInUse``.
         refresh: asked for a new bootstrap when no known address answers.
+        identities: what producers that were closed have left; default: of this client alone.
     """
 
     def __init__(
@@ -63,10 +65,12 @@ class ClusterClient:
         bootstrap: Bootstrap,
         client_id: str,
         refresh: Callable[[], Awaitable[Bootstrap]] | None = None,
+        identities: IdentityPool | None = None,
     ) -> None:
         self.seams = seams
         self.bootstrap = bootstrap
         self.client_id = client_id
+        self.identities = identities or IdentityPool()
         self.cache = MetadataCache()
         self.connections = Connections(seams, bootstrap, client_id, refresh, self._wake_seek)
         self.metadata_view = PartitionView("metadata", b"", 0, PartitionRow(replicas=[]))
@@ -147,7 +151,7 @@ class ClusterClient:
                 answers.append(await self._ask_one(connection, topics, REQUEST_TIMEOUT_S))
 
         await asyncio.wait(
-            [self._spawn(ask(connection)) for connection in self.connections.open_ones()], timeout=ASK_S
+            [self.spawn(ask(connection)) for connection in self.connections.open_ones()], timeout=ASK_S
         )
         return max(answers, key=attrgetter("version"))
 
@@ -184,7 +188,7 @@ class ClusterClient:
             with contextlib.suppress(RaftlogError):  # it is asked again when something needs it
                 await self._ask_any(names, REQUEST_TIMEOUT_S)
 
-        self._spawn(ask())
+        self.spawn(ask())
 
     # -- calls -----------------------------------------------------------------------------------------------
 
@@ -286,7 +290,7 @@ class ClusterClient:
         self._seek_afresh = True
         self._seek_wakeup.set()
         if self._seek_task is None:
-            self._seek_task = self._spawn(self._seek())
+            self._seek_task = self.spawn(self._seek())
             self._seek_task.add_done_callback(self._seek_ended)
         return future
 
@@ -310,7 +314,7 @@ class ClusterClient:
         self._seek_task = None
         if self._seekers and not task.cancelled() and task.exception() is None:
             # Somebody came between the task's last look, which found nobody, and this call.
-            self._seek_task = self._spawn(self._seek())
+            self._seek_task = self.spawn(self._seek())
             self._seek_task.add_done_callback(self._seek_ended)
             return
         error = Closed("this client is closed") if task.cancelled() else task.exception()
@@ -357,7 +361,7 @@ class ClusterClient:
                 return
             except TimeoutError:
                 return
-        waiting = [self._spawn(self._ask_quietly(connection, topics)) for connection in asked]
+        waiting = [self.spawn(self._ask_quietly(connection, topics)) for connection in asked]
         await asyncio.wait(waiting, timeout=ASK_S)
 
     async def _ask_quietly(self, connection: RpcConnection, topics: list[str]) -> None:
@@ -367,7 +371,8 @@ class ClusterClient:
 
     # -- life ------------------------------------------------------------------------------------------------
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Run it in the background, until this client is closed."""
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)

@@ -14,14 +14,16 @@ from typing import Any, Final, NamedTuple
 from raftlog.client.accumulator import RECORD_OVERHEAD, PartitionQueue, ProducerBatch, size_of
 from raftlog.client.cluster import ClusterClient, partition_of
 from raftlog.client.delivery import Delivery
+from raftlog.client.identities import Identities, OwnIdentity
 from raftlog.client.metadata import TopicView
 from raftlog.client.sender import Sender
+from raftlog.client.transaction import TransactionManager
 from raftlog.config import ProducerConfig, TopicConfig, validate_topic_name
 from raftlog.errors import (
     BufferFull,
-    ConfigError,
     DeliveryFailed,
     InvalidRecord,
+    InvalidTopic,
     RecordTooLarge,
     SerializationError,
 )
@@ -91,8 +93,6 @@ class ProducerCore:
         loop: asyncio.AbstractEventLoop,
         call_soon: Callable[..., Any],
     ) -> None:
-        if config.transactional_id is not None:
-            raise ConfigError("transactional_id: this release has no transactions")
         self.config = config
         self._cluster = cluster
         self._random = cluster.seams.random
@@ -101,10 +101,21 @@ class ProducerCore:
         self._key_serializer = config.key_serializer
         self._value_serializer = config.value_serializer
         self._routes: dict[str, Route] = {}
+        self.transactions: TransactionManager | None = None
+        identities: Identities | None = None
+        if config.transactional_id is not None:
+            identities = self.transactions = TransactionManager(
+                cluster,
+                config.transactional_id,
+                config.transaction_timeout_ms,
+                config.delivery_timeout_ms / 1000,
+            )
+        elif config.acks != 0:
+            identities = OwnIdentity(cluster, config.delivery_timeout_ms / 1000)
         self.sender = Sender(
             cluster,
             loop,
-            acknowledged=config.acks != 0,
+            identities=identities,
             linger_s=config.linger_ms / 1000,
             delivery_timeout_s=config.delivery_timeout_ms / 1000,
             request_timeout_s=config.request_timeout_ms / 1000,
@@ -113,6 +124,8 @@ class ProducerCore:
             call_soon=call_soon,
         )
         self.accumulator = self.sender.accumulator
+        if self.transactions is not None:
+            self.transactions.attach(self.sender)
         self.max_block_s = config.max_block_ms / 1000
 
     # -- one record ------------------------------------------------------------------------------------------
@@ -281,6 +294,8 @@ class ProducerCore:
             InvalidTopic, UnknownTopic, ConnectionLost, RequestTimeout.
         """
         topic = await self._cluster.topic(validate_topic_name(name), timeout=timeout)
+        if topic.internal:
+            raise InvalidTopic(f"topic {name!r} is internal: brokers alone write it")
         self.knows(name)
         if name not in self._routes:
             bytes_max = int(topic.config.get("max_message_bytes", DEFAULT_MESSAGE_BYTES_MAX))
@@ -306,7 +321,9 @@ class ProducerCore:
 
     def raise_failures(self) -> None:
         """Raise DeliveryFailed if deliveries failed that nobody has looked at; then they count as looked
-        at."""
+        at. In a transaction: raise why it cannot commit, if so."""
+        if self.transactions is not None:
+            self.transactions.raise_failure()
         texts: list[str] = []
         count = 0
         failed = self.sender.failed

@@ -22,6 +22,8 @@ from typing import Any, Final
 from raftlog.client.accumulator import Accumulator, PartitionQueue, ProducerBatch
 from raftlog.client.cluster import ClusterClient
 from raftlog.client.delivery import NO_OFFSET
+from raftlog.client.identities import Identities
+from raftlog.client.identity_pool import Place
 from raftlog.client.metadata import PartitionView
 from raftlog.client.retry import BACKOFF
 from raftlog.client.window import Identity, Verdict
@@ -39,7 +41,7 @@ from raftlog.errors import (
     UnknownTopic,
 )
 from raftlog.net.connection import RpcConnection
-from raftlog.net.rpc import InitProducerRequest, ProduceRequest, ProduceResponse
+from raftlog.net.rpc import ProduceRequest, ProduceResponse
 from raftlog.record.batch import Compression
 
 log = logging.getLogger("raftlog.client")
@@ -59,7 +61,8 @@ class Sender:
 
     Args:
         cluster: whose loop this runs on.
-        acknowledged: False for acks=0: written to the socket counts as delivered.
+        identities: under which identities it writes; None for acks=0: written to the socket counts as
+            delivered.
         linger_s: how long an open batch waits for more records.
         delivery_timeout_s: from the first record of a batch until it must be settled.
         request_timeout_s: how long to wait for one answer.
@@ -73,7 +76,7 @@ class Sender:
         cluster: ClusterClient,
         loop: asyncio.AbstractEventLoop,
         *,
-        acknowledged: bool,
+        identities: Identities | None,
         linger_s: float,
         delivery_timeout_s: float,
         request_timeout_s: float,
@@ -87,7 +90,9 @@ class Sender:
         self._delivery_timeout_s = delivery_timeout_s
         self._request_timeout_s = request_timeout_s
         self._compression = compression
-        self._advance = self._advance_window if acknowledged else self._advance_unacknowledged
+        self._identities = identities
+        self._transactional = identities is not None and identities.transactional
+        self._advance = self._advance_unacknowledged if identities is None else self._advance_window
         self.accumulator = Accumulator(loop, buffer_bytes=buffer_bytes, wake=lambda: call_soon(self._pump))
         self.failed: deque[ProducerBatch] = deque()
         """Batches that failed, for who asks at the next flush."""
@@ -96,12 +101,10 @@ class Sender:
         self._lingering: deque[ProducerBatch] = deque()
         self._linger_timer: asyncio.TimerHandle | None = None
         self._watch_timer: asyncio.TimerHandle | None = None
-        self._identity: Identity | None = None
-        self._identity_wanted: list[PartitionQueue] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._stopped = False
         cluster.leaders_changed.add(self._leaders_changed)
-        if not acknowledged:
+        if identities is None:
             cluster.metadata_age_s = min(cluster.metadata_age_s, UNACKNOWLEDGED_METADATA_AGE_S)
 
     def stop(self) -> None:
@@ -114,9 +117,33 @@ class Sender:
                 timer.cancel()
         for task in self._tasks:
             task.cancel()
+        unsettled = self.accumulator.unsettled()
+        if self._identities is not None:
+            self._identities.close(None if unsettled else self._sequences())
         error = Closed("the producer was closed before this was delivered")
-        for batch in self.accumulator.unsettled():
+        for batch in unsettled:
             self._fail(batch, error)
+
+    def _sequences(self) -> dict[Place, tuple[Identity, int]] | None:
+        """Identity and next sequence of each partition written to; None if one is not certain."""
+        found: dict[Place, tuple[Identity, int]] = {}
+        for view, queue in self._by_view.items():
+            window = queue.window
+            if window.broken:
+                return None
+            if window.identity is not None:
+                found[view.topic_id, view.index] = window.identity, window.next_sequence
+        return found
+
+    def abandon(self, error: RaftlogError) -> None:
+        """Give up every batch that is not settled; answers to what was sent come too late."""
+        for batch in self.accumulator.unsettled():
+            self._fail_queue(batch.queue, error)
+
+    def end_windows(self) -> None:
+        """A transaction is over, and its identity with it; nothing is unsettled."""
+        for queue in self._by_view.values():
+            queue.window.end()
 
     # -- when ------------------------------------------------------------------------------------------------
 
@@ -229,7 +256,7 @@ class Sender:
             if resend:
                 window.resend()
             else:
-                batch.encode(self._compression, window.identity, window.next_sequence)
+                batch.encode(self._compression, window.identity, window.next_sequence, self._transactional)
                 window.sent_new(batch)
             self._request(queue, batch, connection, now)
 
@@ -267,7 +294,7 @@ class Sender:
         self, queue: PartitionQueue, batch: ProducerBatch, connection: RpcConnection, error: RaftlogError
     ) -> None:
         batch.last_error = error
-        verdict = queue.window.refused(batch, error)
+        verdict = queue.window.refused(batch, error, renewable=not self._transactional)
         log.debug("%s: %s: %s; %s", queue.view, type(error).__name__, error, verdict.value)
         if verdict is Verdict.WRITTEN:
             self._settle(batch, NO_OFFSET)
@@ -346,9 +373,10 @@ class Sender:
     def _begin_window(self, queue: PartitionQueue) -> bool:
         """Give the partition an identity to go on with; False while there is none, or nothing to send."""
         window = queue.window
+        identities = self._identities
+        assert identities is not None, "with acks=0 there is no window"
         if window.broken:
-            if self._identity is not None and window.identity == self._identity:
-                self._identity = self._identity.renewed()
+            identities.broken(window.identity)
             movable, doubtful = window.dissolve()
             self.accumulator.put_back(queue, movable)
             for batch in doubtful:
@@ -360,34 +388,22 @@ class Sender:
                 self._fail(batch, error)
         if not queue.ready and queue.open is None:
             return False
-        if self._identity is None:
+        begun = identities.begin_window(queue.view)
+        if begun is None:
             queue.waiting = True
-            self._identity_wanted.append(queue)
-            if len(self._identity_wanted) == 1:
-                self._spawn(self._obtain_identity())
+            identities.obtain(
+                queue.view, lambda: not queue.is_empty() and not self._stopped, partial(self._obtained, queue)
+            )
             return False
-        window.begin(self._identity)
+        window.begin(*begun)
         return True
 
-    async def _obtain_identity(self) -> None:
-        """Ask for a producer id for as long as somebody waits for one."""
-        error: RaftlogError | None = None
-        while any(not queue.is_empty() for queue in self._identity_wanted):
-            try:
-                answer = await self._cluster.call_any(InitProducerRequest(), timeout=self._delivery_timeout_s)
-            except RaftlogError as failure:
-                if failure.retriable:
-                    self._cluster.last_error = failure  # what a delivery that times out gives as its reason
-                    continue
-                error = failure
-            else:
-                self._identity = Identity(answer.producer_id, answer.epoch)
-            break
-        wanted, self._identity_wanted = self._identity_wanted, []
-        for queue in wanted:
-            if error is not None:
-                self._fail_queue(queue, error)
-            self._resume(queue)
+    def _obtained(self, queue: PartitionQueue, error: RaftlogError | None) -> None:
+        if self._stopped:
+            return
+        if error is not None:
+            self._fail_queue(queue, error)
+        self._resume(queue)
 
     # -- the end of a batch ----------------------------------------------------------------------------------
 
@@ -396,13 +412,19 @@ class Sender:
         self.accumulator.release(batch)
 
     def _fail(self, batch: ProducerBatch, error: BaseException) -> None:
-        if isinstance(error, RaftlogError) and batch.in_doubt and not error.indeterminate:
+        if batch.done:
+            return  # with its transaction
+        in_doubt = batch.in_doubt and not self._transactional  # what is aborted is not read, written or not
+        if isinstance(error, RaftlogError) and in_doubt and not error.indeterminate:
             cause = error
             error = type(cause)(cause.message, **{**cause.details, "indeterminate": True})
             error.__cause__ = cause
-        self.failed.append(batch)
+        if not self._transactional:
+            self.failed.append(batch)
         batch.complete(NO_OFFSET, error)
         self.accumulator.release(batch)
+        if self._identities is not None:
+            self._identities.failed(error)
 
     def _fail_queue(self, queue: PartitionQueue, error: BaseException) -> None:
         sent = queue.window.unsettled()

@@ -13,15 +13,24 @@ import weakref
 from collections.abc import Iterable, Sequence
 from functools import partial
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final, Never, Self
 
 from raftlog.client.cluster import ClusterClient
-from raftlog.client.delivery import BatchDelivery, Delivery, wait_for_all
+from raftlog.client.delivery import BatchDelivery, Delivery, not_picklable, wait_for_all
 from raftlog.client.handle import Deadline, Handle, block_until
 from raftlog.client.io_thread import IoThread
 from raftlog.client.producer import Pending, ProducerCore
+from raftlog.client.transaction import GroupConsumer, TransactionManager
 from raftlog.config import ProducerConfig
-from raftlog.errors import Closed, DeliveryFailed, RequestTimeout
+from raftlog.errors import (
+    Closed,
+    CommitInDoubt,
+    ConfigError,
+    DeliveryFailed,
+    InvalidTransaction,
+    RaftlogError,
+    RequestTimeout,
+)
 
 log = logging.getLogger("raftlog.client")
 
@@ -38,7 +47,10 @@ class Producer(Handle):
         self._owner = owner  # a Log that nobody holds closes its connections
         self._io = io
         self._core = ProducerCore(cluster, config, io.loop, io.loop.call_soon_threadsafe)
+        self._transaction: Transaction | None = None
         _producers.add(self)
+        if self._core.transactions is not None:  # whoever had the id is fenced from now on
+            io.call(self._core.transactions.recover(self._core.max_block_s))
 
     def send(
         self,
@@ -64,6 +76,7 @@ class Producer(Handle):
             InvalidRecord, SerializationError, RecordTooLarge: about this record; it was not buffered.
             UnknownTopic, InvalidTopic, UnknownPartition: there is nowhere to send it.
             BufferFull: no room within ``max_block_ms``.
+            InvalidTransaction: this producer has a transactional id, and no transaction open.
             Closed, UseAfterFork: this producer cannot be used (any more).
         """
         if not self._usable:
@@ -123,6 +136,27 @@ class Producer(Handle):
             batches.append(batch)
         return BatchDelivery(batches)
 
+    def transaction(self) -> Transaction:
+        """A transaction: what is sent in it becomes readable all at once, or not at all::
+
+            with producer.transaction() as txn:
+                txn.send("orders", value)
+                txn.send_offsets(consumer)
+
+        Raises:
+            ConfigError: this producer has no transactional id.
+        """
+        self._check_open()
+        self._manager  # noqa: B018  it raises if there is none
+        return Transaction(self)
+
+    @property
+    def _manager(self) -> TransactionManager:
+        manager = self._core.transactions
+        if manager is None:
+            raise ConfigError("transactions need a name: log.producer(transactional_id=…)")
+        return manager
+
     def flush(self, timeout: float | None = None) -> None:
         """Send everything now, and block until all sent so far is acknowledged or failed.
 
@@ -144,7 +178,8 @@ class Producer(Handle):
         self._core.raise_failures()
 
     def close(self, timeout: float | None = None) -> None:
-        """Flush, and give up what is not done after ``timeout`` seconds. Closing twice does nothing.
+        """Flush, and give up what is not done after ``timeout`` seconds. Closing twice does nothing. A
+        transaction that is open is aborted.
 
         Raises:
             As :meth:`flush`.
@@ -152,9 +187,12 @@ class Producer(Handle):
         if not self._begin_close():
             return
         _producers.discard(self)
-        self._core.accumulator.close()
         try:
-            self._flush(timeout)
+            if self._transaction is not None:
+                self._transaction._abort_quietly()
+            self._core.accumulator.close()
+            if self._core.transactions is None:
+                self._flush(timeout)
         finally:
             block_until(partial(self._io.call_soon, self._stop), EXIT_FLUSH_S)
 
@@ -189,6 +227,140 @@ class Producer(Handle):
                 stacklevel=2,
             )
         io.call_soon(core.sender.stop)
+
+
+class Transaction:
+    """One transaction of a producer; made by :meth:`Producer.transaction`. Leaving its ``with`` commits it,
+    an exception aborts it and goes on."""
+
+    def __init__(self, producer: Producer) -> None:
+        self._producer = producer
+
+    def begin(self) -> Self:
+        """Begin it; what ``with`` does. If the one before has failed and is not aborted yet, that comes
+        first.
+
+        Raises:
+            InvalidTransaction: the producer has a transaction open: one after another.
+            ProducerFenced: another producer has taken over the transactional id.
+            ConnectionLost, RequestTimeout, ConcurrentTransactions: not within ``max_block_ms``.
+        """
+        producer, manager = self._producer, self._producer._manager
+        producer._check_open()
+        while not manager.begin():
+            producer._io.call(manager.recover(producer._core.max_block_s))
+        producer._transaction = self
+        return self
+
+    def send(
+        self,
+        topic: str,
+        value: Any,
+        key: Any = None,
+        headers: Iterable[tuple[str, bytes | None]] = (),
+        partition: int | None = None,
+        timestamp_ms: int | None = None,
+    ) -> Delivery:
+        """As :meth:`Producer.send`. Readers of committed records see it when the transaction has committed.
+
+        Raises:
+            As :meth:`Producer.send`; TransactionAborted, TransactionTimedOut, ProducerFenced,
+            InvalidTransaction: the transaction takes no more.
+        """
+        self._check_current()
+        return self._producer.send(topic, value, key, headers, partition, timestamp_ms)
+
+    def send_batch(
+        self,
+        topic: str,
+        values: Sequence[Any],
+        keys: Sequence[Any] | None = None,
+        partition: int | None = None,
+        timestamp_ms: int | None = None,
+    ) -> BatchDelivery:
+        """As :meth:`Producer.send_batch`."""
+        self._check_current()
+        return self._producer.send_batch(topic, values, keys, partition, timestamp_ms)
+
+    def send_offsets(self, consumer: GroupConsumer) -> None:
+        """Commit the consumer's positions with the transaction: what it has handed out so far counts as read
+        if, and only if, the transaction commits. Returns at once; ``commit`` waits for it.
+
+        Args:
+            consumer: a member of a group. If it is out of the group by then, or has lost one of the
+                partitions, the transaction fails with StaleMember as its cause.
+
+        Raises:
+            ConfigError: the consumer has no group.
+            InvalidTransaction: the transaction is not open.
+        """
+        self._check_current()
+        positions, member = consumer.positions_for_commit(), consumer.member
+        self._producer._io.call(self._producer._manager.send_offsets(positions, member))
+
+    def commit(self, timeout: float | None = None) -> None:
+        """Deliver everything and commit.
+
+        Args:
+            timeout: seconds for the coordinator's answer; default: ``delivery_timeout_ms``.
+
+        Raises:
+            TransactionAborted: (TransactionTimedOut) nothing of it will be read. Abort it, or just begin the
+                next one; its cause tells why.
+            CommitInDoubt: nobody has answered; commit again to learn the outcome.
+            ProducerFenced: another producer has taken over, and this transaction was aborted.
+        """
+        self._check_current()
+        self._producer._io.call(self._producer._manager.commit(timeout))
+        self._producer._transaction = None
+
+    def abort(self, timeout: float | None = None) -> None:
+        """Give it up: nothing of it will be read.
+
+        Args:
+            timeout: seconds for the coordinator's answer; default: 10.
+
+        Raises:
+            ConnectionLost, RequestTimeout: no answer; try again, or leave it to the next ``begin``, or to the
+                transaction's timeout.
+            ProducerFenced: another producer has taken over, and this transaction was aborted.
+        """
+        self._check_current()
+        self._producer._io.call(self._producer._manager.abort(timeout))
+        self._producer._transaction = None
+
+    def _check_current(self) -> None:
+        if self._producer._transaction is not self:
+            raise InvalidTransaction("this transaction has not begun, or is over")
+
+    def __enter__(self) -> Self:
+        return self.begin()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._producer._transaction is not self:
+            return  # it was ended inside
+        if error is not None:
+            self._abort_quietly()
+            return
+        try:
+            self.commit()
+        except CommitInDoubt:
+            raise
+        except RaftlogError:
+            self._abort_quietly()
+            raise
+
+    def _abort_quietly(self) -> None:
+        """What has gone wrong is known better by the error that is on its way."""
+        try:
+            self.abort()
+        except RaftlogError as failure:
+            log.info("a transaction is left to its timeout, or to the next: %s", failure)
+
+    def __reduce__(self) -> Never:
+        raise not_picklable("a Transaction", "the Log, and make its producer where it is used")
 
 
 @atexit.register

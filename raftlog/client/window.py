@@ -95,13 +95,19 @@ class Window(Generic[B]):
         """All of them, the oldest first."""
         return sorted([*self.in_flight, *self.retry], key=_order)
 
-    def begin(self, identity: Identity) -> None:
-        """Start at sequence 0 under a new identity."""
+    def begin(self, identity: Identity, sequence: int = 0) -> None:
+        """Go on under an identity that the partition knows up to this sequence, or under a new one."""
         assert not self.in_flight, "nothing of the old identity is left"
         assert not self.retry, "nothing of the old identity is left"
         self.identity = identity
-        self.next_sequence = 0
+        self.next_sequence = sequence
         self.draining = self.broken = False
+
+    def end(self) -> None:
+        """The identity is over: everything under it is settled, and :meth:`begin` comes next."""
+        assert not self.in_flight, "an identity ends when nothing of it is under way"
+        assert not self.retry, "an identity ends when nothing of it is under way"
+        self.identity = None
 
     def may_resend(self) -> bool:
         """Whether the first of ``retry`` may go out now."""
@@ -142,13 +148,15 @@ class Window(Generic[B]):
         self.in_flight.remove(batch)
         self._drained()
 
-    def refused(self, batch: B, error: RaftlogError) -> Verdict:
+    def refused(self, batch: B, error: RaftlogError, *, renewable: bool = True) -> Verdict:
         """Take in an answer that is an error; says what is to become of the batch, which is out of the window
-        unless it waits for its retry."""
+        unless it waits for its retry. See :func:`judge`."""
         oldest = self._is_oldest(batch)
         self.in_flight.remove(batch)
         batch.in_doubt = batch.doubt_before or error.indeterminate
-        verdict = judge(error, oldest=oldest, broken=self.broken, in_doubt=batch.in_doubt)
+        verdict = judge(
+            error, oldest=oldest, broken=self.broken, in_doubt=batch.in_doubt, renewable=renewable
+        )
         if verdict is Verdict.FAIL:
             self.broken = True
         elif verdict in (Verdict.RETRY, Verdict.RENEW):
@@ -197,7 +205,9 @@ class Window(Generic[B]):
             self.draining = False
 
 
-def judge(error: RaftlogError, *, oldest: bool, broken: bool, in_doubt: bool) -> Verdict:
+def judge(
+    error: RaftlogError, *, oldest: bool, broken: bool, in_doubt: bool, renewable: bool = True
+) -> Verdict:
     """What an error means.
 
     Args:
@@ -205,6 +215,7 @@ def judge(error: RaftlogError, *, oldest: bool, broken: bool, in_doubt: bool) ->
         oldest: no batch before it in the window is unsettled.
         broken: a batch before it was given up.
         in_doubt: an earlier attempt of it may have been written.
+        renewable: it may be sent under another identity: it is not part of a transaction.
     """
     if isinstance(error, DuplicateSequence):
         return Verdict.WRITTEN
@@ -213,6 +224,6 @@ def judge(error: RaftlogError, *, oldest: bool, broken: bool, in_doubt: bool) ->
         return Verdict.RETRY
     if isinstance(error, UnknownProducer):
         # the partition forgot this producer (it was idle for long): KIP-360
-        return Verdict.FAIL if in_doubt else Verdict.RENEW
+        return Verdict.RENEW if renewable and not in_doubt else Verdict.FAIL
     # OutOfOrderSequence for the oldest means that the log lost what it acknowledged: not retriable
     return Verdict.RETRY if error.retriable else Verdict.FAIL

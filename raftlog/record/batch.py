@@ -223,13 +223,17 @@ def _check_producer(header: BatchHeader) -> None:
         )
 
 
-def with_producer(batch: Buffer, producer_id: int, producer_epoch: int, base_sequence: int) -> bytes:
+def with_producer(
+    batch: Buffer, producer_id: int, producer_epoch: int, base_sequence: int, transactional: bool = False
+) -> bytes:
     """The same records under another producer identity: the fields are covered by the crc, which is made
     anew.
 
     For batches that were never sent: what may have reached a broker must keep its identity for ever.
     """
     changed = bytearray(batch)
+    if transactional:
+        changed[ATTRIBUTES_AT + 1] |= TRANSACTIONAL
     _PRODUCER.pack_into(changed, PRODUCER_AT, producer_id, producer_epoch, base_sequence)
     _CRC.pack_into(changed, CRC_AT, crc32c(memoryview(changed)[ATTRIBUTES_AT:]))
     return bytes(changed)
