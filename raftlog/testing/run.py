@@ -10,7 +10,7 @@ from enum import Enum
 from typing import Final
 
 from raftlog.testing.books import Violation, render
-from raftlog.testing.checker import Outcome
+from raftlog.testing.history import Outcome
 from raftlog.testing.loop import START_TIME, SimulationError, UnhandledError
 from raftlog.testing.swarm import Profile
 from raftlog.testing.workload import Workload

@@ -23,8 +23,9 @@ from raftlog.errors import CorruptFrame, DamagedData, OffsetOutOfRange, RaftlogE
 from raftlog.record.codec import decode_batch
 from raftlog.record.frame import FrameKind
 from raftlog.testing.books import Violation
-from raftlog.testing.checker import History, Outcome, Read, Send, check
+from raftlog.testing.checker import check
 from raftlog.testing.faults import Nemesis
+from raftlog.testing.history import History, Outcome, Place, Read, Send
 from raftlog.testing.loop import NoProgress
 from raftlog.testing.sim_cluster import SimCluster, broker_name
 from raftlog.testing.swarm import Profile
@@ -88,7 +89,7 @@ class Workload:
         self._finish()
         for group in cluster.watch.groups.values():
             if not group.internal:
-                self.history.starts[group.partition] = group.starts
+                self.history.starts[group.name] = group.starts
         anomalies = check(self.history)
         if anomalies:
             raise Violation("; ".join(str(anomaly) for anomaly in anomalies[:5]))
@@ -196,7 +197,7 @@ class Workload:
         for number in range(self.profile.values):
             for partition in range(self.profile.partitions):
                 value = self._value(name, partition, number)
-                send = self.history.sends[value] = Send(name, partition, value)
+                send = self.history.sends[value] = Send(name, _place(partition), value)
                 try:
                     delivery = producer.send(TOPIC, value, None, (), partition, None)
                 except RecordTooLarge:
@@ -223,7 +224,7 @@ class Workload:
             send.outcome = Outcome.UNKNOWN if error.indeterminate else Outcome.FAILED
         else:
             send.outcome, send.offset = Outcome.OK, metadata.offset
-            assert metadata.partition == send.partition
+            assert _place(metadata.partition) == send.place
         send.ended = asyncio.get_running_loop().time()
 
     async def _consume(self, name: str, node: str) -> None:
@@ -238,8 +239,7 @@ class Workload:
         while True:
             for record in consumer.take(limit):
                 value = bytes(record.value or b"")
-                history.polls.setdefault((name, record.partition), []).append((record.offset, value))
-                history.seen_at.setdefault(value, loop.time())
+                history.polled((name, _place(record.partition)), [(record.offset, value)], loop.time())
             await asyncio.sleep(pause)
 
     async def _probe(self) -> None:
@@ -251,7 +251,7 @@ class Workload:
         await producer.load_topic(TOPIC, 60.0)
         for partition in range(self.profile.partitions):
             value = b"prober/%d" % partition
-            send = self.history.sends[value] = Send("prober", partition, value)
+            send = self.history.sends[value] = Send("prober", _place(partition), value)
             delivery = producer.send(TOPIC, value, None, (), partition, None)
             assert isinstance(delivery, Delivery), delivery
             await self._note(send, delivery)
@@ -275,7 +275,7 @@ class Workload:
         await consumer.close()
         await client.close()
         for partition, row in rows.items():
-            self.history.finals["auditor", partition] = row
+            self.history.finals["auditor", _place(partition)] = row
 
     async def _audit_broker(self, broker_id: int) -> None:
         """Read everything that the replicas of a broker hold."""
@@ -291,7 +291,7 @@ class Workload:
                 else:
                     if replica.log.first_index == first:
                         break
-            self.history.finals[f"broker {broker_id}", replica.log.spec.partition] = row
+            self.history.finals[f"broker {broker_id}", _place(replica.log.spec.partition)] = row
 
     async def _read(self, replica: PartitionReplica, index: int) -> list[Read]:
         row: list[Read] = []
@@ -335,3 +335,7 @@ class Workload:
                     raise Violation(f"replicas of partition {partition} hold different bytes")
                 if other.machine != first.machine:
                     raise Violation(f"replicas of partition {partition} are in different states")
+
+
+def _place(partition: int) -> Place:
+    return f"{TOPIC}/{partition}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from raftlog.testing.checker import Outcome
+from raftlog.testing.history import Outcome
 from raftlog.testing.swarm import Profile
 from raftlog.testing.workload import Workload
 

@@ -23,7 +23,7 @@ from raftlog.state.partition import PartitionState
 from raftlog.storage import journal_scan
 from raftlog.storage.journal_scan import JournalScan
 from raftlog.storage.store import BrokerStore
-from raftlog.testing.checker import History, Outcome
+from raftlog.testing.history import History, Outcome
 from raftlog.testing.swarm import Profile, draw
 from raftlog.testing.workload import Workload
 
