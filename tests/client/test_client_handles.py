@@ -497,6 +497,7 @@ def surface(cls: type) -> dict[str, Any]:
     [
         (log_module.Log, aio.Log),
         (sync_producer.Producer, aio.Producer),
+        (sync_producer.Transaction, aio.Transaction),
         (sync.Consumer, aio.Consumer),
     ],
 )
@@ -513,7 +514,7 @@ def test_both_modules_offer_the_same(name: str) -> None:
 def test_waiting_is_awaiting_and_nothing_else_is() -> None:
     """What blocks in one face is awaited in the other; making handles and looking at properties is
     neither."""
-    plain = {"producer", "consumer", "records", "closed", "name", "cluster_id", "bootstrap"}
-    for cls in (aio.Log, aio.Producer, aio.Consumer):
+    plain = {"producer", "consumer", "records", "closed", "name", "cluster_id", "bootstrap", "transaction"}
+    for cls in (aio.Log, aio.Producer, aio.Transaction, aio.Consumer):
         for name in surface(cls):
             assert inspect.iscoroutinefunction(getattr(cls, name)) == (name not in plain), (cls, name)
