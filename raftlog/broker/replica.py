@@ -140,6 +140,8 @@ class Replica(Generic[M]):
         self.snapshots_installed = 0
         self.replica_id: Final = log.spec.replica_id
         self._waiters: dict[int, list[Done]] = {}
+        self._served_term = 0
+        """In which all that is waited for was proposed."""
         self._reads: dict[int, asyncio.Future[None]] = {}
         self._reads_asked = 0
         self._soft: SoftState | None = None
@@ -408,7 +410,8 @@ class Replica(Generic[M]):
                 return False
             if log.is_segment_end(entry.index):
                 self._save_snapshot(entry)
-            done = waiters.pop(entry.index, None)
+            # Of another term it is not what somebody waits for, but what a later leader put in its place.
+            done = waiters.pop(entry.index, None) if entry.term == self._served_term else None
             answer = self.applied(entry, result)
             if done is not None:
                 for tell in done:
@@ -513,6 +516,7 @@ class Replica(Generic[M]):
             for entry in above:
                 staged.apply(entry)
         self.staged = staged
+        self._served_term = node.term
         self.began_serving(staged)
         logger.info("broker %d serves %s in term %d", self.host.broker_id, self.name, node.term)
 

@@ -166,6 +166,24 @@ def test_a_batch_above_the_topics_limit_is_refused() -> None:
         assert world.written(connection, batch(b"x" * 1_900)) == 0
 
 
+def test_what_a_later_leader_commits_is_not_taken_for_what_was_lost(world: World) -> None:
+    """The first word that the old leader hears of the new one may be an entry that is committed, in the place
+    of what was in flight."""
+    old = world.leader()
+    connection = world.dial(old)
+    world.isolate(old)
+    doubtful = world.produce(connection, numbered(0, b"lost"))
+    world.until(lambda: world.replica(old).log.end_offset == 1)
+    for other in {0, 1, 2} - {old}:
+        world.cluster.network.break_connections(broker_name(old), broker_name(other))
+    world.leader(but=old)
+    assert world.replica(old).staged is not None, "it has not noticed"
+    world.cluster.network.heal()
+    world.until(doubtful.done)
+    assert isinstance(outcome(doubtful), LeadershipLost)
+    assert world.fetched(world.dial(world.leader(but=old))) == []
+
+
 def test_too_much_in_flight_is_busy_and_over_when_it_is_committed() -> None:
     with World(config=BrokerConfig(uncommitted_bytes_max=1 << 20)) as world:
         leader = world.leader()
