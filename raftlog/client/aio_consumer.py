@@ -13,6 +13,7 @@ from typing import Literal, Self
 
 from raftlog.client.cluster import ClusterClient
 from raftlog.client.consumer import ConsumerCore
+from raftlog.client.group import Seat
 from raftlog.client.handle import Deadline, Handle, OneUser, wait_until
 from raftlog.client.offsets import LOOKUP_TIMEOUT_S, Offset, Place
 from raftlog.client.sharing import Callback, Step
@@ -165,6 +166,17 @@ class Consumer(Handle):
         with self._use:
             found = await core.in_group.committed(partition)
             return None if found is None else found.metadata
+
+    @property
+    def member(self) -> Seat:
+        """As :attr:`raftlog.Consumer.member`."""
+        return self._core.in_group.member.seat
+
+    def positions_for_commit(self) -> dict[TopicPartition, tuple[int, int]]:
+        """As :meth:`raftlog.Consumer.positions_for_commit`."""
+        self._check_open()
+        with self._use:
+            return self._core.in_group.positions()
 
     async def pause(self, *partitions: Place) -> None:
         """As :meth:`raftlog.Consumer.pause`."""

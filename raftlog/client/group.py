@@ -73,6 +73,29 @@ class Change:
     views: frozenset[PartitionView]
 
 
+@dataclass(frozen=True, slots=True)
+class Seat:
+    """A consumer's place in its group for as long as it does not fall out: what goes with positions, so that
+    nobody else's are committed with them."""
+
+    membership: Membership
+    member_id: str
+
+    @property
+    def group(self) -> str:
+        """The group's name."""
+        return self.membership.group
+
+    @property
+    def member_epoch(self) -> int:
+        """The epoch, as far as is known: it may move on at any time, :meth:`call` copes with that."""
+        return self.membership.epoch
+
+    async def call(self, make: Callable[[PartitionView, str, int], Request[R]], *, timeout: float) -> R:
+        """As :meth:`Membership.call`; StaleMember too when the consumer has fallen out since."""
+        return await self.membership.call(make, timeout=timeout, member_id=self.member_id)
+
+
 class Membership:
     """One member of one group.
 
@@ -318,6 +341,11 @@ class Membership:
         self._call_soon(self._nudged.set)
 
     @property
+    def member_id(self) -> str:
+        """Who it is in the group; somebody else after it fell out."""
+        return self._member_id
+
+    @property
     def taken(self) -> frozenset[PartitionView]:
         """What this consumer reads and has lost."""
         return self._taken
@@ -334,13 +362,30 @@ class Membership:
 
     # -- requests in the member's name, on the loop ----------------------------------------------------------
 
-    async def call(self, make: Callable[[PartitionView, str, int], Request[R]], *, timeout: float) -> R:
+    @property
+    def epoch(self) -> int:
+        """Of the member, as of the newest answer."""
+        return self._epoch
+
+    @property
+    def seat(self) -> Seat:
+        """Who this consumer is in the group now."""
+        return Seat(self, self._member_id)
+
+    async def call(
+        self,
+        make: Callable[[PartitionView, str, int], Request[R]],
+        *,
+        timeout: float,
+        member_id: str | None = None,
+    ) -> R:
         """Ask the coordinator for what only this member may have.
 
         Args:
             make: (place, member id, member epoch) -> request; called again when the epoch has moved on
                 meanwhile.
             timeout: seconds.
+            member_id: only in the name of this one.
 
         Raises:
             StaleMember: it is out of the group, or does not hold a partition that the request is about.
@@ -348,21 +393,25 @@ class Membership:
         """
         deadline = self._loop.time() + timeout
         while True:
+            if member_id is not None and member_id != self._member_id:
+                raise StaleMember(
+                    f"member {member_id} fell out of group {self.group!r}", member_epoch=LEAVE_EPOCH
+                )
             while self._epoch == JOIN_EPOCH:
                 await self._next_answer(deadline)
-            member_id, epoch = self._member_id, self._epoch
+            asker, epoch = self._member_id, self._epoch
             left = max(deadline - self._loop.time(), 0.001)
             try:
-                request = make(self._place, member_id, epoch)
+                request = make(self._place, asker, epoch)
                 return (await self._cluster.call_leader(self._place, request, timeout=left))[0]
             except StaleMember as error:
                 now = error.details.get("member_epoch", LEAVE_EPOCH)
-                if now == LEAVE_EPOCH or member_id != self._member_id:
-                    self._fall_out(member_id, error)
+                if now == LEAVE_EPOCH or asker != self._member_id:
+                    self._fall_out(asker, error)
                     raise
                 if now == epoch:  # it is in, at this epoch: a partition is not its own
                     raise
-                while self._epoch == epoch and member_id == self._member_id:
+                while self._epoch == epoch and asker == self._member_id:
                     await self._next_answer(deadline)
 
     async def _next_answer(self, deadline: float) -> None:

@@ -121,15 +121,17 @@ class Sharing:
 
     # -- committing ------------------------------------------------------------------------------------------
 
-    def offsets(self) -> list[GroupOffset]:
-        """The positions, to be sent with a transaction by :meth:`Membership.call`.
+    def positions(self) -> dict[TopicPartition, tuple[int, int]]:
+        """(position, term of the record before it) of each partition.
 
         Raises:
             StaleMember: some of the partitions are lost.
         """
         partitions = self._core.partitions.values()
         self.member.check(each.view for each in partitions)
-        return [_row(each) for each in partitions if each.position is not None]
+        return {
+            each.name: (each.position, each.position_term) for each in partitions if each.position is not None
+        }
 
     async def commit(self, offsets: Mapping[Place, Offset] | None, timeout: float) -> None:
         """Commit positions, or what is given; see :meth:`raftlog.Consumer.commit`."""

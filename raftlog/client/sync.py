@@ -14,6 +14,7 @@ from typing import Final, Literal, Self
 
 from raftlog.client.cluster import ClusterClient
 from raftlog.client.consumer import ConsumerCore
+from raftlog.client.group import Seat
 from raftlog.client.handle import Deadline, Handle, OneUser, block_until
 from raftlog.client.io_thread import IoThread
 from raftlog.client.offsets import LOOKUP_TIMEOUT_S, Offset, Place
@@ -237,6 +238,23 @@ class Consumer(Handle):
         with self._use:
             found = self._io.call(self._core.in_group.committed(partition))
             return None if found is None else found.metadata
+
+    @property
+    def member(self) -> Seat:
+        """Who this consumer is in its group now; ConfigError if it has none."""
+        return self._core.in_group.member.seat
+
+    def positions_for_commit(self) -> dict[TopicPartition, tuple[int, int]]:
+        """What a transaction commits (see ``Transaction.send_offsets``): of each partition the position, and
+        the leader epoch of the record before it.
+
+        Raises:
+            StaleMember: partitions went to another member.
+            ConfigError: the consumer has no group.
+        """
+        self._check_open()
+        with self._use:
+            return self._core.in_group.positions()
 
     def pause(self, *partitions: Place) -> None:
         """Hand out nothing of these partitions, or of all, until they are resumed."""
