@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Final, Protocol
 
 from raftlog.config import BrokerConfig
-from raftlog.errors import Busy, InvalidTopic, RaftlogError, TopicExists
+from raftlog.errors import Busy, InvalidTopic, RaftlogError
 from raftlog.record.partitioner import murmur2
 from raftlog.state.image import Topic
 from raftlog.state.metadata import MetadataState
@@ -103,10 +103,8 @@ class InternalTopics:
                     assignment=self._metadata.place(image, config.internal_partitions, replication),
                 )
             )
-        except TopicExists:
-            return None  # it is on its way here
         except RaftlogError as error:
-            return error
+            return error  # TopicExists, too: then it is on its way here
         return None
 
 

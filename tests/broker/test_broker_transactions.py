@@ -242,6 +242,25 @@ def test_a_coordinator_that_is_cut_off_decides_nothing() -> None:
         check_committed(world, b"a")
 
 
+def test_a_retry_is_not_answered_with_what_is_only_staged() -> None:
+    with CoordinatedWorld(partitions=2) as world:
+        me = begun(world)
+        old = world.leader_at(world.transaction_place)
+        world.isolate(old)
+        first = world.ask(world.connection(old), world.end_request(me))
+        world.loop.run_for(0.02)
+        again = world.ask(world.connection(old), world.end_request(me))
+        world.loop.run_for(0.3)
+        assert not again.done(), "nobody else has the decision: it may yet be lost"
+        world.leader_at(world.transaction_place, but=old)
+        world.until(lambda: first.done() and again.done())
+        assert isinstance(outcome(first), LeadershipLost)
+        assert isinstance(outcome(again), LeadershipLost)
+        world.end(me, commit=False)
+        world.until_state("complete_abort")
+        assert world.read() == []
+
+
 def test_a_second_producer_fences_the_first() -> None:
     with CoordinatedWorld(partitions=2) as world:
         first = begun(world)

@@ -165,7 +165,7 @@ def check(world: CoordinatedWorld, producers: list[Producer]) -> int:
     return len(read[0])
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", [0, 1, 2, 24])
 def test_all_or_nothing(seed: int) -> None:
     rng = random.Random(seed)
     with CoordinatedWorld(partitions=2, seed=seed) as world:
