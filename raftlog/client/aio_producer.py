@@ -7,13 +7,13 @@ import logging
 from collections.abc import Iterable, Sequence
 from functools import partial
 from types import TracebackType
-from typing import Any, Never, Self
+from typing import TYPE_CHECKING, Any, Never, Self
 
 from raftlog.client.cluster import ClusterClient
 from raftlog.client.delivery import BatchDelivery, Delivery, not_picklable, when_all_done
 from raftlog.client.handle import Deadline, Handle, wait_until
 from raftlog.client.producer import Pending, ProducerCore
-from raftlog.client.transaction import GroupConsumer, TransactionManager
+from raftlog.client.transaction import TransactionManager
 from raftlog.config import ProducerConfig
 from raftlog.errors import (
     CommitInDoubt,
@@ -23,6 +23,9 @@ from raftlog.errors import (
     RaftlogError,
     RequestTimeout,
 )
+
+if TYPE_CHECKING:
+    from raftlog.client.aio_consumer import Consumer
 
 log = logging.getLogger("raftlog.client")
 
@@ -186,11 +189,11 @@ class Transaction:
         self._check_current()
         return await self._producer.send_batch(topic, values, keys, partition, timestamp_ms)
 
-    async def send_offsets(self, consumer: GroupConsumer) -> None:
+    async def send_offsets(self, consumer: Consumer) -> None:
         """As :meth:`raftlog.client.sync_producer.Transaction.send_offsets`."""
         self._check_current()
-        positions, member = consumer.positions_for_commit(), consumer.member
-        await self._producer._manager.send_offsets(positions, member)
+        seat, positions = consumer.member, consumer.positions_for_commit()
+        await self._producer._manager.send_offsets(seat, positions)
 
     async def commit(self, timeout: float | None = None) -> None:
         """As :meth:`raftlog.client.sync_producer.Transaction.commit`."""

@@ -341,11 +341,6 @@ class Membership:
         self._call_soon(self._nudged.set)
 
     @property
-    def member_id(self) -> str:
-        """Who it is in the group; somebody else after it fell out."""
-        return self._member_id
-
-    @property
     def taken(self) -> frozenset[PartitionView]:
         """What this consumer reads and has lost."""
         return self._taken

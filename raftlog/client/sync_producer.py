@@ -13,14 +13,14 @@ import weakref
 from collections.abc import Iterable, Sequence
 from functools import partial
 from types import TracebackType
-from typing import Any, Final, Never, Self
+from typing import TYPE_CHECKING, Any, Final, Never, Self
 
 from raftlog.client.cluster import ClusterClient
 from raftlog.client.delivery import BatchDelivery, Delivery, not_picklable, wait_for_all
 from raftlog.client.handle import Deadline, Handle, block_until
 from raftlog.client.io_thread import IoThread
 from raftlog.client.producer import Pending, ProducerCore
-from raftlog.client.transaction import GroupConsumer, TransactionManager
+from raftlog.client.transaction import TransactionManager
 from raftlog.config import ProducerConfig
 from raftlog.errors import (
     Closed,
@@ -31,6 +31,9 @@ from raftlog.errors import (
     RaftlogError,
     RequestTimeout,
 )
+
+if TYPE_CHECKING:
+    from raftlog.client.sync import Consumer
 
 log = logging.getLogger("raftlog.client")
 
@@ -282,21 +285,22 @@ class Transaction:
         self._check_current()
         return self._producer.send_batch(topic, values, keys, partition, timestamp_ms)
 
-    def send_offsets(self, consumer: GroupConsumer) -> None:
+    def send_offsets(self, consumer: Consumer) -> None:
         """Commit the consumer's positions with the transaction: what it has handed out so far counts as read
-        if, and only if, the transaction commits. Returns at once; ``commit`` waits for it.
+        if, and only if, the transaction commits.
 
         Args:
-            consumer: a member of a group. If it is out of the group by then, or has lost one of the
-                partitions, the transaction fails with StaleMember as its cause.
+            consumer: a member of a group.
 
         Raises:
+            StaleMember: it is out of the group, or has lost a partition: abort.
+            TransactionAborted: the same, found out by the coordinator, or another failure; its cause tells.
             ConfigError: the consumer has no group.
             InvalidTransaction: the transaction is not open.
         """
         self._check_current()
-        positions, member = consumer.positions_for_commit(), consumer.member
-        self._producer._io.call(self._producer._manager.send_offsets(positions, member))
+        seat, positions = consumer.member, consumer.positions_for_commit()
+        self._producer._io.call(self._producer._manager.send_offsets(seat, positions))
 
     def commit(self, timeout: float | None = None) -> None:
         """Deliver everything and commit.

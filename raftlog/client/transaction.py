@@ -30,11 +30,12 @@ import enum
 import threading
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Final, Protocol
+from typing import Final, TypeAlias
 
 from raftlog.client.cluster import ClusterClient
-from raftlog.client.coordinators import GROUPS_TOPIC, TRANSACTIONS_TOPIC, coordinator
+from raftlog.client.coordinators import TRANSACTIONS_TOPIC, coordinator
 from raftlog.client.delivery import when_all_done
+from raftlog.client.group import Seat
 from raftlog.client.handle import wait_until
 from raftlog.client.identities import Obtained
 from raftlog.client.metadata import PartitionView
@@ -51,6 +52,8 @@ from raftlog.errors import (
 from raftlog.net.rpc import GroupOffset, StageOffsetsRequest
 from raftlog.net.rpc_transactions import EndTransactionRequest, EnlistRequest, InitTransactionsRequest
 from raftlog.record.types import TopicPartition
+
+Positions: TypeAlias = Mapping[TopicPartition, tuple[int, int]]
 
 ABORT_TIMEOUT_S: Final = 10.0
 """How long to wait for the coordinator to abort what it aborts anyway when its time is over."""
@@ -79,29 +82,6 @@ TRANSITIONS: Final[Mapping[State, frozenset[State]]] = {
     State.ABORTING: frozenset({State.READY, State.FAILED, State.DEAD}),
     State.DEAD: frozenset(),
 }
-
-
-class Membership(Protocol):
-    """What is needed of a consumer's place in its group."""
-
-    @property
-    def group(self) -> str: ...
-
-    @property
-    def member_id(self) -> str: ...
-
-    @property
-    def member_epoch(self) -> int: ...
-
-
-class GroupConsumer(Protocol):
-    """What is needed of a consumer whose positions are committed."""
-
-    @property
-    def member(self) -> Membership: ...
-
-    def positions_for_commit(self) -> Mapping[TopicPartition, tuple[int, int]]:
-        """Next offset, and leader epoch of the last record, of each partition that it holds."""
 
 
 class TransactionManager:
@@ -318,40 +298,50 @@ class TransactionManager:
 
     # -- offsets of a group ----------------------------------------------------------------------------------
 
-    async def send_offsets(
-        self, positions: Mapping[TopicPartition, tuple[int, int]], member: Membership
-    ) -> None:
-        """Let offsets of a group be committed with the transaction, on the loop. Commit waits for that."""
+    def stage(self, seat: Seat, positions: Positions) -> asyncio.Task[None]:
+        """Let offsets of a group be committed with the transaction. Commit waits for that, and if it cannot
+        be done the transaction fails.
+
+        Args:
+            seat: whose positions they are.
+            positions: (next offset, leader epoch of the record before it) of partitions that it has had ever
+                since.
+        """
         if self.state is not State.OPEN:
             raise self._refusal()
-        task = self._cluster.spawn(self._stage(dict(positions), member))
+        task = self._cluster.spawn(self._stage(seat, positions))
         self._staging.add(task)
         task.add_done_callback(self._staged)
+        return task
 
-    async def _stage(self, positions: Mapping[TopicPartition, tuple[int, int]], member: Membership) -> None:
-        timeout = self._request_timeout_s
-        identity = self._identity
+    async def send_offsets(self, seat: Seat, positions: Positions) -> None:
+        """The same, and wait for it: what the consumer does afterwards cannot change whose offsets they are.
+
+        Raises:
+            TransactionAborted: it cannot be done; the cause tells why.
+        """
+        await asyncio.wait([self.stage(seat, positions)])
+        self.raise_failure()
+
+    async def _stage(self, seat: Seat, positions: Positions) -> None:
+        identity, timeout = self._identity, self._request_timeout_s
         offsets = []
         for (topic, partition), (offset, leader_epoch) in positions.items():
             view = await self._cluster.partition(topic, partition, timeout=timeout)
             offsets.append(GroupOffset(view.topic_id, partition, offset, leader_epoch))
-        if member.group not in self._groups:
-            future = self._wanted_groups.get(member.group)
-            if future is None:
-                future = self._wanted_groups[member.group] = asyncio.get_running_loop().create_future()
+        if seat.group not in self._groups:
+            enlisted = self._wanted_groups.get(seat.group)
+            if enlisted is None:
+                enlisted = self._wanted_groups[seat.group] = asyncio.get_running_loop().create_future()
                 self._enlist_soon()
-            await asyncio.shield(future)
-        place = await coordinator(self._cluster, GROUPS_TOPIC, member.group, timeout=timeout)
-        request = StageOffsetsRequest(
-            place.topic_id,
-            place.index,
-            member.group,
-            member.member_id,
-            member.member_epoch,
-            *identity,
-            offsets,
-        )
-        await self._cluster.call_leader(place, request, timeout=timeout)
+            await asyncio.shield(enlisted)
+
+        def request(place: PartitionView, member_id: str, epoch: int) -> StageOffsetsRequest:
+            return StageOffsetsRequest(
+                place.topic_id, place.index, seat.group, member_id, epoch, *identity, offsets
+            )
+
+        await seat.call(request, timeout=timeout)
 
     def _staged(self, task: asyncio.Task[None]) -> None:
         self._staging.discard(task)
