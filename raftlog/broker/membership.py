@@ -134,8 +134,8 @@ class Membership:
         """Take a step, if one is due and this replica leads."""
         replica = self._replica
         node = replica.node
-        if now_ms < self._again_ms or replica.staged is None:
-            return
+        if now_ms < self._again_ms or replica.staged is None or node.role is not Role.LEADER:
+            return  # the last: it may have lost office in this very tick, which it hears when it is pumped
         if node.term != self._term:
             self._term = node.term
             self._rounds.clear()

@@ -346,6 +346,20 @@ def test_any_later_leader_goes_on_with_a_move(host: Moving, power: bool) -> None
     check_records(host, host.count)
 
 
+def test_a_leader_that_has_just_lost_office_takes_no_step(
+    host: Moving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found by seed 20075: it gave up in the tick in which a step was due, and its broker's pulse ended."""
+    assert host.leader_id is not None
+    broker, replica = host.cluster.brokers[host.leader_id], host.leader
+    monkeypatch.setattr(replica, "wanted_members", lambda able: Wanted((replica.replica_id,)))
+    replica.membership.due = True
+    with host.loop.node(broker_name(host.leader_id)):
+        replica.node.step_down(broker.now_ms())
+        assert replica.staged is not None
+        replica.tick(broker.now_ms())
+
+
 def test_a_move_waits_for_a_broker_that_is_down_and_may_be_called_off(host: Moving) -> None:
     host.produce(10)
     comes = host.others()[0]
