@@ -12,6 +12,7 @@ from typing import Any, Final
 
 from raftlog.config import BrokerConfig
 from raftlog.storage.spec import StorageConfig
+from raftlog.testing.pipeline_profile import PipelineProfile
 
 FAULTS: Final[dict[str, float]] = {
     "break": 1.0,
@@ -38,8 +39,8 @@ FAULTS: Final[dict[str, float]] = {
     "client crash": 0.5,
     "rot": 1.0,
     "misdirected write": 0.7,
-    "rot of the journal": 0.3,
-    "wipe": 0.3,
+    "rot of the journal": 0.7,
+    "wipe": 0.7,
 }
 """Every fault and how often it comes, relative to the others, where a seed has it at all."""
 
@@ -74,6 +75,8 @@ class Profile:
     )
     liveness: bool = False
     """In the end only a random quorum is healed, and must make progress, before all is."""
+    pipeline: PipelineProfile | None = None
+    """Groups and transactions."""
     skip: frozenset[int] = frozenset()
 
     @property
