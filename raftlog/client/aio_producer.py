@@ -22,6 +22,7 @@ from raftlog.errors import (
     InvalidTransaction,
     RaftlogError,
     RequestTimeout,
+    StaleMember,
 )
 
 if TYPE_CHECKING:
@@ -192,7 +193,11 @@ class Transaction:
     async def send_offsets(self, consumer: Consumer) -> None:
         """As :meth:`raftlog.client.sync_producer.Transaction.send_offsets`."""
         self._check_current()
-        seat, positions = consumer.member, consumer.positions_for_commit()
+        try:
+            seat, positions = consumer.member, consumer.positions_for_commit()
+        except StaleMember as error:
+            await self._producer._manager.fail(error)
+            raise
         await self._producer._manager.send_offsets(seat, positions)
 
     async def commit(self, timeout: float | None = None) -> None:

@@ -30,6 +30,7 @@ from raftlog.errors import (
     InvalidTransaction,
     RaftlogError,
     RequestTimeout,
+    StaleMember,
 )
 
 if TYPE_CHECKING:
@@ -299,7 +300,11 @@ class Transaction:
             InvalidTransaction: the transaction is not open.
         """
         self._check_current()
-        seat, positions = consumer.member, consumer.positions_for_commit()
+        try:
+            seat, positions = consumer.member, consumer.positions_for_commit()
+        except StaleMember as error:
+            self._producer._io.call(self._producer._manager.fail(error))
+            raise
         self._producer._io.call(self._producer._manager.send_offsets(seat, positions))
 
     def commit(self, timeout: float | None = None) -> None:

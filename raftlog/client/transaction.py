@@ -314,6 +314,10 @@ class TransactionManager:
         task.add_done_callback(self._staged)
         return task
 
+    async def fail(self, error: RaftlogError) -> None:
+        """What belongs to the transaction cannot be had: it must not commit without."""
+        self.failed(error)
+
     async def send_offsets(self, seat: Seat, positions: Positions) -> None:
         """The same, and wait for it: what the consumer does afterwards cannot change whose offsets they are.
 

@@ -6,7 +6,7 @@ from collections.abc import Coroutine
 from typing import Any, TypeVar
 
 from raftlog import aio
-from raftlog.broker.internal_topics import TRANSACTIONS_TOPIC, partition_of
+from raftlog.broker.internal_topics import partition_of
 from raftlog.broker.transaction_replica import TransactionReplica
 from raftlog.testing.sim_cluster import SimCluster
 
@@ -15,7 +15,15 @@ T = TypeVar("T")
 TOPIC = "orders"
 OTHER = "payments"
 TXN = "transfer"
+PARTITIONS = 3
 TIMEOUT_S = 120.0
+
+
+async def transact(producer: aio.Producer, number: int) -> None:
+    """A transaction that writes the number to every partition of the topic."""
+    async with producer.transaction() as txn:
+        for partition in range(PARTITIONS):
+            await txn.send(TOPIC, b"%d" % number, partition=partition)
 
 
 class TransactionWorld:
@@ -33,7 +41,7 @@ class TransactionWorld:
 
         async def create() -> None:
             async with self.log() as log:
-                await log.create_topic(TOPIC, partitions=3)
+                await log.create_topic(TOPIC, partitions=PARTITIONS)
                 await log.create_topic(OTHER)
 
         self.run(create())
@@ -65,21 +73,40 @@ class TransactionWorld:
 
         return self.run(work(), node="reader")
 
+    async def commit_once(self) -> None:
+        """Transaction 0: afterwards all that is made on first use is there."""
+        async with self.log() as log, log.producer(transactional_id=TXN) as producer:
+            await transact(producer, 0)
+
+    async def produce(self, topic: str, count: int) -> None:
+        """Values 0 to count - 1, without a transaction."""
+        async with self.log() as log, log.producer() as producer:
+            for number in range(count):
+                await producer.send(topic, b"%d" % number, partition=0)
+
     # -- the coordinator -------------------------------------------------------------------------------------
 
     def coordinator(self, name: str = TXN) -> int:
         """Wait until a broker coordinates that transactional id; returns its id."""
+        self.loop.run_until(lambda: self._replica(name) is not None, TIMEOUT_S)
+        return self._found(name)[0]
 
-        def serving() -> list[int]:
-            return [
-                broker_id
-                for broker_id, broker in self.cluster.brokers.items()
-                for replica in broker.hosting.by_place.values()
-                if isinstance(replica, TransactionReplica)
-                and replica.log.spec.partition == partition_of(name, self.cluster.config.internal_partitions)
-                and replica.staged is not None
-            ]
+    def until_scan(self, name: str = TXN) -> float:
+        """Seconds until the coordinator aborts what is overdue in 5 seconds from now."""
+        left = self._found(name)[1].timers["scan"].when() - self.loop.time()
+        return left if left > 5.0 else left + 10.0
 
-        assert TRANSACTIONS_TOPIC
-        self.loop.run_until(lambda: bool(serving()), TIMEOUT_S)
-        return serving()[0]
+    def _found(self, name: str) -> tuple[int, TransactionReplica]:
+        found = self._replica(name)
+        assert found is not None, f"nobody coordinates {name}"
+        return found
+
+    def _replica(self, name: str) -> tuple[int, TransactionReplica] | None:
+        index = partition_of(name, self.cluster.config.internal_partitions)
+        for broker_id, broker in self.cluster.brokers.items():
+            for replica in broker.hosting.by_place.values():
+                if not isinstance(replica, TransactionReplica) or replica.staged is None:
+                    continue
+                if replica.log.spec.partition == index:
+                    return broker_id, replica
+        return None
