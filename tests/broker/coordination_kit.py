@@ -289,3 +289,29 @@ def visible(payload: Any, aborted: Sequence[tuple[int, int, int]] = ()) -> tuple
         if not each.is_control and not is_hidden:
             found += [bytes(record.value or b"") for record in decode_batch(frame, TOPIC, 0)]
     return found, behind
+
+
+def begun(world: CoordinatedWorld, value: bytes = b"a") -> ProducerIdentity:
+    """A transaction over two partitions and a group, ready to end."""
+    me = world.init()
+    world.enlist(me, (0, 1), (GROUP,))
+    world.write(me, value)
+    world.write(me, value, partition=1)
+    world.stage(me, 17)
+    return me
+
+
+def check_committed(world: CoordinatedWorld, *values: bytes) -> None:
+    """Everything of it is there, once, and nothing is open."""
+    world.until_state("complete_commit")
+    assert (world.read(0), world.read(1)) == ([*values], [*values])
+    assert world.offsets() == {0: 17}
+    for partition in (0, 1):
+        found = world.open_transactions(partition)
+        assert not found.open
+        assert found.last_stable == found.committed
+
+
+def restart(world: CoordinatedWorld, broker_id: int) -> None:
+    world.cluster.start_broker(broker_id)
+    world.cluster.introduce()
