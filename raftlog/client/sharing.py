@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection, Coroutine, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from raftlog.client.assigned import COMMITTED, AssignedPartition
@@ -94,7 +95,7 @@ class Sharing:
 
     def _take_over(self, change: Change) -> Generator[Step]:
         core = self._core
-        names = core.add(change.views)
+        names = core.add(sorted(change.views, key=attrgetter("topic", "index")))
         core.fetch()
         if self._config.on_assigned is not None:
             yield Callback(self._config.on_assigned, names)
