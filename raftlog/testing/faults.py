@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Final
 
+from raftlog.broker.coordinator_replica import CoordinatorReplica
 from raftlog.broker.partition import PartitionReplica
 from raftlog.errors import (
     DamagedData,
@@ -43,6 +44,7 @@ FALL_BEHIND_SECONDS: Final = 12.0
 HEAL_ROUNDS_MAX: Final = 5
 _ONE_AWAY: Final = (
     "kill",
+    "kill coordinator",
     "crash twice",
     "power cut",
     "isolate",
@@ -61,9 +63,16 @@ class Nemesis:
         cluster: to break.
         profile: which faults.
         crash_client: ends a random client's process; for the fault "client crash".
+        a_client: the node of a random client; for the fault "client pause".
     """
 
-    def __init__(self, cluster: SimCluster, profile: Profile, crash_client: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        cluster: SimCluster,
+        profile: Profile,
+        crash_client: Callable[[], None],
+        a_client: Callable[[], str],
+    ) -> None:
         self.cluster = cluster
         self.profile = profile
         self.mover = Mover(cluster)
@@ -77,6 +86,7 @@ class Nemesis:
         """Bits of their disk have changed: they run, and are not trusted."""
         self._forgot: set[int] = set()
         self._crash_client = crash_client
+        self._a_client = a_client
         self.random = random.Random(0)
         """Of the fault under way."""
         self._disks = DiskFaults(self)
@@ -91,6 +101,7 @@ class Nemesis:
             "slow receiver": self._slow_receiver,
             "pause": self._pause,
             "clock": self._clock,
+            "kill coordinator": self._kill,
             "transfer": self._transfer,
             "move": self._move,
             "fall behind": self._fall_behind,
@@ -149,7 +160,10 @@ class Nemesis:
     def _possible(self) -> dict[str, Callable[[], None]]:
         wanted = self.profile.weights
         up = [broker for broker in sorted(self.cluster.brokers) if broker not in self.cut]
-        found: dict[str, Callable[[], None]] = {"client crash": self._crash_client}
+        found: dict[str, Callable[[], None]] = {
+            "client crash": self._crash_client,
+            "client pause": self._pause_client,
+        }
         if self.profile.brokers > 1:
             found |= {"break": self._break, "clog": self._clog, "slow link": self._slow_link}
         if not self.down and not self.cut and self.may_cut_power(len(self.cluster.brokers)):
@@ -168,6 +182,8 @@ class Nemesis:
                 continue
             if name in ("usurp", "deafen"):
                 victims = [broker for broker in up if self._leads(broker)]
+            if name == "kill coordinator":
+                victims = [broker for broker in up if self._coordinates(broker)]
             if victims:
                 victim = self.random.choice(victims)
                 found[name] = lambda fault=fault, victim=victim: fault(victim)  # type: ignore[misc]
@@ -413,6 +429,12 @@ class Nemesis:
         loop.run_for(self.random.uniform(0.1, 4.0))
         loop.resume(name)
 
+    def _pause_client(self) -> None:
+        """A client stands still while the others go on: it comes back as a zombie."""
+        loop, name = self.cluster.loop, self._a_client()
+        loop.pause(name)
+        loop.call_later(self.random.choice([0.5, 2.0, 6.0]), loop.resume, name)
+
     def _clock(self, broker_id: int) -> None:
         jump = self.random.choice([-1, 1]) * self.random.choice([50, 5_000, 3_600_000])
         drift = self.random.uniform(-0.2, 0.2)
@@ -444,14 +466,14 @@ class Nemesis:
 
     def _fall_behind(self, broker_id: int) -> None:
         """A broker is away until others have dropped entries that it has not got, if that comes soon."""
-        ends = {replica.log.spec.partition: replica.log.last_index for replica in self._partitions(broker_id)}
+        ends = {_place(replica): replica.log.last_index for replica in self._partitions(broker_id)}
         self.random.choice([self._kill, self._isolate])(broker_id)
         loop = self.cluster.loop
         until = loop.time() + FALL_BEHIND_SECONDS
 
         def is_behind() -> bool:
             return loop.time() >= until or any(
-                replica.log.first_index > ends.get(replica.log.spec.partition, 1 << 62)
+                replica.log.first_index > ends.get(_place(replica), 1 << 62)
                 for other in self.cluster.brokers
                 if other != broker_id
                 for replica in self._partitions(other)
@@ -464,6 +486,13 @@ class Nemesis:
     def _leads(self, broker_id: int) -> bool:
         """Whether the broker leads a partition and serves it."""
         return any(replica.staged is not None for replica in self._partitions(broker_id))
+
+    def _coordinates(self, broker_id: int) -> bool:
+        """Whether the broker coordinates groups or transactions."""
+        return any(
+            isinstance(replica, CoordinatorReplica) and replica.staged is not None
+            for replica in self.cluster.brokers[broker_id].replicas()
+        )
 
     def _partitions(self, broker_id: int) -> list[PartitionReplica]:
         replicas = self.cluster.brokers[broker_id].replicas()
@@ -504,3 +533,7 @@ class Nemesis:
             loop.run_for(rng.uniform(0.5, 4.0))
             for other in usurpers:
                 loop.resume(broker_name(other))
+
+
+def _place(replica: PartitionReplica) -> tuple[bytes, int]:
+    return replica.log.spec.topic_id, replica.log.spec.partition

@@ -78,6 +78,8 @@ def run_once(profile: Profile) -> Result:
     result.faults = workload.nemesis.fired
     result.fault_log = workload.nemesis.log
     result.counts = cluster.watch.counts
+    if workload.pipeline is not None:
+        result.counts += workload.pipeline.counts
     for outcome in Outcome:
         result.counts[f"sends {outcome.value}"] += workload.history.count(outcome)
     result.counts["records polled"] += sum(len(row) for row in workload.history.polls.values())

@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Final
 
+from raftlog.testing.pipeline_profile import CLIENT_FAULTS
 from raftlog.testing.run import Result, Verdict, run_once, shrink
 from raftlog.testing.swarm import FAULTS, Profile, draw
 
@@ -44,6 +45,15 @@ EVENTS_EXPECTED: Final = (
     "sends unknown",
     "sends open",
     "records polled",
+    "transactions committed",
+    "transactions aborted",
+    "commits in doubt",
+    "records processed",
+    "ProducerFenced",
+    "StaleMember",
+    "TransactionTimedOut",
+    "late ProducerFenced",
+    "late StaleMember",
 )
 
 
@@ -99,7 +109,7 @@ class Report:
         """What should have come up and never did."""
         if self.results < SEEDS_UNTIL_BLIND:
             return []
-        return [name for name in FAULTS if not self.faults[name]] + [
+        return [name for name in FAULTS | CLIENT_FAULTS if not self.faults[name]] + [
             name for name in EVENTS_EXPECTED if not self.counts[name]
         ]
 

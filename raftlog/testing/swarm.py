@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from raftlog.config import BrokerConfig
 from raftlog.storage.spec import StorageConfig
-from raftlog.testing.pipeline_profile import PipelineProfile
+from raftlog.testing.pipeline_profile import CLIENT_FAULTS, PipelineProfile, draw_pipeline
 
 FAULTS: Final[dict[str, float]] = {
     "break": 1.0,
@@ -135,6 +135,9 @@ def draw(seed: int) -> Profile:
         ),
         liveness=rng.random() < 0.4,
     )
+    pipeline = draw_pipeline(seed)
+    if pipeline is not None:
+        profile = replace(profile, pipeline=pipeline, weights=profile.weights | CLIENT_FAULTS)
     return replace(profile, large_values=0.4) if profile.retains else profile
 
 

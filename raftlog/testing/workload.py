@@ -20,6 +20,7 @@ from raftlog.client.delivery import Delivery
 from raftlog.client.producer import ProducerCore
 from raftlog.config import ConsumerConfig, ProducerConfig
 from raftlog.errors import CorruptFrame, DamagedData, OffsetOutOfRange, RaftlogError, RecordTooLarge
+from raftlog.record.batch import BatchHeader
 from raftlog.record.codec import decode_batch
 from raftlog.record.frame import FrameKind
 from raftlog.testing.books import Violation
@@ -27,6 +28,7 @@ from raftlog.testing.checker import check
 from raftlog.testing.faults import Nemesis
 from raftlog.testing.history import History, Outcome, Place, Read, Send
 from raftlog.testing.loop import NoProgress
+from raftlog.testing.pipeline import Pipeline
 from raftlog.testing.sim_cluster import SimCluster, broker_name
 from raftlog.testing.swarm import Profile
 
@@ -61,7 +63,12 @@ class Workload:
         )
         self.history = History()
         self.random = random.Random(self.cluster.random.getrandbits(64))
-        self.nemesis = Nemesis(self.cluster, profile, self._crash_client)
+        self.nemesis = Nemesis(self.cluster, profile, self._crash_client, self._a_client)
+        self.pipeline: Pipeline | None = None
+        """Groups and transactions, if this run has any."""
+        if profile.pipeline is not None:
+            rng = random.Random(f"pipeline of {profile.seed}")
+            self.pipeline = Pipeline(self.cluster, profile.pipeline, self.history, rng)
         self._clients: dict[str, asyncio.Task[None]] = {}
         self._incarnations: Counter[str] = Counter()
 
@@ -81,6 +88,8 @@ class Workload:
         for number in range(profile.producers):
             self._start_client(f"client-{number}")
         self._start_client("reader")
+        if self.pipeline is not None:
+            self.pipeline.start()
         for number in range(profile.fault_count):
             self.nemesis.step(number)
         if profile.liveness:
@@ -97,6 +106,8 @@ class Workload:
 
     def close(self) -> None:
         """End the simulation."""
+        if self.pipeline is not None:
+            self.pipeline.close()
         self.cluster.close()
 
     def _finish(self) -> None:
@@ -106,6 +117,8 @@ class Workload:
         self._wait_until(lambda: all(task.done() for task in producers))
         for task in producers:
             task.result()
+        if self.pipeline is not None:
+            self.pipeline.finish(self._wait_until)
         self._wait_until(self._all_equal)
         self._check_calm()
         self.cluster.run(self._audit(), node="auditor", seconds=QUIET_SECONDS)
@@ -165,11 +178,19 @@ class Workload:
         work = self._consume(name, node) if node == "reader" else self._produce(name, node)
         self._clients[node] = self.cluster.loop.run_as(node, work)
 
+    def _a_client(self) -> str:
+        """The node of a random client."""
+        others = {} if self.pipeline is None else self.pipeline.clients
+        return self.random.choice(sorted([*self._clients, *others]))
+
     def _crash_client(self) -> None:
         """SIGKILL a client; another one takes its place."""
-        node = self.random.choice(sorted(self._clients))
-        self.cluster.loop.kill(node)
-        self._start_client(node)
+        node = self._a_client()
+        if self.pipeline is not None and node in self.pipeline.clients:
+            self.pipeline.restart(node)
+        else:
+            self.cluster.loop.kill(node)
+            self._start_client(node)
 
     async def _create(self) -> None:
         client = self._client("admin")
@@ -291,16 +312,21 @@ class Workload:
                 else:
                     if replica.log.first_index == first:
                         break
-            self.history.finals[f"broker {broker_id}", _place(replica.log.spec.partition)] = row
+            self.history.finals[f"broker {broker_id}", _name(replica)] = row
 
     async def _read(self, replica: PartitionReplica, index: int) -> list[Read]:
         row: list[Read] = []
         while index <= replica.node.applied:
             for entry in await replica.log.entries(index, replica.node.applied + 1, _READ_BYTES):
                 index = entry.index + 1
-                if entry.kind == FrameKind.BATCH:
-                    records = decode_batch(entry.payload, TOPIC, replica.log.spec.partition)
-                    row += [(record.offset, bytes(record.value or b"")) for record in records]
+                if entry.kind != FrameKind.BATCH:
+                    continue
+                header = BatchHeader.parse(entry.payload)
+                if header.is_control:
+                    self.history.markers.setdefault(_name(replica), set()).add(header.base_offset)
+                    continue
+                records = decode_batch(entry.payload, TOPIC, replica.log.spec.partition)
+                row += [(record.offset, bytes(record.value or b"")) for record in records]
         return row
 
     def _replicas(self, broker_id: int) -> list[PartitionReplica]:
@@ -312,11 +338,11 @@ class Workload:
             and replica.replica_id in replica.assignment.wanted
         ]
 
-    def _by_partition(self) -> dict[int, list[PartitionReplica]]:
-        found: dict[int, list[PartitionReplica]] = {}
+    def _by_partition(self) -> dict[Place, list[PartitionReplica]]:
+        found: dict[Place, list[PartitionReplica]] = {}
         for broker_id in sorted(self.cluster.brokers):
             for replica in self._replicas(broker_id):
-                found.setdefault(replica.log.spec.partition, []).append(replica)
+                found.setdefault(_name(replica), []).append(replica)
         return found
 
     def _all_equal(self) -> bool:
@@ -328,14 +354,18 @@ class Workload:
         )
 
     def _check_replicas(self) -> None:
-        for partition, replicas in self._by_partition().items():
+        for place, replicas in self._by_partition().items():
             first = replicas[0]
             for other in replicas[1:]:
                 if other.node.last_crc != first.node.last_crc:
-                    raise Violation(f"replicas of partition {partition} hold different bytes")
+                    raise Violation(f"replicas of {place} hold different bytes")
                 if other.machine != first.machine:
-                    raise Violation(f"replicas of partition {partition} are in different states")
+                    raise Violation(f"replicas of {place} are in different states")
 
 
 def _place(partition: int) -> Place:
     return f"{TOPIC}/{partition}"
+
+
+def _name(replica: PartitionReplica) -> Place:
+    return f"{replica.log.spec.topic}/{replica.log.spec.partition}"

@@ -10,6 +10,7 @@ import pytest
 
 from raftlog.testing import mutations, run, simulate
 from raftlog.testing.mutations import MUTATIONS, Mutation, PatchFailed, check_all_apply, patched_source
+from raftlog.testing.pipeline_profile import CLIENT_FAULTS
 from raftlog.testing.run import Result, Verdict, run_once, shrink
 from raftlog.testing.swarm import FAULTS, Profile, draw
 
@@ -17,7 +18,7 @@ from raftlog.testing.swarm import FAULTS, Profile, draw
 def rich(profile: Profile, verdict: Verdict = Verdict.GOOD, text: str = "") -> Result:
     """A result in which everything happened."""
     result = Result(profile, verdict, text)
-    result.faults = Counter(dict.fromkeys(FAULTS, 1))
+    result.faults = Counter(dict.fromkeys(FAULTS | CLIENT_FAULTS, 1))
     result.counts = Counter(dict.fromkeys(simulate.EVENTS_EXPECTED, 1))
     return result
 

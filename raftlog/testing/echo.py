@@ -1,0 +1,152 @@
+"""Late copies: requests of clients and coordinators that arrive once more, when everybody has moved on.
+
+A connection keeps order and doubles nothing, but a request that was given up on one connection may still be
+on its way when its repetition, and much else, has come by another. So each message must name what it is
+about so well that it can do no harm later. Here random requests of the last seconds are sent again to whoever
+leads their partition now.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import Counter, deque
+from collections.abc import Sequence
+from typing import Any, Final, TypeAlias
+
+from raftlog.broker.group_replica import GroupReplica
+from raftlog.broker.partition import PartitionReplica
+from raftlog.broker.replica import Replica
+from raftlog.errors import RaftlogError
+from raftlog.net.connection import RpcConnection
+from raftlog.net.handshake import Local
+from raftlog.net.rpc import (
+    JOIN_EPOCH,
+    LEAVE_EPOCH,
+    GroupHeartbeatRequest,
+    ProduceRequest,
+    StageOffsetsRequest,
+)
+from raftlog.net.rpc_transactions import EndTransactionRequest, EnlistRequest, MarkerRow, WriteMarkersRequest
+from raftlog.record.control import Marker
+from raftlog.record.frame import Buffer
+from raftlog.testing.sim_cluster import PORT, SimCluster, broker_name
+
+NODE: Final = "echo"
+KEPT_MAX: Final = 200
+"""How many requests ago an echo comes from at most."""
+_CALL_S: Final = 1.0
+_ECHOED: Final = (
+    ProduceRequest,
+    StageOffsetsRequest,
+    EndTransactionRequest,
+    EnlistRequest,
+    GroupHeartbeatRequest,
+    WriteMarkersRequest,
+)
+_Message: TypeAlias = tuple[Any, tuple[bytes, ...]]
+
+
+class Echo:
+    """Listens to all connections and repeats some of what it heard.
+
+    Args:
+        cluster: whose.
+        rng: decides what, and when.
+        counts: what it did.
+    """
+
+    def __init__(self, cluster: SimCluster, rng: random.Random, counts: Counter[str]) -> None:
+        self.counts = counts
+        self._cluster = cluster
+        self._random = rng
+        self._heard: deque[_Message] = deque(maxlen=KEPT_MAX)
+        self._connections: dict[int, RpcConnection] = {}
+        self._request: Any = None
+        """What connections had before this listened to them."""
+
+    def start(self) -> None:
+        """Listen, and repeat."""
+        request = self._request = RpcConnection.request
+        heard = self._heard
+
+        def listened(connection: RpcConnection, message: Any, payload: Sequence[Buffer] = ()) -> Any:
+            if isinstance(message, _ECHOED) and _is_harmless(message):
+                heard.append((message, tuple(bytes(part) for part in payload)))
+            return request(connection, message, payload)
+
+        setattr(RpcConnection, "request", listened)  # noqa: B010 - a method, to type checkers
+        self._cluster.loop.run_as(NODE, self._repeat())
+
+    def stop(self) -> None:
+        """Repeat nothing more."""
+        if self._request is not None:
+            setattr(RpcConnection, "request", self._request)  # noqa: B010
+            self._request = None
+            self._cluster.loop.kill(NODE)
+
+    async def _repeat(self) -> None:
+        rng = self._random
+        while True:
+            await asyncio.sleep(rng.choice([0.005, 0.05, 0.5]))
+            if self._heard:
+                message, payload = rng.choice(self._heard)
+                self.counts[f"{type(message).__name__} came late"] += 1
+                try:
+                    await self._again(message, payload)
+                except RaftlogError as error:
+                    self.counts[f"late {type(error).__name__}"] += 1
+
+    async def _again(self, message: Any, payload: tuple[bytes, ...]) -> None:
+        if isinstance(message, WriteMarkersRequest):
+            for row in message.markers:
+                self._mark(row)
+            return
+        leader = self._leader((message.topic_id, message.partition))
+        if leader is not None:
+            connection = await self._connection(leader[0])
+            await connection.call(message, payload, timeout=_CALL_S)
+
+    def _mark(self, row: MarkerRow) -> None:
+        """A marker comes once more; of brokers only, so it is handed over."""
+        leader = self._leader((row.topic_id, row.partition))
+        if leader is None:
+            return
+        broker_id, replica = leader
+        assert isinstance(replica, PartitionReplica | GroupReplica), replica
+        marker = Marker(row.producer_id, row.epoch, row.coordinator_epoch, row.commit)
+        with self._cluster.loop.node(broker_name(broker_id)):
+            replica.write_marker(marker, _nobody_waits)
+
+    def _leader(self, place: tuple[bytes, int]) -> tuple[int, Replica[Any]] | None:
+        for broker_id, broker in self._cluster.brokers.items():
+            replica = broker.hosting.by_place.get(place)
+            if replica is not None and replica.staged is not None:
+                return broker_id, replica
+        return None
+
+    async def _connection(self, broker_id: int) -> RpcConnection:
+        known = self._connections.get(broker_id)
+        if known is None or known.closed:
+            cluster = self._cluster
+            known = self._connections[broker_id] = await RpcConnection.open(
+                cluster.seams(NODE, NODE),
+                broker_name(broker_id),
+                PORT,
+                Local(cluster.plan.cluster_id, "client", -1, NODE),
+                cluster.plan.secret,
+                timeout=_CALL_S,
+            )
+        return known
+
+
+def _is_harmless(message: Any) -> bool:
+    """Whether a late copy must change nothing. One that joins a group makes a member that nobody is."""
+    return not isinstance(message, GroupHeartbeatRequest) or message.member_epoch not in (
+        JOIN_EPOCH,
+        LEAVE_EPOCH,
+    )
+
+
+def _nobody_waits(result: Any, error: RaftlogError | None) -> None:
+    pass
