@@ -45,7 +45,10 @@ class Consumer(Handle):
                 records = core.take(records_max)
                 if records and core.config.enable_auto_commit:
                     await core.in_group.save_before(records)
-                if records or deadline.over():
+                if records:
+                    return records
+                if deadline.over():
+                    await asyncio.sleep(0)  # who polls in a loop must not keep everything else from running
                     return records
                 await wait_until(partial(core.when_arrived, seen), deadline.left())
 

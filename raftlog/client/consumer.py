@@ -35,6 +35,7 @@ from raftlog.errors import (
     OffsetOutOfRange,
     RaftlogError,
     UnknownPartition,
+    UnknownTopic,
 )
 from raftlog.net.rpc import OFFSET_EARLIEST, OFFSET_LATEST
 from raftlog.record.types import Record, TopicPartition
@@ -258,6 +259,8 @@ class ConsumerCore:
     def _meet(self, each: AssignedPartition, error: Exception) -> None:
         """Everything before an error was handed out: raise it, unless the settings say how to go on."""
         reset = RESETS[self.config.auto_offset_reset]
+        if isinstance(error, UnknownTopic) and self.sharing is not None:
+            return  # it was deleted: the group will take it away
         if isinstance(error, OffsetOutOfRange) and reset is not None:
             log.warning("%s: %s; going on at the %s record", each.view, error, self.config.auto_offset_reset)
             self.jump(each, None, reset)

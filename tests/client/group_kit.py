@@ -94,6 +94,10 @@ class GroupWorld:
             and max(sizes) - min(sizes) <= 1
         )
 
+    def is_shared_by_one(self) -> bool:
+        """Whether the first reader has something."""
+        return bool(self.readers[0].assigned)
+
     # -- the coordinator -------------------------------------------------------------------------------------
 
     def replicas(self, group: str = GROUP) -> dict[int, GroupReplica]:
