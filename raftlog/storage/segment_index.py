@@ -72,6 +72,11 @@ class SparseIndex:
         self.max_before.append(max_before)
         self.prev_crcs.append(prev_crc)
 
+    @property
+    def begin(self) -> tuple[int, int]:
+        """(index, prev_crc) of the first frame; (0, 0) without any."""
+        return (self.indexes[0], self.prev_crcs[0]) if self.indexes else (0, 0)
+
     def slot_of_index(self, index: int) -> int:
         """The granule that holds the entry (or the last one before it)."""
         return max(0, bisect_right(self.indexes, index) - 1)

@@ -149,7 +149,9 @@ class SegmentReader:
             try:
                 _, index = await read_index(self._disk, segment.index_path)
             except (FileNotFoundError, DamagedData):
-                index = await self._index_from_frames(segment)
+                index = None
+            if index is None or index.begin != (segment.base_index, segment.prev_crc):
+                index = await self._index_from_frames(segment)  # it is not there, or of another segment
             segment.index = index
         if segment.sealed:
             self._indexed_now(segment)

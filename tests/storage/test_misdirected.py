@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
-from storage_kit import DISK_ID, SMALL, grow, run, spec
+from storage_kit import DISK_ID, SMALL, contents, grow, run, spec
 
 from raftlog.errors import DamagedData
 from raftlog.storage.replica_log import ReplicaLog
@@ -68,3 +70,21 @@ def test_frames_of_another_log_are_not_handed_out(start: int, end: int) -> None:
 def test_logs_of_different_groups_never_follow_one_another() -> None:
     origins = {spec(replica, partition=part).origin_crc for replica in (1, 2) for part in (0, 1)}
     assert len(origins) == 2, "by group, not by replica"
+
+
+def test_an_index_file_of_another_segment_is_not_believed() -> None:
+    """Found by seed 20097: recovery followed it from segment to segment, for ever."""
+
+    async def scenario() -> None:
+        disk = SimDisk()
+        store, one, _ = await two_alike(disk)
+        paths = [segment.index_path for segment in one.segments if segment.sealed]
+        assert len(paths) > 1
+        disk.put(paths[1], disk.content(paths[0]))
+        await store.close()
+        again = await BrokerStore.open(disk.kill(), SMALL, disk_id=DISK_ID)
+        assert again.logs[1].last_index == ENTRIES
+        assert await check_reads(again.logs[1], await contents(again.logs[1])) == 0
+        await again.close()
+
+    run(asyncio.wait_for(scenario(), 20.0))
