@@ -34,6 +34,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from typing import TYPE_CHECKING, Any, Final
 
+from raftlog.broker.group_replica import GroupReplica
 from raftlog.config import TopicConfig
 from raftlog.errors import RaftlogError
 from raftlog.raft.types import (
@@ -52,10 +53,11 @@ from raftlog.storage.snapshot_file import LogSnapshot
 from raftlog.testing.books import Event, Group, GroupKey, Member, View, Violation, column, overlap
 from raftlog.testing.disk import SimDisk
 from raftlog.testing.loop import START_TIME, SimLoop, SimNode
+from raftlog.testing.ownership import Ownership
 
 if TYPE_CHECKING:
     from raftlog.broker.broker import Broker
-    from raftlog.broker.replica import Replica
+from raftlog.broker.replica import Replica
 
 EVENTS_MAX: Final = 400
 """Events kept for the trace of a failure."""
@@ -73,6 +75,7 @@ class Watch:
         self.counts: Counter[str] = Counter()
         self.events: deque[Event] = deque(maxlen=EVENTS_MAX)
         self.groups: dict[GroupKey, Group] = {}
+        self.ownership = Ownership()
         self._loop = loop
         self._brokers: dict[str, tuple[Broker, SimDisk]] = {}
         self._views: dict[int, dict[int, View]] = {}
@@ -429,6 +432,8 @@ class Watch:
         if core.applied < view.applied or core.applied > core.commit:
             raise Violation(f"applied of {group.name} went from {view.applied} to {core.applied}")
         view.applied = core.applied
+        if isinstance(view.replica, GroupReplica):
+            self.ownership.applied(view.replica)
         end = (_log_start(view.replica), _next_offset(view.replica))
         known = group.ends.setdefault(core.applied, end)
         if known != end:

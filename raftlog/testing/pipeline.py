@@ -23,6 +23,7 @@ from raftlog.client.aio_consumer import Consumer
 from raftlog.client.aio_producer import Producer, Transaction
 from raftlog.errors import CommitInDoubt, RaftlogError, TransactionAborted
 from raftlog.record.types import Record, TopicPartition
+from raftlog.state.groups import Key
 from raftlog.state.transactions import Phase
 from raftlog.testing.books import Violation
 from raftlog.testing.echo import Echo
@@ -67,6 +68,9 @@ class Pipeline:
         self._left: Counter[str] = Counter()
         self._sessions: dict[str, str] = {}
         """Worker -> under which name it reads now."""
+        self._consumers: dict[str, Consumer] = {}
+        """Worker -> its member of the group."""
+        cluster.watch.ownership.holds = self._holds
         self._echo = Echo(cluster, random.Random(rng.getrandbits(64)), self.counts)
 
     # -- clients ---------------------------------------------------------------------------------------------
@@ -236,6 +240,7 @@ class Pipeline:
     async def _pump(self, producer: Producer, consumer: Consumer, name: str) -> None:
         """Consume, transform, produce; now and then leave the group."""
         rng = self.random
+        self._consumers[name] = consumer
         self._new_session(name)
         while rng.random() > LEAVE_CHANCE:
             records = await consumer.poll(0.5, rng.randint(1, 8))
@@ -244,6 +249,16 @@ class Pipeline:
                 if not await self._process(producer, consumer, records, name):
                     await consumer.seek_to_committed()
                     self._new_session(name)
+
+    def _holds(self, member_id: str) -> list[Key]:
+        """The partitions that a worker's consumer reads, as a member of this id."""
+        return [
+            (view.topic_id, view.index)
+            for consumer in self._consumers.values()
+            for member in [consumer._core.in_group.member]
+            if member._member_id == member_id
+            for view in member._held
+        ]
 
     def _new_session(self, name: str) -> None:
         """From now on it is a reader that begins anew, where its group is."""
