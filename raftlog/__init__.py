@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from raftlog import aio, config, errors, serde, testing
     from raftlog.client.delivery import BatchDelivery, Delivery
     from raftlog.client.log import Log
+    from raftlog.client.process import Output, ProcessStats
+    from raftlog.client.processing import Processing
     from raftlog.client.sync import Consumer
     from raftlog.client.sync_producer import Producer, Transaction
     from raftlog.errors import RaftlogError
@@ -40,6 +42,9 @@ __all__ = [
     "Consumer",
     "Delivery",
     "Log",
+    "Output",
+    "ProcessStats",
+    "Processing",
     "Producer",
     "RaftlogError",
     "Record",
@@ -63,6 +68,9 @@ _FROM = {
     "Consumer": "raftlog.client.sync",
     "Delivery": "raftlog.client.delivery",
     "Log": "raftlog.client.log",
+    "Output": "raftlog.client.process",
+    "ProcessStats": "raftlog.client.process",
+    "Processing": "raftlog.client.processing",
     "Producer": "raftlog.client.sync_producer",
     "RaftlogError": "raftlog.errors",
     "Record": "raftlog.record.types",

@@ -18,10 +18,10 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from raftlog.client import attach
 from raftlog.client.admin import CALL_TIMEOUT_S, Admin
@@ -31,12 +31,15 @@ from raftlog.client.cluster import Bootstrap, ClusterClient
 from raftlog.client.descriptions import ClusterDescription, GroupDescription, TopicDescription
 from raftlog.client.group_admin import GroupAdmin, ResetTo
 from raftlog.client.handle import process_client_id
+from raftlog.client.identity_pool import process_pool
 from raftlog.client.log import refresh_through_ray
 from raftlog.client.offsets import Offset, Place
+from raftlog.client.process import describe_work
+from raftlog.client.processing import AioProcessing as Processing
 from raftlog.config import ConsumerConfig, Environment, ProducerConfig, TopicConfig
-from raftlog.errors import Closed
+from raftlog.errors import Closed, ConfigError
 from raftlog.net.network import Seams, real_seams
-from raftlog.record.types import TopicPartition
+from raftlog.record.types import Record, TopicPartition
 
 __all__ = ["Consumer", "Log", "Producer", "Transaction", "connect", "shutdown", "start"]
 
@@ -76,7 +79,7 @@ class Log:
         self._closed = False
         self._pid = os.getpid()
         self._cluster: ClusterClient | None = None
-        self._handles: list[Producer | Consumer] = []
+        self._handles: list[Producer | Consumer | Processing] = []
 
     @property
     def name(self) -> str:
@@ -115,6 +118,25 @@ class Log:
         consumer = Consumer(self._connected(), topics, ConsumerConfig(**settings))
         self._handles.append(consumer)
         return consumer
+
+    def process(
+        self,
+        source: str | Sequence[str],
+        sink: str | None,
+        group: str,
+        fn: Callable[[Record], Any],
+        workers: int = 1,
+        until: Literal["end"] | None = None,
+        **settings: Any,
+    ) -> Processing:
+        """As :meth:`raftlog.Log.process`, on this loop: ``fn`` may be asynchronous; if it is not, it is
+        called in place and should be short. Actors are started by the blocking Log only."""
+        if workers != 1:
+            raise ConfigError("raftlog.aio processes on its own loop: use raftlog.Log for workers > 1")
+        work = describe_work(source, sink, group, until, settings)
+        processing = Processing(self._connected(), work, fn)
+        self._handles.append(processing)
+        return processing
 
     async def create_topic(
         self,
@@ -203,6 +225,7 @@ class Log:
                 self._bootstrap,
                 process_client_id(),
                 refresh_through_ray(self._bootstrap) if self._seams is None else None,
+                process_pool(self._bootstrap.cluster_id) if self._seams is None else None,
             )
         self._handles = [handle for handle in self._handles if not handle.closed]
         return self._cluster

@@ -312,6 +312,46 @@ class ConsumerConfig(Settings):
                 raise ConfigError(f"{name} needs a group: without one, nothing is assigned or revoked")
 
 
+class ProcessConfig(Settings):
+    """Settings of ``log.process``."""
+
+    semantics: Semantics = "exactly-once"
+    retries: Annotated[int, Field(ge=0)] = 3
+    """How often the function is called again for a record for which it has raised."""
+    dead_letters: str | None = None
+    """Topic of the records for which it raised once more; default: the source, with ".dead" behind. Made if
+    it is not there."""
+    batch_records: Annotated[int, Field(ge=1)] = 500
+    """Records per transaction, at most."""
+    batch_bytes: Annotated[int, Field(ge=1)] = 1 * MIB
+    """A batch with so many bytes of values waits for no more."""
+    batch_ms: Milliseconds = 5
+    """How long a batch that is not full waits for more records."""
+    transaction_timeout_ms: Annotated[int, Field(ge=1000, le=15 * 60_000)] = 15_000
+    """A transaction is open only while its outputs are written. One of a worker that died holds up readers
+    for this long, unless a worker of the same name takes its place."""
+    transactional_id: Annotated[str, Field(min_length=1, max_length=200)] | None = None
+    """Name of this worker, if it is to take its own place at once when it is started again; only one may
+    have it at a time. Default: a new one each time."""
+    consumer: dict[str, Any] = {}
+    """More settings of the consumer."""
+    producer: dict[str, Any] = {}
+    """More settings of the producer."""
+    actor_options: dict[str, Any] = {}
+    """Options of the Ray actors, as ``num_cpus``, where there are several workers."""
+    on_step: Callable[[str], None] | None = None
+    """Called at each step of a batch: "polled", "transformed", "sent", "committed". For tests, which let the
+    process die there."""
+
+    def _check(self) -> None:
+        ours = {"group", "assign", "semantics", "transactional_id", "transaction_timeout_ms"}
+        ours |= {"on_assigned", "on_revoked", "on_lost", "key_serializer", "value_serializer"}
+        ours |= {"value_deserializer"}
+        for name in (*self.consumer, *self.producer):
+            if name.replace(".", "_") in ours:
+                raise ConfigError(f"{name} is not yours to set in log.process")
+
+
 class BrokerConfig(Settings):
     """Settings of a broker."""
 

@@ -68,3 +68,9 @@ def probe_options(node_id: str) -> dict[str, Any]:
 def promises_options() -> dict[str, Any]:
     """The promises actor belongs to one process of a job and goes with it."""
     return {"num_cpus": 0, "max_restarts": 0, "max_task_retries": 0, "max_concurrency": 1000}
+
+
+def processor_options() -> dict[str, Any]:
+    """Workers of ``log.process`` belong to the job, and are brought back by Ray: what they do may be done
+    again. They run user code, at the niceness of user code."""
+    return {"num_cpus": _CPU_SLIVER, "max_restarts": -1, "max_task_retries": -1, "max_concurrency": 4}

@@ -9,9 +9,9 @@ import os
 import sys
 import threading
 import weakref
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypeVar
 
 from raftlog.client.admin import CALL_TIMEOUT_S, Admin
 from raftlog.client.cluster import Bootstrap, ClusterClient
@@ -24,6 +24,7 @@ from raftlog.client.descriptions import (
 )
 from raftlog.client.group_admin import GroupAdmin, ResetTo
 from raftlog.client.handle import process_client_id
+from raftlog.client.identity_pool import process_pool
 from raftlog.client.io_thread import IoThread, io_thread
 from raftlog.client.offsets import Offset, Place
 from raftlog.config import ConsumerConfig, ProducerConfig, TopicConfig
@@ -32,8 +33,11 @@ from raftlog.net.network import real_seams
 from raftlog.record.types import TopicPartition
 
 if TYPE_CHECKING:
+    from raftlog.client.process import Work
+    from raftlog.client.processing import Processing
     from raftlog.client.sync import Consumer
     from raftlog.client.sync_producer import Producer
+    from raftlog.record.types import Record
 
 __all__ = [
     "Bootstrap",
@@ -139,6 +143,59 @@ class Log:
         consumer = Consumer(self, runtime.io, runtime.cluster, topics, config)
         runtime.handles.add(consumer)
         return consumer
+
+    def process(
+        self,
+        source: str | Sequence[str],
+        sink: str | None,
+        group: str,
+        fn: Callable[[Record], Any],
+        workers: int = 1,
+        until: Literal["end"] | None = None,
+        **settings: Any,
+    ) -> Processing:
+        """Consume, transform, produce, commit, over and over; begins at once, in the background.
+
+        ``fn(record)`` returns what comes of a record: None, bytes (a value; the key is the record's), an
+        ``Output``, or several of these. If it raises it is called again, ``retries`` times; then the record
+        goes to a topic of dead letters, with headers ``dead.*`` that say why.
+
+        With ``semantics="exactly-once"``, the default, outputs, dead letters and the group's positions are
+        committed together, in transactions: readers of committed records see what comes of each record once,
+        whoever dies when. "at-least-once" and "at-most-once" commit positions after, or before.
+
+        Args:
+            source: a topic, or several.
+            sink: topic of outputs that name none; None: all do.
+            group: consumer group; all workers that name it share the source's partitions.
+            fn: called with one :class:`raftlog.Record` at a time, on a thread of its own.
+            workers: 1: in this process. More: as many Ray actors; ``fn`` is pickled.
+            until: "end": end when all that is there now is done. None: go on until stopped.
+            settings: see :class:`raftlog.config.ProcessConfig`.
+
+        Returns:
+            A handle: ``wait()``, ``stop()``, ``stats``; leaving its ``with`` stops it.
+
+        Raises:
+            ConfigError: unknown, out of range or contradictory settings.
+        """
+        from raftlog.client.process import describe_work
+
+        work = describe_work(source, sink, group, until, settings)
+        if workers > 1:
+            from raftlog.actors.processors import process_in_actors
+
+            return process_in_actors(self, work, fn, workers)
+        return self._start_work(work, fn)
+
+    def _start_work(self, work: Work, fn: Callable[[Record], Any]) -> Processing:
+        """What :meth:`process` does with one worker."""
+        from raftlog.client.processing import ThreadProcessing
+
+        runtime = self._connected()
+        processing = ThreadProcessing(self, runtime.io, runtime.cluster, work, fn)
+        runtime.handles.add(processing)
+        return processing
 
     # -- topics ----------------------------------------------------------------------------------------------
 
@@ -326,11 +383,17 @@ class _Runtime:
         self.cluster: ClusterClient = self.io.call(self._make(bootstrap))
         self.admin = Admin(self.cluster)
         self.groups = GroupAdmin(self.cluster)
-        self.handles: weakref.WeakSet[Producer | Consumer] = weakref.WeakSet()
+        self.handles: weakref.WeakSet[Producer | Consumer | Processing] = weakref.WeakSet()
         _runtimes.add(self)
 
     async def _make(self, bootstrap: Bootstrap) -> ClusterClient:
-        return ClusterClient(real_seams(), bootstrap, process_client_id(), refresh_through_ray(bootstrap))
+        return ClusterClient(
+            real_seams(),
+            bootstrap,
+            process_client_id(),
+            refresh_through_ray(bootstrap),
+            process_pool(bootstrap.cluster_id),
+        )
 
     def close(self) -> None:
         try:

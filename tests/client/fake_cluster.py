@@ -121,7 +121,8 @@ class FakePartition:
 class FakeCluster:
     """The brokers, and what they share."""
 
-    def __init__(self, brokers: int = 3) -> None:
+    def __init__(self, brokers: int = 3, cluster_id: str = "c1") -> None:
+        self.cluster_id = cluster_id
         self.topics: dict[str, list[FakePartition]] = {}
         self.configs: dict[str, dict[str, Any]] = {}
         self.brokers = {broker_id: FakeBroker(self, broker_id) for broker_id in range(brokers)}
@@ -195,7 +196,8 @@ class FakeCluster:
     @property
     def bootstrap(self) -> Bootstrap:
         """How to reach it."""
-        return Bootstrap("fake", "c1", SECRET, tuple(broker.address for broker in self.brokers.values()))
+        addresses = tuple(broker.address for broker in self.brokers.values())
+        return Bootstrap("fake", self.cluster_id, SECRET, addresses)
 
 
 class FakeBroker:
@@ -216,7 +218,7 @@ class FakeBroker:
 
     async def start(self, seams: Seams, host: str, port: int) -> None:
         self.seams = seams
-        local = Local("c1", "broker", broker_id=self.id, incarnation=self.incarnation)
+        local = Local(self.cluster.cluster_id, "broker", broker_id=self.id, incarnation=self.incarnation)
         self.server = RpcServer(seams, local, SECRET, self)
         self.address = await self.server.start(host, port)
 
@@ -292,7 +294,7 @@ class FakeBroker:
         wanted = list(topics) if request.topics is None else request.topics
         reply.ok(
             rpc.MetadataResponse(
-                "c1",
+                self.cluster.cluster_id,
                 rows,
                 [self._topic(name) for name in wanted if name in topics],
                 [name for name in wanted if name not in topics],

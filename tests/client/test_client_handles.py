@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -48,7 +49,7 @@ class RealWorld:
     """A fake cluster on a thread of its own, on the loopback interface."""
 
     def __init__(self) -> None:
-        self.cluster = FakeCluster(2)
+        self.cluster = FakeCluster(2, uuid.uuid4().hex)
         self.loop = asyncio.new_event_loop()
         self.thread = threading.Thread(target=self.loop.run_forever, daemon=True)
         self.thread.start()
@@ -515,7 +516,7 @@ def test_waiting_is_awaiting_and_nothing_else_is() -> None:
     """What blocks in one face is awaited in the other; making handles and looking at properties is
     neither."""
     plain = {"producer", "consumer", "records", "closed", "name", "cluster_id", "bootstrap", "transaction"}
-    plain |= {"member", "positions_for_commit"}
+    plain |= {"process", "member", "positions_for_commit"}
     for cls in (aio.Log, aio.Producer, aio.Transaction, aio.Consumer):
         for name in surface(cls):
             assert inspect.iscoroutinefunction(getattr(cls, name)) == (name not in plain), (cls, name)

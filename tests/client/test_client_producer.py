@@ -250,6 +250,61 @@ def test_settings_that_make_no_sense_are_refused(world: SimWorld) -> None:
     world.run(work())
 
 
+# -- identities ----------------------------------------------------------------------------------------------
+
+
+def test_a_thousand_producers_one_after_another_take_one_producer_id(world: SimWorld) -> None:
+    partitions = world.cluster.create(TOPIC, 2)
+
+    async def work() -> None:
+        async with world.log() as log:
+            for number in range(1000):
+                async with log.producer(linger_ms=0) as producer:
+                    await producer.send(TOPIC, b"%d" % number, partition=number % 2)
+
+    world.run(work())
+    assert world.cluster.producer_ids == 1001, "the fake one counts from 1000"
+    for index, partition in enumerate(partitions):
+        assert partition.values() == [b"%d" % number for number in range(index, 1000, 2)]
+        assert len(partition.state.producers) == 1
+
+
+def test_producers_at_the_same_time_have_identities_of_their_own(world: SimWorld) -> None:
+    (partition,) = world.cluster.create(TOPIC)
+
+    async def work() -> None:
+        async with world.log() as log:
+            for _ in range(3):
+                async with log.producer() as one, log.producer() as other:
+                    await (await one.send(TOPIC, b"one"))
+                    await (await other.send(TOPIC, b"other"))
+
+    world.run(work())
+    assert world.cluster.producer_ids == 1002
+    assert partition.values() == [b"one", b"other"] * 3
+
+
+def test_a_producer_with_something_in_doubt_leaves_nothing_to_the_next(world: SimWorld) -> None:
+    (partition,) = world.cluster.create(TOPIC)
+
+    async def work() -> None:
+        async with world.log() as log:
+            async with log.producer() as producer:
+                await (await producer.send(TOPIC, b"a"))
+                world.cluster.every_fault = ignore
+                delivery = await producer.send(TOPIC, b"in doubt")
+                with pytest.raises(RaftlogError):
+                    await producer.close(timeout=0.5)
+                assert delivery.done()
+            world.cluster.every_fault = None
+            async with log.producer() as producer:
+                await (await producer.send(TOPIC, b"b"))
+
+    world.run(work())
+    assert world.cluster.producer_ids == 1002
+    assert partition.values()[-1] == b"b"
+
+
 # -- the buffer ----------------------------------------------------------------------------------------------
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Coroutine
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 from raftlog import aio
 from raftlog.broker.internal_topics import partition_of
@@ -46,7 +46,7 @@ class TransactionWorld:
 
         self.run(create())
 
-    def __enter__(self) -> TransactionWorld:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
