@@ -220,6 +220,7 @@ class Segment:
     def summary(self) -> SegmentSummary:
         """What the index file says of the frames so far."""
         return SegmentSummary(
+            self.spec.replica_id,
             self.base_index,
             self.base_offset,
             self.last_index,

@@ -32,6 +32,7 @@ NO_TIMESTAMP: Final = -(1 << 63)
 class SegmentSummary(msgspec.Struct, frozen=True, array_like=True):
     """What the frames of a segment up to ``last_index`` amount to."""
 
+    replica_id: int
     base_index: int
     base_offset: int
     last_index: int

@@ -158,7 +158,7 @@ async def _load(
     """One segment; None when nothing in it was ever flushed."""
     base_index, base_offset = name
     path = segment_path(spec.replica_id, base_index, base_offset)
-    summary = await _usable_summary(disk, path, name)
+    summary = await _usable_summary(disk, path, (spec.replica_id, *name))
     if summary is None and base_index > checkpoint.index:
         return None
     anchors = {(checkpoint.index, checkpoint.crc)} if checkpoint.index >= base_index else set()
@@ -217,13 +217,14 @@ def _empty(header: SegmentHeader, spec: ReplicaSpec, interval: int) -> Segment:
     return segment
 
 
-async def _usable_summary(disk: Disk, path: str, name: tuple[int, int]) -> SegmentSummary | None:
+async def _usable_summary(disk: Disk, path: str, of: tuple[int, int, int]) -> SegmentSummary | None:
     index_path = path.removesuffix(".seg") + ".idx"
     try:
         summary = await read_summary(disk, index_path)
     except (FileNotFoundError, DamagedData):
         return None  # it only saves time: the frames say the same
-    return summary if (summary.base_index, summary.base_offset) == name else None  # else it is of another one
+    found = summary.replica_id, summary.base_index, summary.base_offset
+    return summary if found == of else None  # else a disk put that of another segment here
 
 
 async def _restore(disk: Disk, segment: Segment, summary: SegmentSummary) -> None:

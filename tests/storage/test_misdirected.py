@@ -72,15 +72,17 @@ def test_logs_of_different_groups_never_follow_one_another() -> None:
     assert len(origins) == 2, "by group, not by replica"
 
 
-def test_an_index_file_of_another_segment_is_not_believed() -> None:
+@pytest.mark.parametrize("of_another_replica", [False, True])
+def test_an_index_file_of_another_segment_is_not_believed(of_another_replica: bool) -> None:
     """Found by seed 20097: recovery followed it from segment to segment, for ever."""
 
     async def scenario() -> None:
         disk = SimDisk()
-        store, one, _ = await two_alike(disk)
+        store, one, other = await two_alike(disk)
         paths = [segment.index_path for segment in one.segments if segment.sealed]
         assert len(paths) > 1
-        disk.put(paths[1], disk.content(paths[0]))
+        wrong = other.segments[1].index_path if of_another_replica else paths[0]
+        disk.put(paths[1], disk.content(wrong))
         await store.close()
         again = await BrokerStore.open(disk.kill(), SMALL, disk_id=DISK_ID)
         assert again.logs[1].last_index == ENTRIES
