@@ -13,34 +13,20 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from pathlib import Path
 from types import CodeType, ModuleType
-from typing import Any, Final
+from typing import Final
 
+from raftlog.testing.mutation import Mutation
+from raftlog.testing.mutations_coordination import COORDINATION
 from raftlog.testing.run import Verdict, run_once
 from raftlog.testing.swarm import SEGMENT_BYTES_MIN, Profile, draw
 
 PACKAGE: Final = "raftlog"
-
-
-@dataclass(frozen=True, slots=True)
-class Mutation:
-    """One planted bug: in ``module``, ``old`` becomes ``new``.
-
-    Rare ones are looked for with ``faults`` only, on three brokers, and with other fields of the profile set
-    to what ``profile`` says.
-    """
-
-    name: str
-    module: str
-    old: str
-    new: str
-    faults: tuple[str, ...] = ()
-    profile: Mapping[str, Any] = field(default_factory=dict)
 
 
 _MOVES: Final = {"brokers": 5, "replication": 3}
@@ -295,6 +281,7 @@ MUTATIONS: Final = (
         "each.fetch_offset, each.last_term = end\n",
         "each.fetch_offset, each.last_term = end[0] + 1, end[1]\n",
     ),
+    *COORDINATION,
 )
 
 

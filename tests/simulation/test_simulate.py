@@ -9,7 +9,8 @@ from itertools import count
 import pytest
 
 from raftlog.testing import mutations, run, simulate
-from raftlog.testing.mutations import MUTATIONS, Mutation, PatchFailed, check_all_apply, patched_source
+from raftlog.testing.mutation import Mutation
+from raftlog.testing.mutations import MUTATIONS, PatchFailed, check_all_apply, patched_source
 from raftlog.testing.pipeline_profile import CLIENT_FAULTS
 from raftlog.testing.run import Result, Verdict, run_once, shrink
 from raftlog.testing.swarm import FAULTS, Profile, draw
