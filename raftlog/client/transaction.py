@@ -28,7 +28,7 @@ from __future__ import annotations
 import asyncio
 import enum
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Final, TypeAlias
 
@@ -48,6 +48,7 @@ from raftlog.errors import (
     InvalidTransaction,
     RaftlogError,
     TransactionAborted,
+    UnknownReplica,
 )
 from raftlog.net.rpc import GroupOffset, StageOffsetsRequest
 from raftlog.net.rpc_transactions import EndTransactionRequest, EnlistRequest, InitTransactionsRequest
@@ -115,6 +116,10 @@ class TransactionManager:
         """The coordinator may know that the transaction is open."""
         self._members: set[PartitionView] = set()
         self._groups: set[str] = set()
+        self._written: dict[PartitionView, None] = {}
+        """What this transaction writes to."""
+        self._usual: dict[PartitionView, None] = {}
+        """What the one before has written to."""
         self._wanted: dict[PartitionView, Obtained] = {}
         self._wanted_groups: dict[str, asyncio.Future[None]] = {}
         self._enlisting: asyncio.Task[None] | None = None
@@ -206,7 +211,10 @@ class TransactionManager:
 
     def begin_window(self, view: PartitionView) -> tuple[Identity, int] | None:
         """See :class:`raftlog.client.identities.Identities`."""
-        return (self._identity, 0) if view in self._members else None
+        if view not in self._members:
+            return None
+        self._written[view] = None
+        return self._identity, 0
 
     def obtain(self, view: PartitionView, is_wanted: Callable[[], bool], obtained: Obtained) -> None:
         """Enlist a partition."""
@@ -258,27 +266,49 @@ class TransactionManager:
             self._enlisting.add_done_callback(self._enlisted)
 
     async def _enlist(self) -> None:
-        """Enlist what is wanted, and what comes to be wanted meanwhile."""
+        """Enlist what is wanted, and what comes to be wanted meanwhile. With the first goes what the
+        transaction before has written to: most likely this one does so, too, and then it costs one round trip
+        instead of two; if not, a marker too many."""
+        usual = [view for view in self._usual if not view.deleted]
         while self._wanted or self._wanted_groups:
-            views, groups = dict(self._wanted), dict(self._wanted_groups)
-            request = EnlistRequest(
-                self._place.topic_id,
-                self._place.index,
-                self.transactional_id,
-                *self._identity,
-                [(view.topic_id, view.index) for view in views],
-                list(groups),
-            )
+            wanted, groups = dict(self._wanted), dict(self._wanted_groups)
+            views = list(dict.fromkeys([*wanted, *usual]))
             self._begun = True
-            await self._cluster.call_leader(self._place, request, timeout=self._request_timeout_s)
+            try:
+                await self._ask_to_enlist(
+                    views, groups, is_retriable if not usual else _is_retriable_but_missing
+                )
+            except UnknownReplica:
+                if not usual:
+                    raise
+                usual = []  # one of these is gone, and nobody has asked for it
+                continue
+            usual = []
             self._members.update(views)
             self._groups.update(groups)
-            for view, obtained in views.items():
-                del self._wanted[view]
-                obtained(None)
+            for view in [view for view in self._wanted if view in self._members]:
+                self._wanted.pop(view)(None)
             for group, future in groups.items():
                 del self._wanted_groups[group]
                 future.set_result(None)
+
+    async def _ask_to_enlist(
+        self,
+        views: Iterable[PartitionView],
+        groups: Iterable[str],
+        retriable: Callable[[BaseException], bool],
+    ) -> None:
+        request = EnlistRequest(
+            self._place.topic_id,
+            self._place.index,
+            self.transactional_id,
+            *self._identity,
+            [(view.topic_id, view.index) for view in views],
+            list(groups),
+        )
+        await self._cluster.call_leader(
+            self._place, request, timeout=self._request_timeout_s, retriable=retriable
+        )
 
     def _enlisted(self, task: asyncio.Task[None]) -> None:
         self._enlisting = None
@@ -453,6 +483,7 @@ class TransactionManager:
         self._sender.end_windows()
         self._members.clear()
         self._groups.clear()
+        self._usual, self._written = self._written, {}
         self._begun = False
         self.error = None
         self._move(to, State.COMMITTING, State.ABORTING)
@@ -462,6 +493,11 @@ class TransactionManager:
             self.error = error
             self.state = State.DEAD
         self._give_up()
+
+
+def _is_retriable_but_missing(error: BaseException) -> bool:
+    """Worth another attempt, where a partition that is not there is not."""
+    return is_retriable(error) and not isinstance(error, UnknownReplica)
 
 
 def _again(error: RaftlogError) -> RaftlogError:

@@ -136,13 +136,33 @@ def test_several_partitions_are_enlisted_at_once(monkeypatch: pytest.MonkeyPatch
 
         async def work() -> None:
             async with world.log() as log, log.producer(transactional_id=TXN, linger_ms=0) as producer:
-                for number in range(2):
+                for number in range(3):
                     await transact(producer, number)
 
         world.run(work())
         enlisted = [len(each.partitions) for each in asked if isinstance(each, EnlistRequest)]
-        assert sum(enlisted) == 2 * PARTITIONS
+        assert sum(enlisted[:-2]) == PARTITIONS
         assert len(enlisted) <= 4, "one for the first partition, one for those that came meanwhile"
+        assert enlisted[-2:] == [PARTITIONS] * 2, "later ones write to the same: one is enough"
+
+
+def test_what_was_usual_and_is_gone_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    with TransactionWorld() as world:
+
+        async def work() -> None:
+            async with world.log() as log, log.producer(transactional_id=TXN, linger_ms=0) as producer:
+                await transact(producer, 0)
+                async with producer.transaction() as txn:
+                    await txn.send(OTHER, b"a")
+                async with world.log() as admin:
+                    await admin.delete_topic(OTHER)
+                    await asyncio.sleep(1.0)
+                started = asyncio.get_running_loop().time()
+                await transact(producer, 1)
+                assert asyncio.get_running_loop().time() - started < 1.0
+
+        world.run(work())
+        assert world.read() == [b"0", b"1"] * PARTITIONS
 
 
 def test_mistake_12_nothing_is_sent_to_a_partition_that_is_not_enlisted_durably() -> None:
