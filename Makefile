@@ -13,7 +13,7 @@ EXTRAS := test,lint,examples
 SAY    := @printf '\033[1m== %s\033[0m\n'
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types imports deps core unit ray-tests simulate format bench clean
+.PHONY: help setup demo semantics test lint types imports deps core unit ray-tests simulate format bench clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -32,6 +32,10 @@ $(READY): pyproject.toml
 demo: $(READY)  ## 336,776 flights through a replicated topic on Ray, with a leader killed half way
 	$(SAY) "demo: examples/flights.py"
 	@$(BIN)/python examples/flights.py $(ARGS)
+
+semantics: $(READY)  ## At most, at least, exactly once side by side on Ray, with everything being killed
+	$(SAY) "semantics: examples/exactly_once.py"
+	@$(BIN)/python examples/exactly_once.py $(ARGS)
 
 test: lint types imports deps core unit ray-tests  ## Everything that must pass: style, types, layers, dependencies, tests
 

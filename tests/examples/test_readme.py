@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -16,14 +17,20 @@ ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 
 
-def test_the_program_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    (program,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+def test_the_programs_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    first, *others = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    names: dict[str, Any] = {}
     with LocalCluster() as cluster:
         monkeypatch.setattr(raftlog, "start", lambda: cluster.log)
-        exec(compile(program, "README.md", "exec"), {})
-    acknowledged, read = capsys.readouterr().out.splitlines()
+        exec(compile(first, "README.md", "exec"), names)
+        acknowledged, read = capsys.readouterr().out.splitlines()
+        for program in others:
+            exec(compile(program, "README.md", "exec"), names)
+        with cluster.log.consumer("invoices") as consumer:
+            (invoice,) = consumer.records(until="end")
     assert acknowledged.startswith("RecordMetadata(topic='orders'")
     assert read == """0 b'customer-7' b'{"id": 1}'"""
+    assert (invoice.key, invoice.value) == (b"customer-7", b'invoice for {"id": 1}')
 
 
 def test_the_commands_exist() -> None:
