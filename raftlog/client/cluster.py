@@ -27,6 +27,7 @@ from raftlog.errors import (
     RaftlogError,
     RequestTimeout,
     UnknownPartition,
+    UnknownReplica,
     UnknownTopic,
 )
 from raftlog.net.connection import RpcConnection
@@ -253,7 +254,7 @@ class ClusterClient:
                 raise RequestTimeout(f"no leader of {view} in {timeout:g} s", indeterminate=False) from error
             try:
                 return await self.call(connection, request, payload, timeout=left)
-            except NotLeader as error:
+            except (NotLeader, UnknownReplica) as error:
                 self.note_refusal(view, connection, error)
                 raise
 

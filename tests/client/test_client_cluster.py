@@ -7,7 +7,7 @@ import random
 from typing import Any
 
 import pytest
-from fake_cluster import TOPIC, SimWorld
+from fake_cluster import TOPIC, FakeBroker, FakePartition, SimWorld
 
 from raftlog.client.cluster import ClusterClient
 from raftlog.client.connections import Bootstrap
@@ -24,6 +24,7 @@ from raftlog.errors import (
     RaftlogError,
     RequestTimeout,
     TopicExists,
+    UnknownReplica,
     UnknownTopic,
 )
 from raftlog.net.rpc import (
@@ -32,8 +33,10 @@ from raftlog.net.rpc import (
     MetadataRequest,
     MetadataResponse,
     PartitionRow,
+    ProduceRequest,
     TopicRow,
 )
+from raftlog.record.codec import encode_batch
 
 
 def view(leader: int, term: int) -> PartitionView:
@@ -203,6 +206,31 @@ def test_many_partitions_look_for_their_leaders_together(world: SimWorld) -> Non
         assert world.cluster.count(MetadataRequest) - before <= 6, "not one question per partition"
 
     run(world, work)
+
+
+def test_a_broker_that_hosts_the_partition_no_more_is_not_asked_again(
+    world: SimWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (partition,) = world.cluster.create(TOPIC)
+    led = FakeBroker._led
+
+    def gone(broker: FakeBroker, topic_id: bytes, index: int) -> FakePartition:
+        if broker.id == 0:
+            raise UnknownReplica("not here any more")
+        return led(broker, topic_id, index)
+
+    async def work() -> float:
+        client = world.client()
+        place = await client.partition(TOPIC, 0, timeout=5)
+        world.cluster.move(partition, 1)
+        monkeypatch.setattr(FakeBroker, "_led", gone)
+        began = world.loop.time()
+        batch = encode_batch([b"x"], None, 0)
+        await client.call_leader(place, ProduceRequest(place.topic_id, 0), (batch,), timeout=5)
+        await client.close()
+        return world.loop.time() - began
+
+    assert world.run(work()) < 0.5
 
 
 def test_who_seeks_a_leader_hears_of_the_topics_end_and_of_the_clients(world: SimWorld) -> None:

@@ -10,7 +10,9 @@ import pytest
 from group_kit import GROUP, TOPIC, GroupWorld, Reader
 
 from raftlog import aio
-from raftlog.errors import ConfigError, OffsetOutOfRange, StaleMember, UnknownPartition
+from raftlog.client.group import Membership
+from raftlog.errors import ConfigError, OffsetOutOfRange, RequestTimeout, StaleMember, UnknownPartition
+from raftlog.net.rpc import GroupOffset
 from raftlog.record.types import Record, TopicPartition
 
 ALL = [TopicPartition(TOPIC, index) for index in range(4)]
@@ -312,6 +314,24 @@ def test_who_is_not_used_within_the_rebalance_timeout_loses_what_others_want_and
         assert all(count == 1 for place, count in again.items() if TopicPartition(*place[:2]) in kept)
 
 
+def test_a_commit_that_is_too_late_for_some_partitions_is_one_for_the_others() -> None:
+    with GroupWorld() as world:
+        world.produce(0, 40)
+        one = world.reader("one", rebalance_timeout_ms=5_000, commit=False)
+        world.until(lambda: len(one.records) == 40)
+        one.gate.clear()
+        world.loop.run_for(1.0)
+        two = world.reader("two", commit=False)
+        world.until(lambda: len(two.assigned) == 2)
+
+        async def commit() -> None:
+            await one.consumer.commit()
+
+        with pytest.raises(StaleMember):
+            world.run(commit(), node="one")
+        assert world.offsets() == {each.partition: 10 for each in ALL if each not in two.assigned}
+
+
 def test_a_zombies_commit_is_refused_and_it_joins_again() -> None:
     with GroupWorld() as world:
         world.produce(0, 40)
@@ -382,18 +402,21 @@ def test_records_one_by_one_are_committed_before_and_what_is_left_over_is_not() 
         world.produce(0, 50)
 
         async def some(consumer: aio.Consumer) -> list[int]:
-            found = []
+            found: list[int] = []
             async for record in consumer:
                 assert (await consumer.committed((TOPIC, 0)) or 0) > record.offset
                 found.append(int(record.value))
                 if len(found) == 20:
                     break
-            found += numbers(await consumer.poll(timeout=1, max_records=5))
             return found
 
-        assert member(world, some, semantics="at-most-once") == [*range(25)]
-        assert world.offsets() == {0: 25}
-        assert member(world, some, semantics="at-most-once") == [*range(25, 50)]
+        async def more(consumer: aio.Consumer) -> list[int]:
+            return await some(consumer) + numbers(await consumer.poll(timeout=1, max_records=5))
+
+        assert member(world, some, semantics="at-most-once") == [*range(20)]
+        assert world.offsets() == {0: 20}, "closing gives back what was not handed out"
+        assert member(world, more, semantics="at-most-once") == [*range(20, 45)]
+        assert world.offsets() == {0: 45}
 
 
 def test_what_cannot_be_committed_before_is_not_handed_out() -> None:
@@ -413,6 +436,29 @@ def test_what_cannot_be_committed_before_is_not_handed_out() -> None:
         world.loop.run_for(5.0)
         assert one.values == [*range(10)]
         assert two.values == [*range(10, 20)]
+
+
+def test_records_come_again_when_they_could_not_be_committed_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    with GroupWorld(1) as world:
+        world.produce(0, 10)
+        failures = [RequestTimeout("lost"), RequestTimeout("lost")]
+        commit = Membership.commit
+
+        async def flaky(self: Membership, offsets: list[GroupOffset], *, timeout: float) -> None:
+            if failures:
+                raise failures.pop()
+            await commit(self, offsets, timeout=timeout)
+
+        monkeypatch.setattr(Membership, "commit", flaky)
+
+        async def work(consumer: aio.Consumer) -> None:
+            with pytest.raises(RequestTimeout):
+                await consumer.poll(timeout=5)
+            with pytest.raises(RequestTimeout):
+                await anext(aiter(consumer))
+            assert numbers(await poll_all(consumer, 10)) == [*range(10)]
+
+        member(world, work, enable_auto_commit=True)
 
 
 # -- settings ------------------------------------------------------------------------------------------------
