@@ -33,8 +33,8 @@ from raftlog.record.frame import Buffer
 from raftlog.testing.sim_cluster import PORT, SimCluster, broker_name
 
 NODE: Final = "echo"
-KEPT_MAX: Final = 200
-"""How many requests ago an echo comes from at most."""
+KEPT_MAX: Final = 40
+"""How many requests of its kind ago an echo comes from at most."""
 _CALL_S: Final = 1.0
 _ECHOED: Final = (
     ProduceRequest,
@@ -60,7 +60,7 @@ class Echo:
         self.counts = counts
         self._cluster = cluster
         self._random = rng
-        self._heard: deque[_Message] = deque(maxlen=KEPT_MAX)
+        self._heard: dict[type[Any], deque[_Message]] = {}
         self._connections: dict[int, RpcConnection] = {}
         self._request: Any = None
         """What connections had before this listened to them."""
@@ -72,7 +72,8 @@ class Echo:
 
         def listened(connection: RpcConnection, message: Any, payload: Sequence[Buffer] = ()) -> Any:
             if isinstance(message, _ECHOED) and _is_harmless(message):
-                heard.append((message, tuple(bytes(part) for part in payload)))
+                kind = heard.setdefault(type(message), deque(maxlen=KEPT_MAX))
+                kind.append((message, tuple(bytes(part) for part in payload)))
             return request(connection, message, payload)
 
         setattr(RpcConnection, "request", listened)  # noqa: B010 - a method, to type checkers
@@ -87,15 +88,21 @@ class Echo:
 
     async def _repeat(self) -> None:
         rng = self._random
+        tasks: set[asyncio.Task[None]] = set()
         while True:
-            await asyncio.sleep(rng.choice([0.005, 0.05, 0.5]))
+            await asyncio.sleep(rng.choice([0.005, 0.05, 0.2]))
             if self._heard:
-                message, payload = rng.choice(self._heard)
+                message, payload = rng.choice(self._heard[rng.choice(list(self._heard))])
                 self.counts[f"{type(message).__name__} came late"] += 1
-                try:
-                    await self._again(message, payload)
-                except RaftlogError as error:
-                    self.counts[f"late {type(error).__name__}"] += 1
+                task = asyncio.get_running_loop().create_task(self._try(message, payload))
+                tasks.add(task)
+                task.add_done_callback(tasks.discard)
+
+    async def _try(self, message: Any, payload: tuple[bytes, ...]) -> None:
+        try:
+            await self._again(message, payload)
+        except RaftlogError as error:
+            self.counts[f"late {type(error).__name__}"] += 1
 
     async def _again(self, message: Any, payload: tuple[bytes, ...]) -> None:
         if isinstance(message, WriteMarkersRequest):

@@ -337,9 +337,9 @@ class Pipeline:
         Raises:
             Violation: something hangs.
         """
-        self._echo.stop()
         wait_until(lambda: self.feeders_done)
         self._raise_what_ended()
+        self._echo.stop()
         wait_until(self._nothing_is_open)
         ends = self.cluster.run(self._ends(), node="pipeline auditor", seconds=AUDIT_SECONDS)
         wait_until(lambda: self._are_at(ends))
