@@ -1,13 +1,22 @@
 """Every error that raftlog raises.
 
-Each class answers five questions, as class attributes that an instance may override:
+What to do about an error is one of four things, by three class attributes of which at most one is True:
 
-``retriable``
-    the same call may succeed later without anything being changed by the caller;
-``abortable``
-    a transaction in which it happens cannot commit any more: abort it, and the next one may go well;
-``fatal``
-    this handle will not work again: close it and open another;
+============= ============================================================ ===================================
+attribute     means                                                        do
+============= ============================================================ ===================================
+``retriable`` the same call may succeed later, nothing has to be changed   call again; the client did so until
+                                                                           its time was over
+``abortable`` the transaction in which it happened cannot commit any more  abort it, do its work again in the
+                                                                           next one
+``fatal``     this handle will not work again                              close it, and open another if what
+                                                                           the hint says allows it
+none          the call was wrong, or what it asks for is not there         change the call
+============= ============================================================ ===================================
+
+Outside of a transaction an abortable error is about the records, or the positions, that it names. Two more
+attributes tell more:
+
 ``indeterminate``
     the operation may or may not have taken effect (False: it certainly did not);
 ``hint``
@@ -188,6 +197,7 @@ class StaleIncarnation(RaftlogError):
     newest."""
 
     fatal = True
+    hint = "nothing is to be done: its successor works"
 
 
 class ProtocolError(RaftlogError):
@@ -236,6 +246,7 @@ class StaleController(RaftlogError):
     """A newer controller has taken over."""
 
     fatal = True
+    hint = "nothing is to be done: its successor works"
 
 
 # -- storage -------------------------------------------------------------------------------------------------
@@ -276,6 +287,7 @@ class DeliveryTimeout(RaftlogError, TimeoutError):
     """Not acknowledged within delivery_timeout_ms. ``indeterminate``: it may have been written."""
 
     abortable = True
+    hint = "in a transaction: abort it and do its work again; without one, sending again may write it twice"
 
 
 class DeliveryFailed(RaftlogError):
@@ -292,24 +304,28 @@ class OutOfOrderSequence(RaftlogError):
     """A producer's batch does not follow its last one: one in between is missing. Nothing was appended."""
 
     abortable = True
+    hint = "in a transaction: abort it and do its work again; without one, send the record again"
 
 
 class DuplicateSequence(RaftlogError):
     """The batch was written before, too long ago for its offset to be known."""
 
     abortable = True
+    hint = "it is in the log"
 
 
 class ProducerFenced(RaftlogError):
     """A newer producer with the same identity has taken over."""
 
     fatal = True
+    hint = "somebody else has opened this transactional id: leave the work to it, or give each its own"
 
 
 class UnknownProducer(RaftlogError):
     """The partition knows nothing of this producer id, yet the sequence is not 0 (its state expired)."""
 
     abortable = True
+    hint = "in a transaction: abort it and do its work again; without one, sending again may write it twice"
 
 
 # -- consuming -----------------------------------------------------------------------------------------------
@@ -379,6 +395,7 @@ class StaleCoordinator(RaftlogError):
     """A later coordinator of the transaction has taken over. Details: epoch, its term."""
 
     fatal = True
+    hint = "nothing is to be done: its successor works"
 
 
 # -- groups --------------------------------------------------------------------------------------------------
@@ -416,6 +433,7 @@ class Closed(RaftlogError, RuntimeError):
     """The handle was closed."""
 
     fatal = True
+    hint = "open a new one"
 
 
 class UseAfterFork(RaftlogError, RuntimeError):

@@ -65,7 +65,9 @@ def test_what_each_class_says(cls: type[RaftlogError]) -> None:
     assert cls.__doc__
     assert str(error).startswith("what happened")
     assert (error.hint in str(error)) == bool(error.hint) or not error.hint
-    assert not (error.fatal and error.retriable), "a handle that is finished cannot be tried again"
+    assert error.retriable + error.abortable + error.fatal <= 1, "there is one thing to do about it"
+    if (error.abortable or error.fatal) and not isinstance(error, errors.DataDirError):
+        assert error.hint, "what is over says how to go on"
     assert isinstance(error, RaftlogError)
 
 
