@@ -19,12 +19,15 @@ _BUSY: Final = PipelineProfile(
     rebalance_timeout_ms=2_000,
     stall=0.1,
     echoes=True,
+    large_values=0.4,
 )
 
 
-def _planted(name: str, module: str, old: str, new: str, **profile: Any) -> Mutation:
+def _planted(
+    name: str, module: str, old: str, new: str, faults: tuple[str, ...] = _FAULTS, **profile: Any
+) -> Mutation:
     settings = {"pipeline": _BUSY, "values": 20, "liveness": False, **profile}
-    return Mutation(name, f"raftlog.{module}", old, new, _FAULTS, settings)
+    return Mutation(name, f"raftlog.{module}", old, new, faults, settings)
 
 
 COORDINATION: Final = (
@@ -57,6 +60,7 @@ COORDINATION: Final = (
         "state.partition",
         "list(self.open.items()),\n            self.aborted",
         "[],\n            self.aborted",
+        ("kill", "blackout", "client crash", "client pause"),
     ),
     _planted(
         "batches are told apart without their epochs",
@@ -116,6 +120,7 @@ COORDINATION: Final = (
         "broker.groups",
         "                self._heard(group.group_id, member, now_ms, None)",
         "                pass",
+        ("kill coordinator", "blackout", "client crash", "client pause"),
     ),
     _planted(
         "enlisting forgets what was enlisted before",
@@ -130,13 +135,6 @@ COORDINATION: Final = (
         "        self.carry_out(staged, commands, None, nobody_waits)\n        done(answer, None)",
     ),
     _planted(
-        "markers leave before the decision is durable",
-        "broker.transaction_replica",
-        "        assert decision.error is None, decision\n",
-        "        if commands and commands[0].transaction.phase.is_ending:\n"
-        "            self._send_markers(coordinator, commands[0].transaction)\n",
-    ),
-    _planted(
         "a late end meets the next transaction",
         "broker.transactions",
         "        _held(state, transactional_id, identity)\n        if old.phase.is_ending:\n"
@@ -149,6 +147,7 @@ COORDINATION: Final = (
         "broker.transactions",
         "if ended is not None and identity == ended.identity and ended.cause is not Cause.FENCED:",
         "if False:",
+        ("kill coordinator", "pause", "usurp"),
     ),
     _planted(
         "a transaction's end hands out its own epoch again",
@@ -171,7 +170,7 @@ COORDINATION: Final = (
     _planted(
         "a client writes before it has enlisted",
         "client.transaction",
-        "return (self._identity, 0) if view in self._members else None",
-        "return self._identity, 0",
+        "        if view not in self._members:\n            return None\n        self._written",
+        "        self._written",
     ),
 )

@@ -40,6 +40,7 @@ COMMITS_MAX: Final = 3
 """How often a producer asks for the outcome of its commit before it gives up."""
 LEAVE_CHANCE: Final = 0.01
 """That a worker leaves its group after a poll, and joins again."""
+VALUE_BYTES_MAX: Final = 12_000
 AUDIT_SECONDS: Final = 120.0
 
 
@@ -157,7 +158,10 @@ class Pipeline:
         try:
             for number in range(rng.randint(1, 5)):
                 place = rng.randrange(self.profile.partitions)
-                await self._send(transaction, story, IN, place, f"{name}/{number}".encode())
+                value = f"{name}/{number}".encode()
+                if rng.random() < self.profile.large_values:
+                    value += rng.randbytes(rng.randrange(VALUE_BYTES_MAX))
+                await self._send(transaction, story, IN, place, value)
                 await self._dawdle()
             if rng.random() < 0.2:
                 story.outcome = Outcome.FAILED

@@ -29,6 +29,8 @@ class PipelineProfile:
     """How often a client stands still, or user code takes its time, within a transaction."""
     echoes: bool = False
     """Requests of a while ago arrive again."""
+    large_values: float = 0.0
+    """Share of values that are padded, so that segments roll and snapshots are made."""
 
 
 def draw_pipeline(seed: int) -> PipelineProfile | None:
@@ -47,4 +49,5 @@ def draw_pipeline(seed: int) -> PipelineProfile | None:
         rebalance_timeout_ms=rng.choice([1_000, 5_000]),
         stall=rng.choice([0.0, 0.05, 0.2]),
         echoes=rng.random() < 0.5,
+        large_values=rng.choice([0.0, 0.3]),
     )
