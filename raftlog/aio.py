@@ -36,6 +36,7 @@ from raftlog.client.log import refresh_through_ray
 from raftlog.client.offsets import Offset, Place
 from raftlog.client.process import describe_work
 from raftlog.client.processing import AioProcessing as Processing
+from raftlog.client.transaction_admin import OpenTransaction, TransactionAdmin, TransactionDescription
 from raftlog.config import ConsumerConfig, Environment, ProducerConfig, TopicConfig
 from raftlog.errors import Closed, ConfigError
 from raftlog.net.network import Seams, real_seams
@@ -186,6 +187,28 @@ class Log:
         """As :meth:`raftlog.Log.commit_offsets`."""
         await self._groups().commit(group, offsets, timeout)
 
+    async def transactions(self) -> list[TransactionDescription]:
+        """As :meth:`raftlog.Log.transactions`."""
+        return await self._transactions().transactions()
+
+    async def describe_transaction(self, transactional_id: str) -> TransactionDescription:
+        """As :meth:`raftlog.Log.describe_transaction`."""
+        return await self._transactions().describe(transactional_id)
+
+    async def abort_transaction(self, transactional_id: str, timeout: float = CALL_TIMEOUT_S) -> None:
+        """As :meth:`raftlog.Log.abort_transaction`."""
+        await self._transactions().abort(transactional_id, timeout)
+
+    async def open_transactions(self, topic: str) -> list[OpenTransaction]:
+        """As :meth:`raftlog.Log.open_transactions`."""
+        return await self._transactions().open(topic)
+
+    async def abort_hanging_transaction(
+        self, topic: str, partition: int, producer_id: int, epoch: int, timeout: float = CALL_TIMEOUT_S
+    ) -> None:
+        """As :meth:`raftlog.Log.abort_hanging_transaction`."""
+        await self._transactions().abort_hanging(topic, partition, producer_id, epoch, timeout)
+
     async def upgrade(self, level: int = 0, timeout: float = CALL_TIMEOUT_S) -> int:
         """As :meth:`raftlog.Log.upgrade`."""
         return (await self._admin().upgrade(level, timeout)).level
@@ -229,6 +252,9 @@ class Log:
             )
         self._handles = [handle for handle in self._handles if not handle.closed]
         return self._cluster
+
+    def _transactions(self) -> TransactionAdmin:
+        return TransactionAdmin(self._connected())
 
     def _groups(self) -> GroupAdmin:
         return GroupAdmin(self._connected())

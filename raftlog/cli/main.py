@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from raftlog.cli import cluster, consume, groups, produce, topics, verify
+from raftlog.cli import cluster, consume, groups, produce, topics, transactions, verify
 from raftlog.cli.session import abandon_stdout, print_error
 from raftlog.errors import RaftlogError
 
@@ -54,6 +54,7 @@ app.command("start")(cluster.start)
 app.command("status")(cluster.status)
 app.add_typer(topics.app, name="topics")
 app.add_typer(groups.app, name="groups")
+app.add_typer(transactions.app, name="transactions")
 app.command("produce")(produce.produce)
 app.command("consume")(consume.consume)
 app.command("verify")(verify.verify)

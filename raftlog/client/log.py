@@ -27,6 +27,7 @@ from raftlog.client.handle import process_client_id
 from raftlog.client.identity_pool import process_pool
 from raftlog.client.io_thread import IoThread, io_thread
 from raftlog.client.offsets import Offset, Place
+from raftlog.client.transaction_admin import OpenTransaction, TransactionAdmin, TransactionDescription
 from raftlog.config import ConsumerConfig, ProducerConfig, TopicConfig
 from raftlog.errors import Closed, NotRunning, RaftlogError
 from raftlog.net.network import real_seams
@@ -328,6 +329,49 @@ class Log:
         """
         return self._call(self._admin().upgrade(level, timeout)).level
 
+    # -- transactions ----------------------------------------------------------------------------------------
+
+    def transactions(self) -> list[TransactionDescription]:
+        """All transactional ids, in order, with what they have open; asked now."""
+        return self._call(self._connected().transactions.transactions())
+
+    def describe_transaction(self, transactional_id: str) -> TransactionDescription:
+        """One transactional id.
+
+        Raises:
+            UnknownTransactionalId, ConnectionLost, RequestTimeout.
+        """
+        return self._call(self._connected().transactions.describe(transactional_id))
+
+    def abort_transaction(self, transactional_id: str, timeout: float = CALL_TIMEOUT_S) -> None:
+        """Abort what a transactional id has open, in place of its producer, which hears TransactionAborted.
+
+        Raises:
+            UnknownTransactionalId, ConcurrentTransactions, ConnectionLost, RequestTimeout.
+        """
+        self._call(self._connected().transactions.abort(transactional_id, timeout))
+
+    def open_transactions(self, topic: str) -> list[OpenTransaction]:
+        """What is open in the partitions of a topic, and holds up their readers; asked now.
+
+        Raises:
+            UnknownTopic, ConnectionLost, RequestTimeout.
+        """
+        return self._call(self._connected().transactions.open(topic))
+
+    def abort_hanging_transaction(
+        self, topic: str, partition: int, producer_id: int, epoch: int, timeout: float = CALL_TIMEOUT_S
+    ) -> None:
+        """Abort what is open in a partition though no coordinator knows of it (any more).
+
+        Raises:
+            InvalidTransaction: one does: abort the transaction of its id.
+            UnknownTopic, UnknownPartition, ConnectionLost, RequestTimeout.
+        """
+        self._call(
+            self._connected().transactions.abort_hanging(topic, partition, producer_id, epoch, timeout)
+        )
+
     # -- life ------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
@@ -383,6 +427,7 @@ class _Runtime:
         self.cluster: ClusterClient = self.io.call(self._make(bootstrap))
         self.admin = Admin(self.cluster)
         self.groups = GroupAdmin(self.cluster)
+        self.transactions = TransactionAdmin(self.cluster)
         self.handles: weakref.WeakSet[Producer | Consumer | Processing] = weakref.WeakSet()
         _runtimes.add(self)
 
