@@ -41,8 +41,8 @@ from rich.table import Table
 import raftlog
 from flights import start_ray
 from flights_accounts import Flight, Sent
-from flights_data import read_flights, to_records
-from flights_enriched import Enricher, Verdict, compare, enriched_by_pandas, read_names
+from flights_data import enriched_by_pandas, read_flights, read_names, to_records
+from flights_enriched import Enricher, Verdict, compare
 from raftlog.actors.launch import broker_actor, metadata_actor
 from raftlog.errors import RaftlogError
 

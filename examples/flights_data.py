@@ -1,4 +1,5 @@
-"""The flights of the demo: read with pandas, made into records, and added up by pandas for comparison."""
+"""The flights of the demo: read with pandas, made into records; added up and enriched by pandas for
+comparison."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ import msgspec
 import pandas as pd
 
 from flights_accounts import CarrierTotals, Flight, Sent
+from flights_enriched import KM_PER_MILE, LATE_MINUTES, Enriched
 
 
 def read_flights() -> pd.DataFrame:
@@ -69,3 +71,39 @@ def totals_by_pandas(table: pd.DataFrame) -> dict[str, CarrierTotals]:
         arr_delay=("arr_delay", "sum"),
     )
     return {str(row[0]): CarrierTotals(*map(int, row[1:])) for row in grouped.itertuples()}
+
+
+def read_names() -> tuple[dict[str, str], dict[str, str]]:
+    """Names of airlines and of airports, by code, as the data set has them."""
+    airlines, airports = _read("airlines"), _read("airports")
+    return dict(zip(airlines["carrier"], airlines["name"], strict=True)), dict(
+        zip(airports["faa"], airports["name"], strict=True)
+    )
+
+
+def _read(name: str) -> pd.DataFrame:
+    return pd.read_csv(data_file(f"{name}.csv"))
+
+
+def enriched_by_pandas(table: pd.DataFrame) -> list[bytes]:
+    """What must come out, by row: the same made by joins and columns instead of record by record."""
+    airlines = _read("airlines").rename(columns={"name": "airline"})
+    airports = _read("airports").rename(columns={"faa": "dest", "name": "destination"})[
+        ["dest", "destination"]
+    ]
+    joined = table.merge(airlines, on="carrier", how="left").merge(airports, on="dest", how="left")
+    outcome = pd.Series("on time", index=joined.index)
+    outcome[joined["arr_delay"] >= LATE_MINUTES] = "late"
+    outcome[joined["arr_delay"].isna()] = "diverted"
+    outcome[joined["dep_delay"].isna()] = "cancelled"
+    destination = joined["destination"].astype(object).where(joined["destination"].notna(), None)
+    columns = (
+        range(len(joined)),
+        joined["airline"].tolist(),
+        (joined["carrier"] + " " + joined["flight"].astype(str)).tolist(),
+        (joined["origin"] + "-" + joined["dest"]).tolist(),
+        destination.tolist(),
+        (joined["distance"] * KM_PER_MILE).round().astype("int64").tolist(),
+        outcome.tolist(),
+    )
+    return [msgspec.json.encode(Enriched(*row)) for row in zip(*columns, strict=True)]

@@ -1,5 +1,5 @@
-"""What becomes of a flight when it is enriched, record by record, and by pandas for comparison; and the
-accounts of what was lost or doubled on the way. Pure functions: a test can show that each of them can fail.
+"""What becomes of a flight when it is enriched, and the accounts of what was lost or doubled on the way. Pure
+functions, so that a test can show that each of them can fail; and no pandas, which workers need not load.
 """
 
 from __future__ import annotations
@@ -10,10 +10,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 import msgspec
-import pandas as pd
 
 from flights_accounts import Flight
-from flights_data import data_file
 
 if TYPE_CHECKING:
     from raftlog.record.types import Record
@@ -70,42 +68,6 @@ def _outcome(dep_delay: int | None, arr_delay: int | None) -> str:
     if arr_delay is None:
         return "diverted"
     return "late" if arr_delay >= LATE_MINUTES else "on time"
-
-
-def read_names() -> tuple[dict[str, str], dict[str, str]]:
-    """Names of airlines and of airports, by code, as the data set has them."""
-    airlines, airports = _read("airlines"), _read("airports")
-    return dict(zip(airlines["carrier"], airlines["name"], strict=True)), dict(
-        zip(airports["faa"], airports["name"], strict=True)
-    )
-
-
-def _read(name: str) -> pd.DataFrame:
-    return pd.read_csv(data_file(f"{name}.csv"))
-
-
-def enriched_by_pandas(table: pd.DataFrame) -> list[bytes]:
-    """What must come out, by row: the same made by joins and columns instead of record by record."""
-    airlines = _read("airlines").rename(columns={"name": "airline"})
-    airports = _read("airports").rename(columns={"faa": "dest", "name": "destination"})[
-        ["dest", "destination"]
-    ]
-    joined = table.merge(airlines, on="carrier", how="left").merge(airports, on="dest", how="left")
-    outcome = pd.Series("on time", index=joined.index)
-    outcome[joined["arr_delay"] >= LATE_MINUTES] = "late"
-    outcome[joined["arr_delay"].isna()] = "diverted"
-    outcome[joined["dep_delay"].isna()] = "cancelled"
-    destination = joined["destination"].astype(object).where(joined["destination"].notna(), None)
-    columns = (
-        range(len(joined)),
-        joined["airline"].tolist(),
-        (joined["carrier"] + " " + joined["flight"].astype(str)).tolist(),
-        (joined["origin"] + "-" + joined["dest"]).tolist(),
-        destination.tolist(),
-        (joined["distance"] * KM_PER_MILE).round().astype("int64").tolist(),
-        outcome.tolist(),
-    )
-    return [msgspec.json.encode(Enriched(*row)) for row in zip(*columns, strict=True)]
 
 
 # -- the accounts

@@ -8,8 +8,8 @@ from collections.abc import Callable
 import msgspec
 import pytest
 
-from flights_data import read_flights, to_records
-from flights_enriched import Enriched, Enricher, Verdict, compare, enriched_by_pandas, read_names
+from flights_data import enriched_by_pandas, read_flights, read_names, to_records
+from flights_enriched import Enriched, Enricher, Verdict, compare
 from raftlog.record.types import Record
 
 TABLE = read_flights().iloc[:3_000]
