@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
+from raftlog.broker.assigned import AssignedReplica
 from raftlog.broker.partition import PartitionReplica
 from raftlog.client.admin import Admin
 from raftlog.client.cluster import ClusterClient
@@ -301,6 +302,8 @@ class Workload:
     async def _audit_broker(self, broker_id: int) -> None:
         """Read everything that the replicas of a broker hold."""
         for replica in self._replicas(broker_id):
+            if not isinstance(replica, PartitionReplica):
+                continue
             while True:
                 first = replica.log.first_index
                 try:
@@ -329,17 +332,17 @@ class Workload:
                 row += [(record.offset, bytes(record.value or b"")) for record in records]
         return row
 
-    def _replicas(self, broker_id: int) -> list[PartitionReplica]:
+    def _replicas(self, broker_id: int) -> list[AssignedReplica[Any]]:
         return [
             replica
             for replica in self.cluster.brokers[broker_id].replicas()
-            if isinstance(replica, PartitionReplica)
+            if isinstance(replica, AssignedReplica)
             and replica.fault is None
             and replica.replica_id in replica.assignment.wanted
         ]
 
-    def _by_partition(self) -> dict[Place, list[PartitionReplica]]:
-        found: dict[Place, list[PartitionReplica]] = {}
+    def _by_partition(self) -> dict[Place, list[AssignedReplica[Any]]]:
+        found: dict[Place, list[AssignedReplica[Any]]] = {}
         for broker_id in sorted(self.cluster.brokers):
             for replica in self._replicas(broker_id):
                 found.setdefault(_name(replica), []).append(replica)
@@ -367,5 +370,5 @@ def _place(partition: int) -> Place:
     return f"{TOPIC}/{partition}"
 
 
-def _name(replica: PartitionReplica) -> Place:
+def _name(replica: AssignedReplica[Any]) -> Place:
     return f"{replica.log.spec.topic}/{replica.log.spec.partition}"
