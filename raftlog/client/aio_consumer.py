@@ -76,6 +76,7 @@ class Consumer(Handle):
         """As :meth:`raftlog.Consumer.records`."""
         core = await self._started()
         sharing = core.sharing
+        claims = sharing if core.config.enable_auto_commit else None
         if until is not None:
             core.limit(await core.ends())
         try:
@@ -85,7 +86,7 @@ class Consumer(Handle):
                     record = await self._wait_and_pop(until is not None, idle_timeout)
                     if record is None:
                         return
-                if core.config.enable_auto_commit and (claim := core.in_group.claim(record)) is not None:
+                if claims is not None and (claim := claims.claim(record)) is not None:
                     await claim
                 yield record
         except Closed:

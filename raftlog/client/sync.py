@@ -115,6 +115,7 @@ class Consumer(Handle):
 
     def _records(self, until: Literal["end"] | None, idle_timeout: float | None) -> Iterator[Record]:
         core, sharing = self._core, self._core.sharing
+        claims = sharing if core.config.enable_auto_commit else None
         if until is not None:
             core.limit(self._io.call(core.ends()))
         try:
@@ -124,7 +125,7 @@ class Consumer(Handle):
                     record = self._wait_and_pop(until is not None, idle_timeout)
                     if record is None:
                         return
-                if core.config.enable_auto_commit and (claim := core.in_group.claim(record)) is not None:
+                if claims is not None and (claim := claims.claim(record)) is not None:
                     self._io.call(claim)
                 yield record
         except Closed:
