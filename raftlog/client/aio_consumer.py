@@ -76,12 +76,13 @@ class Consumer(Handle):
         """As :meth:`raftlog.Consumer.records`."""
         core = await self._started()
         sharing = core.sharing
+        member = None if sharing is None else sharing.member
         claims = sharing if core.config.enable_auto_commit else None
         if until is not None:
             core.limit(await core.ends())
         try:
             while True:
-                record = core.pop() if sharing is None or not sharing.is_due else None
+                record = core.pop() if member is None or not member.disturbed else None
                 if record is None:
                     record = await self._wait_and_pop(until is not None, idle_timeout)
                     if record is None:
