@@ -167,7 +167,7 @@ class Worker:
 def by_hand(log: Log, semantics: ByHand, enrich: Enricher, deaths: int) -> tuple[int, Counter[int]]:
     """Enrich everything in that mode; return how many workers died, and what they had in hand."""
     witness: Any = ray.remote(Witness).options(num_cpus=0, name=witness_of(semantics)).remote(deaths)
-    worker = ray.remote(Worker).options(num_cpus=0, max_restarts=-1)
+    worker = ray.remote(Worker).options(num_cpus=0, max_restarts=-1, max_task_retries=-1)
     workers: list[Any] = [worker.remote(log, semantics, enrich) for _ in range(WORKERS)]
     wait_for_group(log, semantics, is_done)
     ray.get([each.finish.remote() for each in workers], timeout=SETTLE_S)
@@ -277,11 +277,12 @@ def exactly_once(
 ) -> Counter[str]:
     """Send and enrich everything while the cluster is being killed; return who was, by kind."""
     group = "exactly-once"
-    with log.process(INPUT, output_of(group), group, enrich, workers=WORKERS):
+    with log.process(INPUT, output_of(group), group, enrich, workers=WORKERS) as processing:
         wait_for_group(log, group, lambda now: len(now.members) == WORKERS)
         with Chaos(log, group, say) as chaos:
             send_all(log, records, seconds)
         wait_for_group(log, group, is_done)
+        processing.stop(SETTLE_S)  # one that was killed last may not be back yet
     return chaos.killed
 
 
