@@ -32,11 +32,12 @@ PARTITIONS: Final = 3
 SIDE_BY_SIDE: Final = 2
 AIM: Final = 0.7
 PLAIN: Final = "plain"
+STEPPED: Final = "plain, acknowledged every 1,000"
 SERIAL: Final = "transactions, one after another"
 PARALLEL: Final = f"transactions, {SIDE_BY_SIDE} producers side by side"
 
 
-def plain(log: Log, topic: str, values: list[bytes]) -> Contender:
+def plain(log: Log, topic: str, values: list[bytes], stepped: bool) -> Contender:
     """Without transactions."""
 
     def run(seconds: float) -> tuple[int, float]:
@@ -48,6 +49,8 @@ def plain(log: Log, topic: str, values: list[bytes]) -> Contender:
                 for index, value in enumerate(values):
                     send(topic, value, partition=index % PARTITIONS)
                 count += len(values)
+                if stepped:
+                    producer.flush()
             producer.flush()
             return count + 1, time.perf_counter() - begin
 
@@ -106,7 +109,8 @@ def main() -> None:
         topic = new_topic(log, "transactions", PARTITIONS)
         names = [f"bench-{number}" for number in range(SIDE_BY_SIDE)]
         runs = {
-            PLAIN: plain(log, topic, values),
+            PLAIN: plain(log, topic, values, stepped=False),
+            STEPPED: plain(log, topic, values, stepped=True),
             SERIAL: transactional(log, topic, values, "bench"),
             PARALLEL: side_by_side([transactional(log, topic, values, name) for name in names]),
         }
@@ -125,6 +129,7 @@ def main() -> None:
         name: {
             "records_per_second": spread(rounds),
             "ratio_to_plain": spread([a / b for a, b in zip(rounds, rates[PLAIN], strict=True)]),
+            "ratio_to_stepped": spread([a / b for a, b in zip(rounds, rates[STEPPED], strict=True)]),
         }
         for name, rounds in rates.items()
     }
@@ -144,11 +149,12 @@ def report(result: dict[str, Any]) -> None:
                 f"{rate['median']:,.0f}",
                 f"{rate['min']:,.0f} to {rate['max']:,.0f}",
                 f"{ratio['median']:.2f}",
+                f"{one['ratio_to_stepped']['median']:.2f}",
                 f"{RECORDS / rate['median'] * 1000:.1f}",
             ]
         )
     title = f"{RECORDS:,} records of {RECORD_BYTES} B over {PARTITIONS} partitions, {result['rounds']} rounds"
-    show(title, ["", "records/s", "least to greatest", "of plain", "ms per 1,000"], rows)
+    show(title, ["", "records/s", "least to greatest", "of plain", "of that in steps", "ms per 1,000"], rows)
     for name in (SERIAL, PARALLEL):
         ratio = result["contenders"][name]["ratio_to_plain"]["median"]
         console.print(f"aim {name} {AIM} of plain: {ratio:.2f}, {verdict(ratio >= AIM)}")

@@ -308,7 +308,8 @@ class Transaction:
         self._producer._io.call(self._producer._manager.send_offsets(seat, positions))
 
     def commit(self, timeout: float | None = None) -> None:
-        """Deliver everything and commit.
+        """Deliver everything and commit. When this returns the commit is decided and durable; readers of
+        committed records see it a moment later, when every partition has been told.
 
         Args:
             timeout: seconds for the coordinator's answer; default: ``delivery_timeout_ms``.
