@@ -18,6 +18,7 @@ from collections.abc import Callable
 from typing import Final
 
 from raftlog.broker.coordinator_replica import CoordinatorReplica
+from raftlog.broker.internal_topics import REPLICATION_MAX
 from raftlog.broker.partition import PartitionReplica
 from raftlog.errors import (
     DamagedData,
@@ -120,7 +121,10 @@ class Nemesis:
     @property
     def spare_copies(self) -> int:
         """How many more disks may be lost for good, or forget what was acknowledged."""
-        return (self.profile.replication - 1) // 2 - len(self.lost | self.suspect | self._forgetful())
+        copies = self.profile.replication
+        if self.profile.pipeline is not None:  # its coordinators have no more than so many
+            copies = min(copies, REPLICATION_MAX)
+        return (copies - 1) // 2 - len(self.lost | self.suspect | self._forgetful())
 
     def _forgetful(self) -> set[int]:
         """Brokers that lost power, or failed a sync, under a topic that is synced now and then, and have not
