@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import raftlog
+from raftlog import Consumer, Log, Producer, Transaction
 from raftlog.config import BrokerConfig, ConsumerConfig, ProducerConfig, Settings, TopicConfig
 from raftlog.errors import ConfigError
 
@@ -24,12 +26,17 @@ UNITS = {
 }
 
 
+def table(section: str) -> list[list[str]]:
+    """The cells of the table of a section."""
+    body = re.split(r"^## ", TEXT.split(f"\n## {section}\n")[1], flags=re.MULTILINE)[0]
+    lines = [line for line in body.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
 def rows(section: str) -> Iterator[tuple[list[str], str, str]]:
     """Kafka's names, ours, and our default, of each row of the table that has all three."""
-    body = re.split(r"^## ", TEXT.split(f"\n## {section}\n")[1], flags=re.MULTILINE)[0]
-    for line in body.splitlines():
-        cells = [cell.strip() for cell in line.strip("|").split("|")]
-        if len(cells) == 5 and re.fullmatch(r"`[a-z_]+`", cells[1]):
+    for cells in table(section):
+        if re.fullmatch(r"`[a-z_]+`", cells[1]):
             yield re.findall(r"`([^`]+)`", cells[0]), cells[1].strip("`"), cells[3]
 
 
@@ -49,9 +56,9 @@ def as_text(name: str, value: object) -> str:
 @pytest.mark.parametrize("section", SECTIONS)
 def test_names_and_defaults_are_the_real_ones(section: str) -> None:
     settings = SECTIONS[section]
-    table = list(rows(section))
-    assert len(table) >= 6
-    for _, name, default in table:
+    found = list(rows(section))
+    assert len(found) >= 6
+    for _, name, default in found:
         assert name in settings.model_fields, name
         assert default == as_text(name, settings.model_fields[name].default), name
 
@@ -85,6 +92,15 @@ def test_every_setting_has_a_row_or_no_counterpart() -> None:
     for section, without in own.items():
         names = {name for _, name, _ in rows(section)}
         assert set(SECTIONS[section].model_fields) - names == without, section
+
+
+def test_the_api_is_there() -> None:
+    handles = {"log": Log, "producer": Producer, "consumer": Consumer, "txn": Transaction, "raftlog": raftlog}
+    ours = " ".join(cells[1] for cells in table("The API side by side"))
+    shown = set(re.findall(rf"`({'|'.join(handles)})\.([a-z_]+)", ours))
+    assert len(shown) >= 20
+    for handle, name in shown:
+        assert hasattr(handles[handle], name), f"{handle}.{name}"
 
 
 def test_the_checks_can_fail() -> None:
