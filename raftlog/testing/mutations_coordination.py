@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Final
 
 from raftlog.testing.mutation import Mutation
 from raftlog.testing.pipeline_profile import PipelineProfile
@@ -23,11 +23,11 @@ _BUSY: Final = PipelineProfile(
 )
 
 
-def _planted(
-    name: str, module: str, old: str, new: str, faults: tuple[str, ...] = _FAULTS, **profile: Any
-) -> Mutation:
-    settings = {"pipeline": _BUSY, "values": 20, "liveness": False, **profile}
-    return Mutation(name, f"raftlog.{module}", old, new, faults, settings)
+_PROFILE: Final = {"pipeline": _BUSY, "values": 20, "liveness": False}
+
+
+def _planted(name: str, module: str, old: str, new: str) -> Mutation:
+    return Mutation(name, f"raftlog.{module}", old, new, _FAULTS, _PROFILE)
 
 
 COORDINATION: Final = (
@@ -56,13 +56,6 @@ COORDINATION: Final = (
         "producer_id == batch.producer_id",
     ),
     _planted(
-        "a snapshot of a partition loses its open transactions",
-        "state.partition",
-        "list(self.open.items()),\n            self.aborted",
-        "[],\n            self.aborted",
-        ("kill", "blackout", "client crash", "client pause"),
-    ),
-    _planted(
         "batches are told apart without their epochs",
         "state.producers",
         "    if header.producer_epoch != known.epoch:\n        _check_epoch",
@@ -70,12 +63,6 @@ COORDINATION: Final = (
         "        if (each.first_sequence, each.last_sequence) == (first, header.last_sequence):\n"
         "            return Duplicate(each.base_offset, each.timestamp_ms)\n"
         "    if header.producer_epoch != known.epoch:\n        _check_epoch",
-    ),
-    _planted(
-        "an epoch that has ended takes batches still",
-        "state.producers",
-        "    if known.outcome:\n        return _find_in_ended(known, header)",
-        "    if known.outcome and first:\n        return _find_in_ended(known, header)",
     ),
     _planted(
         "staged offsets are visible before the marker",
@@ -116,13 +103,6 @@ COORDINATION: Final = (
         "",
     ),
     _planted(
-        "a new coordinator does not time who was there before",
-        "broker.groups",
-        "                self._heard(group.group_id, member, now_ms, None)",
-        "                pass",
-        ("kill coordinator", "blackout", "client crash", "client pause"),
-    ),
-    _planted(
         "enlisting forgets what was enlisted before",
         "broker.transactions",
         "all_partitions = tuple(dict.fromkeys((*old.partitions, *partitions)))",
@@ -143,13 +123,6 @@ COORDINATION: Final = (
         "            raise _ending(old)\n        if old.phase is Phase.ONGOING:\n            prepare",
     ),
     _planted(
-        "how a transaction ended is forgotten",
-        "broker.transactions",
-        "if ended is not None and identity == ended.identity and ended.cause is not Cause.FENCED:",
-        "if False:",
-        ("kill coordinator", "pause", "usurp"),
-    ),
-    _planted(
         "a transaction's end hands out its own epoch again",
         "broker.transactions",
         "        return Identity(identity.producer_id, identity.epoch + 1)\n    if fresh",
@@ -160,12 +133,6 @@ COORDINATION: Final = (
         "broker.transactions",
         "        if old.phase is Phase.ONGOING:\n            cause",
         "        if False:\n            cause",
-    ),
-    _planted(
-        "transactions that are open for too long stay open",
-        "broker.transactions",
-        "if each.phase is Phase.ONGOING and now_ms - max(each.start_ms, self._since_ms) >= each.timeout_ms",
-        "if False",
     ),
     _planted(
         "a client writes before it has enlisted",
