@@ -156,8 +156,11 @@ class PartitionReplica(AssignedReplica[PartitionState]):
                 self._expire_producers(now_ms)
             except RaftlogError as error:
                 logger.debug("%s: retention waits: %s", self.name, error)
-        await self.compact(last_index_below(self.log.segments, self.machine.log_start))
         await super().keep_house()
+
+    @property
+    def spent_index(self) -> int:
+        return last_index_below(self.log.segments, self.machine.log_start)
 
     def _retain(self, now_ms: int) -> None:
         start = self.retention.start_offset(self.log.segments, now_ms)

@@ -266,13 +266,14 @@ class Repairs:
             return b""
 
     async def _do_without(self, spec: ReplicaSpec, index: int) -> bool:
-        """Nobody has it: a newer one will do, with the log behind that."""
+        """Nobody has it: a newer one will do, if the log up to that may go. Otherwise it is missing until
+        retention has come so far, and followers that need it wait: no record goes for a snapshot's sake."""
         if await self._ward.drop_snapshot(spec.replica_id, index):
             return True
         replica = self._broker.replica(spec.replica_id)
         if replica is None:
             return False
-        for newer in [kept for kept in replica.log.snapshots if kept > index]:
+        for newer in [kept for kept in replica.log.snapshots if index < kept <= replica.spent_index]:
             await replica.compact(newer)
             if replica.log.first_index - 1 > index:
                 return True

@@ -456,9 +456,14 @@ class Replica(Generic[M]):
         Raises:
             StorageFull, StorageFailed: the device.
         """
+        await self.compact(self.spent_index)
+
+    @property
+    def spent_index(self) -> int:
+        """Entries up to here may go: of the metadata and of coordinators, what their newest snapshot holds;
+        of partitions, what retention has given up (0: nothing)."""
         log = self.log
-        if log.spec.internal and log.snapshots:
-            await self.compact(log.snapshots[-1])
+        return log.snapshots[-1] if log.spec.internal and log.snapshots else 0
 
     async def compact(self, index: int) -> None:
         """Drop whole segments of the log that end at or below ``index``; see
