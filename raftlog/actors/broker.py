@@ -105,21 +105,22 @@ def probe_node(data_dir: str) -> NodeProbe:
     return NodeProbe(node_id, software_version(), asyncio.run(_identities(folders)))
 
 
-async def _join(data_dir: str, plan: JoiningPlan, node_id: str, zone: str) -> int:
-    folder = Path(data_dir).expanduser() / "joining"
+async def _join(folder: Path, plan: JoiningPlan, node_id: str, zone: str) -> int:
     disk = RealDisk(folder)
     try:
         identity = await join(real_seams(), disk, plan, node_id=node_id, zone=zone)
     finally:
         await disk.close()
-    folder.rename(broker_folder(data_dir, identity.broker_id))
     return identity.broker_id
 
 
 @ray.remote
 def join_cluster(data_dir: str, plan: JoiningPlan, zone: str) -> int:
     """Run on a node: make a data directory there for a new broker of a running cluster; returns its id."""
-    return asyncio.run(_join(data_dir, plan, ray.get_runtime_context().get_node_id(), zone))
+    folder = Path(data_dir).expanduser() / "joining"
+    broker_id = asyncio.run(_join(folder, plan, ray.get_runtime_context().get_node_id(), zone))
+    folder.rename(broker_folder(data_dir, broker_id))
+    return broker_id
 
 
 @ray.remote
@@ -224,8 +225,8 @@ class BrokerHost:
         broker.spawn(replace_lost(broker.metadata.call, lambda: broker.metadata.image, known))
 
     async def watch(self) -> tuple[str, bool]:
-        """Return only when the broker cannot go on: the reason, and whether it was removed from the cluster and is
-        not to be started again. (The call fails when the process dies.)"""
+        """Return only when the broker cannot go on: the reason, and whether it was removed from the cluster
+        and is not to be started again. (The call fails when the process dies.)"""
         assert self._broker is not None, "start() comes first"
         error = await asyncio.shield(self._broker.failed)
         return str(error), isinstance(error, ForeignDataDir)

@@ -286,8 +286,9 @@ class MetadataHost:
     # -- lost data -------------------------------------------------------------------------------------------
 
     def _without_data(self, nodes: dict[str, Node], probes: list[NodeProbe]) -> list[Node]:
-        """Where to put a new broker for each one whose data are gone: on a node that has none of this cluster's
-        data. Where all nodes see the same directories (one machine, a shared file system), on any."""
+        """Where to put a new broker for each one whose data are gone: on a node that has none of this
+        cluster's data. Where all nodes see the same directories (one machine, a shared file system), on
+        any."""
         assert self._plan is not None
         lost = len(self._plan.brokers) - len(self._nodes)
         see_the_same = len({frozenset(probe.identities) for probe in probes}) == 1
@@ -295,7 +296,7 @@ class MetadataHost:
         return [nodes[node_id] for _, node_id in zip(range(lost), itertools.cycle(free), strict=False)]
 
     async def _join(self, node: Node) -> None:
-        """Let a new broker join from an empty directory on this node, and take the place of one that is lost."""
+        """Let a new broker join from an empty directory on this node, and take the place of a lost one."""
         assert self._plan is not None
         plan = self._plan
         addresses = tuple(info.address[1:] for _, info in self._running.values())
@@ -315,8 +316,8 @@ class MetadataHost:
         self._nodes[broker_id] = node
 
     async def _replace_lost(self) -> None:
-        """Ask a broker to see to it that new ones take the place of lost ones, should there be any. As long as
-        there are fewer than were founded, the others may come back."""
+        """Ask a broker to see to it that new ones take the place of lost ones, should there be any. As long
+        as there are fewer than were founded, the others may come back."""
         assert self._plan is not None
         if len(self._nodes) < len(self._plan.brokers):
             return
@@ -354,8 +355,8 @@ class MetadataHost:
             await self._replace_lost()
 
     async def _start_missing(self) -> bool:
-        """Start what should run and does not, and tell everyone where everyone is. Returns whether anything was
-        started."""
+        """Start what should run and does not, and tell everyone where everyone is. Returns whether anything
+        was started."""
         missing = [broker_id for broker_id in self._nodes if broker_id not in self._running]
         if not missing:
             return False
@@ -412,7 +413,7 @@ class MetadataHost:
         return actor
 
     def _failed_to_start(self, broker_id: int, actor: Actor | None, error: Exception) -> None:
-        self._troubles[broker_id] = str(error)
+        self._troubles[broker_id] = str(error) or type(error).__name__  # a TimeoutError says nothing
         logger.warning("broker %d of %s does not start: %s", broker_id, self._spec.name, error)
         if actor is not None and not isinstance(error, RayActorError):
             ray.kill(actor)
