@@ -115,6 +115,8 @@ class ClusterClient:
             doubted_until = doubted_until or loop.time() + UNKNOWN_TOPIC_GRACE_S
             if answer.version < self.cache.version:
                 raise Busy(f"every broker that answers has old metadata: version {answer.version}")
+            if answer.metadata_leader < 0:
+                raise Busy(f"nobody can say now whether there is a topic {name!r}: metadata has no leader")
             raise UnknownTopic(f"there is no topic {name!r}")
 
         def worth_it(error: BaseException) -> bool:

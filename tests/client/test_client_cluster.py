@@ -164,6 +164,24 @@ def test_a_broker_that_has_not_heard_of_a_new_topic_does_not_hide_it(world: SimW
     run(world, again)
 
 
+def test_without_a_metadata_leader_nobody_can_say_that_there_is_no_topic(world: SimWorld) -> None:
+    """Found by seed 70055: after a power cut all brokers had older metadata for a moment, in which a consumer
+    was told that its topic did not exist."""
+    cluster = world.cluster
+    cluster.metadata_leader = None
+    cluster.version = 0
+
+    def elect() -> None:
+        cluster.metadata_leader = 1
+        cluster.create("late")
+
+    async def work(client: ClusterClient) -> None:
+        asyncio.get_running_loop().call_later(3.0, elect)
+        assert (await client.topic("late", timeout=10)).name == "late"
+
+    run(world, work)
+
+
 def test_a_broker_that_cannot_help_is_not_the_only_one_asked(world: SimWorld) -> None:
     """It may be cut off from the others, and yet be the only one we are connected to (found by the simulator:
     seed 10105)."""
