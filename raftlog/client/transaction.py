@@ -45,6 +45,7 @@ from raftlog.client.window import Identity
 from raftlog.errors import (
     Closed,
     CommitInDoubt,
+    ConnectionLost,
     InvalidTransaction,
     RaftlogError,
     TransactionAborted,
@@ -398,12 +399,14 @@ class TransactionManager:
             CommitInDoubt: no answer came in time.
             ProducerFenced, UnknownTransactionalId: for good.
         """
+        doubtful = self.state is State.IN_DOUBT  # as long as nobody has said what came of the first one
         self._move(State.COMMITTING, State.OPEN, State.IN_DOUBT)
-        doubtful = False
 
         def retriable(error: BaseException) -> bool:
             nonlocal doubtful
-            doubtful = doubtful or (isinstance(error, RaftlogError) and error.indeterminate)
+            # a connection that breaks may have carried the request, and its answer be lost
+            lost = isinstance(error, ConnectionLost)
+            doubtful = doubtful or lost or (isinstance(error, RaftlogError) and error.indeterminate)
             return is_retriable(error)
 
         sent = False

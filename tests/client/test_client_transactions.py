@@ -422,6 +422,11 @@ def test_a_commit_without_an_answer_is_in_doubt_until_it_is_asked_again(heard: b
                     await producer.transaction().begin()
                 with pytest.raises(InvalidTransaction, match="outcome"):
                     await txn.abort()
+                for broker in brokers:
+                    world.cluster.network.cut("app", broker)
+                    world.cluster.network.break_connections("app", broker)
+                with pytest.raises(CommitInDoubt):  # it cannot even be asked now (simulator, seed 70075)
+                    await txn.commit(timeout=3.0)
                 world.cluster.network.heal()
                 await txn.commit()
                 await transact(producer, 1)
