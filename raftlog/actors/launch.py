@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError, RayError, RayTaskError
 
 from raftlog.actors.broker import find_broker
 from raftlog.actors.metadata import ClusterSpec, MetadataActor
@@ -146,14 +146,25 @@ def metadata_actor(name: str) -> Actor:
 
 
 def _call(actor: Actor, method: str, *args: object, timeout: float) -> Any:
-    """Call a method of the metadata actor; what it raised comes out as it was raised there."""
-    try:
-        return ray.get(getattr(actor, method).remote(*args), timeout=timeout)
-    except RayTaskError as error:
-        cause = error.cause
-        if isinstance(cause, RaftlogError):
-            raise cause from None
-        raise
+    """Call a method of the metadata actor; what it raised comes out as it was raised there.
+
+    While Ray is just starting that actor anew it is asked again: all of its methods may be called twice.
+    """
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            return ray.get(
+                getattr(actor, method).remote(*args), timeout=max(deadline - time.monotonic(), 0.1)
+            )
+        except ActorUnavailableError:
+            if time.monotonic() >= deadline:
+                raise
+            time.sleep(_POLL_S)
+        except RayTaskError as error:
+            cause = error.cause
+            if isinstance(cause, RaftlogError):
+                raise cause from None
+            raise
 
 
 def _wait_until_gone(name: str) -> None:
