@@ -208,7 +208,7 @@ class Floor:
             leader = self._start("leader", ports)
             self._socket = socket.create_connection(("127.0.0.1", leader))
             self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        except BaseException:
+        except BaseException:  # also an interrupt: no process may stay
             self.close()
             raise
         return self

@@ -186,7 +186,7 @@ class BrokerHost:
             )
             config = BrokerConfig.model_validate(launch.config)
             self._broker = await Broker.start(real_seams(), disk, config=config, place=place)
-        except BaseException:
+        except BaseException:  # raised again; the lock must not stay
             await disk.close()
             raise
         gc.collect()

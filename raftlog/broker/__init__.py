@@ -5,7 +5,10 @@ one Raft node: what the core says becomes durable, is sent, is applied), then ``
 them). ``peers.py`` keeps the connections between brokers, ``wire.py`` puts Raft messages into frames,
 ``service.py``, ``coordination.py`` and ``fetch.py`` answer requests, ``partition.py`` is a topic partition's
 replica and ``isolation.py`` what readers of committed records get of it,
-``metadata.py`` follows and changes the cluster's metadata, ``founding.py`` makes a new cluster's directories.
+``metadata.py`` follows and changes the cluster's metadata, ``hosting.py`` has those replicas here that it
+names, ``membership.py`` leads a group's configuration to what it wants; ``founding.py`` makes a new cluster's
+directories and ``joining.py`` those of a broker that comes later. ``repair.py`` mends damaged replicas from
+peers.
 ``pulse.py`` lets time pass and lets idle groups rest, ``retention.py`` has old data removed, ``snapshots.py``
 brings followers up that are too far behind, ``out_of_service.py`` shows replicas that must not run.
 

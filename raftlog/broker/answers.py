@@ -25,7 +25,7 @@ async def answer_with(reply: Reply, work: Callable[[], Coroutine[Any, Any, Struc
         reply.ok(await work())
     except RaftlogError as error:
         reply.fail(error)
-    except Exception as bug:
+    except Exception as bug:  # of whatever kind, it is told and raised again
         # whoever asked must not wait in vain; raised again, it is logged where the task ends
         reply.fail(RaftlogError(f"internal error of the broker: {bug!r}"))
         raise

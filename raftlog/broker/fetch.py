@@ -142,7 +142,7 @@ class FetchSession:
         """The same where memory did not suffice; the partitions before are read again (they are cached)."""
         try:
             await self._read_from_disk()
-        except Exception as bug:
+        except Exception as bug:  # of whatever kind, it is told and raised again
             # whoever asked must not wait in vain; raised again, it is logged where the task ends
             if not self._reply.is_done:
                 self._reply.fail(RaftlogError(f"internal error of the broker: {bug!r}"))

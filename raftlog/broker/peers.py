@@ -259,7 +259,7 @@ class Peers:
             if bulk.peer.incarnation != control.peer.incarnation:
                 bulk.close()
                 raise ConnectionLost(f"broker {broker_id} was started anew between the two connections")
-        except BaseException:
+        except BaseException:  # also cancelled: half a pair is none
             control.close()
             raise
         return control, bulk

@@ -215,7 +215,7 @@ class Sharing:
         end = (each.decoded[each.cursor + ahead - 1] if ahead else record).offset + 1
         try:
             await self.member.commit([row_of(each.view, end)], timeout=LOOKUP_TIMEOUT_S)
-        except BaseException:
+        except BaseException:  # also an interrupt: the record is not handed out
             self._core.seek(each.name, record.offset)
             raise
         each.claimed = each.saved = end

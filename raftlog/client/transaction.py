@@ -421,7 +421,7 @@ class TransactionManager:
             if self._begun:
                 sent = True
                 await self._end(True, self._request_timeout_s if timeout is None else timeout, retriable)
-        except BaseException as error:
+        except BaseException as error:  # also cancelled: the commit may be under way
             self._commit_failed(error, sent, doubtful)
             raise
         self._over(State.READY)
@@ -464,7 +464,7 @@ class TransactionManager:
             await self._stop_tasks()
             if self._begun:
                 await self._end(False, ABORT_TIMEOUT_S if timeout is None else timeout, is_retriable)
-        except BaseException as error:
+        except BaseException as error:  # also cancelled: the abort may be done again
             if isinstance(error, RaftlogError) and not error.retriable:
                 self._die(error)
             else:

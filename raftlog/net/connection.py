@@ -107,7 +107,7 @@ class RpcConnection(FrameStream):
         try:
             async with asyncio.timeout_at(deadline):
                 await connection._ready
-        except BaseException as error:
+        except BaseException as error:  # also cancelled: nobody will close it
             # Also when the handshake ended just now: the caller will never see this connection.
             connection._on_close = None
             connection._shut(None, flush=False)

@@ -380,7 +380,7 @@ def _open(root: Path, path: str, create: bool, allocate: int) -> int:
                 os.fsync(fd)
             if created:
                 _sync_folder(full.parent)
-        except BaseException:
+        except BaseException:  # raised again; the descriptor must not stay open
             os.close(fd)
             raise
     except FileNotFoundError:

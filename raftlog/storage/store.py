@@ -90,7 +90,7 @@ class BrokerStore:
         store = cls(disk, config or StorageConfig(), disk_id)
         try:
             await store._recover()
-        except BaseException:
+        except BaseException:  # also cancelled: the lock must not stay
             await disk.close()
             raise
         return store
@@ -121,7 +121,7 @@ class BrokerStore:
                 for log in made:
                     self._specs[log.spec.replica_id] = log.spec
                 await self._store_manifest()
-        except BaseException:
+        except BaseException:  # also cancelled: nothing was created
             for log in made:
                 self.logs.pop(log.spec.replica_id, None)
                 self._specs.pop(log.spec.replica_id, None)

@@ -74,7 +74,7 @@ class LocalCluster:
         started.wait()
         try:
             self._await(self._start_all())
-        except BaseException:
+        except BaseException:  # also an interrupt: no thread may stay
             self.stop()
             raise
         return self

@@ -322,7 +322,7 @@ class NodeNetwork:
         try:
             async with asyncio.timeout(timeout):
                 await opened
-        except BaseException as error:
+        except BaseException as error:  # also cancelled: nobody will close it
             if attempt.transport is not None:
                 attempt.transport.abort()  # given up while the answer was on its way, or had just come
             if isinstance(error, OSError | TimeoutError):

@@ -142,7 +142,7 @@ def test_kill_runs_no_finally_block(loop: SimLoop) -> None:
                 group.create_task(asyncio.sleep(50))
                 async for _ in numbers():
                     await asyncio.sleep(1.0)
-        except BaseException:
+        except BaseException:  # what a killed task must not come to
             seen.append("except")
             raise
         finally:
