@@ -246,8 +246,8 @@ MUTATIONS: Final = (
     Mutation(
         "replicas drop what is above the log start",
         "raftlog.broker.partition",
-        "await self.compact(last_index_below(self.log.segments, self.machine.log_start))",
-        "await self.compact(last_index_below(self.log.segments, self.machine.next_offset))",
+        "return last_index_below(self.log.segments, self.machine.log_start)",
+        "return last_index_below(self.log.segments, self.machine.next_offset)",
         ("fall behind", "kill"),
         _RETENTION,
     ),
