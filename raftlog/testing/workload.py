@@ -41,6 +41,8 @@ SETTLE_SECONDS: Final = 4.0
 """Until what faults have begun is over: stalls, clogs, campaigns."""
 HAND_SECONDS: Final = 0.1
 """How soon a broker that has ended is started anew."""
+LOOK_SECONDS: Final = 0.01
+"""How often is looked whether all has come to rest; after every callback would take longer than the run."""
 CALM_SECONDS: Final = 3.0
 _READ_BYTES: Final = 1 << 20
 
@@ -135,12 +137,14 @@ class Workload:
         """Run until then; brokers that end by themselves are started anew meanwhile."""
         loop, nemesis = self.cluster.loop, self.nemesis
         until = loop.time() + QUIET_SECONDS
-        while True:
-            loop.run_until(lambda: condition() or nemesis.needs_a_hand, until - loop.time())
-            if not nemesis.needs_a_hand:
-                return
-            nemesis.revive()
-            loop.run_for(HAND_SECONDS)
+        while not condition():
+            if loop.time() > until:
+                raise NoProgress(f"not within {QUIET_SECONDS:.0f} s: {condition.__qualname__}")
+            if nemesis.needs_a_hand:
+                nemesis.revive()
+                loop.run_for(HAND_SECONDS)
+            else:
+                loop.run_for(LOOK_SECONDS)
 
     def _check_calm(self) -> None:
         """Nothing is broken and nothing to do: then nobody campaigns."""
