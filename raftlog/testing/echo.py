@@ -3,7 +3,8 @@
 A connection keeps order and doubles nothing, but a request that was given up on one connection may still be
 on its way when its repetition, and much else, has come by another. So each message must name what it is
 about so well that it can do no harm later. Here random requests of the last seconds are sent again to whoever
-leads their partition now.
+leads their partition now. Not those that were refused: whoever was told so may rely on it, for no connection
+delivers a request once more after its answer.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ _ECHOED: Final = (
     GroupHeartbeatRequest,
     WriteMarkersRequest,
 )
-_Message: TypeAlias = tuple[Any, tuple[bytes, ...]]
+_Answer: TypeAlias = "asyncio.Future[Any]"
+_Message: TypeAlias = tuple[Any, tuple[bytes, ...], _Answer]
 
 
 class Echo:
@@ -71,10 +73,11 @@ class Echo:
         heard = self._heard
 
         def listened(connection: RpcConnection, message: Any, payload: Sequence[Buffer] = ()) -> Any:
+            answer = request(connection, message, payload)
             if isinstance(message, _ECHOED) and _is_harmless(message):
                 kind = heard.setdefault(type(message), deque(maxlen=KEPT_MAX))
-                kind.append((message, tuple(bytes(part) for part in payload)))
-            return request(connection, message, payload)
+                kind.append((message, tuple(bytes(part) for part in payload), answer))
+            return answer
 
         setattr(RpcConnection, "request", listened)  # noqa: B010 - a method, to type checkers
         self._cluster.loop.run_as(NODE, self._repeat())
@@ -91,8 +94,10 @@ class Echo:
         tasks: set[asyncio.Task[None]] = set()
         while True:
             await asyncio.sleep(rng.choice([0.005, 0.05, 0.2]))
-            if self._heard:
-                message, payload = rng.choice(self._heard[rng.choice(list(self._heard))])
+            if not self._heard:
+                continue
+            message, payload, answer = rng.choice(self._heard[rng.choice(list(self._heard))])
+            if may_come_late(answer):
                 self.counts[f"{type(message).__name__} came late"] += 1
                 task = asyncio.get_running_loop().create_task(self._try(message, payload))
                 tasks.add(task)
@@ -145,6 +150,19 @@ class Echo:
                 timeout=_CALL_S,
             )
         return known
+
+
+def may_come_late(answer: _Answer) -> bool:
+    """Whether a copy of a request can still be on its way, by what its sender was told: that it was carried
+    out, or nothing. (Its sender may repeat it then, and the copy is of the first attempt.)
+
+    Args:
+        answer: to the request.
+    """
+    if not answer.done():
+        return False  # it may be refused yet
+    error = None if answer.cancelled() else answer._exception  # exception() would count as having seen it
+    return error is None or (isinstance(error, RaftlogError) and error.indeterminate)
 
 
 def _is_harmless(message: Any) -> bool:
