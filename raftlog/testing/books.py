@@ -103,7 +103,7 @@ class Member:
         while flights and flights[0][0] <= commits_done:
             self.landed.append(flights.popleft())
             self.durable = max(self.durable, self.landed[-1][1])
-        while self.landed and self.landed[0][0] < disk.commits_done:
+        while self.landed and self.landed[0][0] <= disk.commits_marked:
             self.covered = max(self.covered, self.landed.popleft()[1])
 
     def cut(self, last: int) -> None:

@@ -128,16 +128,20 @@ class SimDisk:
         self.syncs = 0
         """Syncs of a file so far."""
         self.commits = 0
-        """Commits of the journal's lane that have begun, failed ones too."""
+        """Commits of the journal's lane that have begun, failed ones too; one that found no room and is tried
+        again counts once."""
         self.commits_done = 0
         """The last of them that was synced (with it, those before that were only written)."""
         self.commits_written = 0
         """The last of them that was written, or synced if it was to be."""
+        self.commits_marked = -1
+        """The last of them that was synced before another one began, whose mark says so."""
         self.boot_id = "boot 1"
         self.trace: list[Step] | None = [] if record else None
         self._nodes: dict[str, _Node] = {}
         self._failing_syncs = 0
         self._failing_writes = 0
+        self._again = False
         self._stalled_until = 0.0
         self._dead = False
         self._locked = False
@@ -272,9 +276,17 @@ class SimDisk:
 
     async def commit(self, writes: Sequence[Write], *, sync: bool = True) -> None:
         async with self._lane:
-            self.commits += 1
-            ordinal = self.commits
-            await self._write(writes, sync=sync)
+            if not self._again:  # else what was handed over since the first try is not in it
+                self.commits += 1
+            ordinal, synced = self.commits, self.commits_done
+            try:
+                await self._write(writes, sync=sync)
+            except StorageFull:
+                self._again = True
+                raise
+            self._again = False
+            if any(write.buffers for write in writes):
+                self.commits_marked = synced
             self.commits_written = ordinal
             if sync:
                 self.commits_done = ordinal
