@@ -92,7 +92,7 @@ def test_equal_index_and_term_is_the_same_entry() -> None:
 
 def test_what_is_synced_and_what_a_later_sync_has_covered() -> None:
     member = Member(1, 0)
-    disk: Any = SimpleNamespace(commits_done=0, commits_written=1)
+    disk: Any = SimpleNamespace(commits_done=0, commits_written=1, commits_marked=-1)
     member.flights.extend([[1, 5], [2, 9]])
     member.settle(disk)
     assert (member.durable, member.covered) == (0, 0)
@@ -100,6 +100,9 @@ def test_what_is_synced_and_what_a_later_sync_has_covered() -> None:
     member.settle(disk)
     assert (member.durable, member.covered) == (5, 0), "it could still be taken for torn"
     disk.commits_done = 2
+    member.settle(disk)
+    assert (member.durable, member.covered) == (9, 0), "the second was begun before the first was synced"
+    disk.commits_marked = 1
     member.settle(disk)
     assert (member.durable, member.covered) == (9, 5)
     member.cut(3)
