@@ -4,7 +4,8 @@ asynchronous, on the cluster client's loop."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal, TypeAlias, TypeVar
 
@@ -26,6 +27,7 @@ from raftlog.net.rpc import (
     DeleteGroupRequest,
     DescribeGroupsRequest,
     OffsetCommitRequest,
+    OffsetFetchRequest,
     Request,
 )
 from raftlog.record.types import TopicPartition
@@ -34,6 +36,25 @@ R = TypeVar("R", bound=msgspec.Struct)
 ResetTo: TypeAlias = Literal["earliest", "latest"] | datetime | int | Mapping[Place, Offset]
 
 CALL_TIMEOUT_S = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Memberless:
+    """Who commits offsets of a group that has no members; refused where it has some."""
+
+    cluster: ClusterClient
+    group: str
+
+    async def call(self, make: Callable[[PartitionView, str, int], Request[R]], *, timeout: float) -> R:
+        """Ask the group's coordinator.
+
+        Raises:
+            GroupNotEmpty: its members commit themselves.
+            ConnectionLost, RequestTimeout, and what else the request is answered with.
+        """
+        view = await coordinator(self.cluster, GROUPS_TOPIC, self.group, timeout=timeout)
+        request = make(view, NO_MEMBER, LEAVE_EPOCH)
+        return (await self.cluster.call_leader(view, request, timeout=timeout))[0]
 
 
 class GroupAdmin:
@@ -111,6 +132,23 @@ class GroupAdmin:
             lambda topic, index: OffsetCommitRequest(topic, index, group, NO_MEMBER, LEAVE_EPOCH, rows),
             timeout=timeout,
         )
+
+    async def committed(self, group: str, places: Sequence[Place], timeout: float) -> dict[Place, int]:
+        """What a group has committed of these partitions; those without are left out. Waits while a
+        transaction is about to commit.
+
+        Raises:
+            UnstableOffsets: that takes longer than ``timeout`` seconds.
+            UnknownTopic, UnknownPartition, ConfigError, ConnectionLost, RequestTimeout.
+        """
+        views = [await self._partition(place) for place in places]
+        by_key = {(view.topic_id, view.index): place for view, place in zip(views, places, strict=True)}
+        answer = await self._call(
+            group,
+            lambda topic, index: OffsetFetchRequest(topic, index, group, list(by_key)),
+            timeout=timeout,
+        )
+        return {by_key[each.topic_id, each.partition]: each.offset for each in answer.offsets}
 
     async def reset(self, group: str, topic: str, to: ResetTo, timeout: float) -> dict[TopicPartition, int]:
         """See :meth:`raftlog.Log.reset_offsets`."""

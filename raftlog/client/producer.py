@@ -281,6 +281,25 @@ class ProducerCore:
             raise too_large(longest, bytes_max, topic)
         return given
 
+    def encoded_elsewhere(
+        self, topic: str, partition: int | None, encoded: bytes, records: int
+    ) -> EncodedBatch:
+        """A batch that somebody else has encoded, under no identity.
+
+        Args:
+            partition: None: any will do.
+
+        Raises:
+            UnknownPartition, RecordTooLarge.
+        """
+        route = self._routes[topic]
+        if len(encoded) > route.bytes_max:
+            raise too_large(len(encoded), route.bytes_max, topic)
+        chosen = route.partitioner.partition(None, route.count) if partition is None else partition
+        if partition is None:
+            route.partitioner.on_new_batch(chosen, route.count)
+        return EncodedBatch(self._queue(route, chosen), encoded, records)
+
     def buffer_batch(self, batch: EncodedBatch) -> ProducerBatch | None:
         """Hand a batch to the accumulator; None if there is no room for it now."""
         return self.accumulator.add_encoded(batch.queue, batch.encoded, batch.records, len(batch.encoded))

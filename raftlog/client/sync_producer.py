@@ -15,11 +15,12 @@ from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Never, Self
 
+from raftlog.client.accumulator import ProducerBatch
 from raftlog.client.cluster import ClusterClient
 from raftlog.client.delivery import BatchDelivery, Delivery, not_picklable, wait_for_all
 from raftlog.client.handle import Deadline, Handle, block_until
 from raftlog.client.io_thread import IoThread
-from raftlog.client.producer import Pending, ProducerCore
+from raftlog.client.producer import EncodedBatch, Pending, ProducerCore
 from raftlog.client.transaction import TransactionManager
 from raftlog.config import ProducerConfig
 from raftlog.errors import (
@@ -131,14 +132,28 @@ class Producer(Handle):
         deadline = Deadline(core.max_block_s)
         if not core.knows(topic):
             self._load_topic(topic, deadline)
-        batches = []
-        for each in core.split(topic, values, keys, partition, timestamp_ms):
-            deadline = Deadline(core.max_block_s)
-            while (batch := core.buffer_batch(each)) is None:
-                if not block_until(core.accumulator.when_room, deadline.left()) or deadline.over():
-                    raise core.buffer_full()
-            batches.append(batch)
-        return BatchDelivery(batches)
+        split = core.split(topic, values, keys, partition, timestamp_ms)
+        return BatchDelivery([self._buffer(each) for each in split])
+
+    def _buffer(self, encoded: EncodedBatch) -> ProducerBatch:
+        """Blocks while there is no room."""
+        core = self._core
+        deadline = Deadline(core.max_block_s)
+        while (batch := core.buffer_batch(encoded)) is None:
+            if not block_until(core.accumulator.when_room, deadline.left()) or deadline.over():
+                raise core.buffer_full()
+        return batch
+
+    def _send_encoded(self, topic: str, partition: int | None, encoded: bytes, records: int) -> BatchDelivery:
+        """Send a batch that was encoded elsewhere; ``partition`` None: to any.
+
+        Raises:
+            As :meth:`send_batch`.
+        """
+        core = self._core
+        if not core.knows(topic):
+            self._load_topic(topic, Deadline(core.max_block_s))
+        return BatchDelivery([self._buffer(core.encoded_elsewhere(topic, partition, encoded, records))])
 
     def transaction(self) -> Transaction:
         """A transaction: what is sent in it becomes readable all at once, or not at all::

@@ -30,12 +30,13 @@ import enum
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from typing import Final, TypeAlias
+from typing import Final, Protocol, TypeAlias, TypeVar
+
+import msgspec
 
 from raftlog.client.cluster import ClusterClient
 from raftlog.client.coordinators import TRANSACTIONS_TOPIC, coordinator
 from raftlog.client.delivery import when_all_done
-from raftlog.client.group import Seat
 from raftlog.client.handle import wait_until
 from raftlog.client.identities import Obtained
 from raftlog.client.metadata import PartitionView
@@ -51,10 +52,11 @@ from raftlog.errors import (
     TransactionAborted,
     UnknownReplica,
 )
-from raftlog.net.rpc import GroupOffset, StageOffsetsRequest
+from raftlog.net.rpc import GroupOffset, Request, StageOffsetsRequest
 from raftlog.net.rpc_transactions import EndTransactionRequest, EnlistRequest, InitTransactionsRequest
 from raftlog.record.types import TopicPartition
 
+R = TypeVar("R", bound=msgspec.Struct)
 Positions: TypeAlias = Mapping[TopicPartition, tuple[int, int]]
 
 ABORT_TIMEOUT_S: Final = 10.0
@@ -84,6 +86,18 @@ TRANSITIONS: Final[Mapping[State, frozenset[State]]] = {
     State.ABORTING: frozenset({State.READY, State.FAILED, State.DEAD}),
     State.DEAD: frozenset(),
 }
+
+
+class OffsetsOwner(Protocol):
+    """Who may commit offsets of a group: one of its members (:class:`raftlog.client.group.Seat`), or anybody
+    as long as it has none (:class:`raftlog.client.group_admin.Memberless`)."""
+
+    @property
+    def group(self) -> str:
+        """The group's name."""
+
+    async def call(self, make: Callable[[PartitionView, str, int], Request[R]], *, timeout: float) -> R:
+        """Ask the group's coordinator, as that member."""
 
 
 class TransactionManager:
@@ -329,7 +343,7 @@ class TransactionManager:
 
     # -- offsets of a group ----------------------------------------------------------------------------------
 
-    def stage(self, seat: Seat, positions: Positions) -> asyncio.Task[None]:
+    def stage(self, seat: OffsetsOwner, positions: Positions) -> asyncio.Task[None]:
         """Let offsets of a group be committed with the transaction. Commit waits for that, and if it cannot
         be done the transaction fails.
 
@@ -349,7 +363,7 @@ class TransactionManager:
         """What belongs to the transaction cannot be had: it must not commit without."""
         self.failed(error)
 
-    async def send_offsets(self, seat: Seat, positions: Positions) -> None:
+    async def send_offsets(self, seat: OffsetsOwner, positions: Positions) -> None:
         """The same, and wait for it: what the consumer does afterwards cannot change whose offsets they are.
 
         Raises:
@@ -358,7 +372,7 @@ class TransactionManager:
         await asyncio.wait([self.stage(seat, positions)])
         self.raise_failure()
 
-    async def _stage(self, seat: Seat, positions: Positions) -> None:
+    async def _stage(self, seat: OffsetsOwner, positions: Positions) -> None:
         identity, timeout = self._identity, self._request_timeout_s
         offsets = []
         for (topic, partition), (offset, leader_epoch) in positions.items():
