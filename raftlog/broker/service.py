@@ -74,6 +74,7 @@ class Service:
     def on_request(
         self, connection: ServerConnection, request: rpc.Request[Any], payload: memoryview, reply: Reply
     ) -> None:
+        self._broker.gather()  # on_batch_end pumps
         if type(request) is rpc.MetadataCommandRequest and connection.peer.role == "client":
             raise ProtocolError("clients change metadata through requests of their own")
         if isinstance(request, _FOR_BROKERS) and connection.peer.role != "broker":
@@ -82,6 +83,7 @@ class Service:
 
     def on_one_way(self, connection: ServerConnection, message: rpc.Struct, payload: memoryview) -> None:
         broker = self._broker
+        broker.gather()
         if type(message) is rpc.ProduceRequest:
             try:
                 broker.partition(message.topic_id, message.partition).produce(payload, _nobody_waits)
@@ -151,6 +153,10 @@ class Service:
     # -- metadata --------------------------------------------------------------------------------------------
 
     def _metadata(self, request: rpc.MetadataRequest, payload: memoryview, reply: Reply) -> None:
+        broker_id = self._broker.broker_id
+        if broker_id not in self._broker.metadata.image.brokers:
+            # its image is of a time before it: that a topic is not in there says nothing
+            raise Busy(f"broker {broker_id} does not have the metadata yet")
         missing = self._coordination.missing(request.topics or ())
         if missing:
             self._broker.spawn(answer_with(reply, partial(self._made, missing, request)))

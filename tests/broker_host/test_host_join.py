@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+from host_kit import TOPIC
 from test_host_membership import Moving, Writer, check_records
 
 from raftlog.broker.joining import JOINING_PATH, JoiningPlan, join
 from raftlog.broker.metadata import METADATA_VOTERS_MAX, MetadataReplica
 from raftlog.controller.replacing import carry_out
-from raftlog.errors import AuthenticationFailed, ForeignDataDir, RaftlogError, RequestTimeout
+from raftlog.errors import AuthenticationFailed, Busy, ForeignDataDir, RaftlogError, RequestTimeout
+from raftlog.net.connection import RpcConnection
+from raftlog.net.handshake import Local
+from raftlog.net.rpc import MetadataRequest, MetadataResponse
 from raftlog.raft.types import Role
 from raftlog.state.metadata_commands import AllocateProducerIds, RemoveBroker
 from raftlog.storage.identity import find_identity
@@ -88,6 +92,36 @@ def test_a_new_broker_learns_votes_and_holds_partitions(host: Moving) -> None:
     host.wait(lambda: metadata_leader(host) is not None)
     host.produce(5)
     check_records(host, host.count)
+
+
+def test_a_new_broker_does_not_say_that_there_is_no_topic(host: Moving) -> None:
+    """It listens before it has heard of anything: clients took its empty metadata for the truth."""
+    cluster = host.cluster
+    added = cluster.join_broker()
+    for other in range(3):
+        cluster.network.cut(broker_name(other), broker_name(added))
+
+    async def ask() -> MetadataResponse:
+        local, seams = (
+            Local(cluster.plan.cluster_id, "client", client_id="asks"),
+            cluster.seams("asks", "asks"),
+        )
+        secret = cluster.plan.secret
+        connection = await RpcConnection.open(seams, broker_name(added), PORT, local, secret, timeout=1.0)
+        try:
+            return (await connection.call(MetadataRequest([TOPIC, "gone"]), timeout=1.0))[0]
+        finally:
+            connection.close()
+
+    assert not cluster.brokers[added].metadata.image.topics
+    with pytest.raises(Busy) as caught:
+        cluster.run(ask(), node="asks")
+    assert caught.value.retriable
+    cluster.network.heal()
+    host.wait(lambda: added in cluster.brokers[added].metadata.image.brokers)
+    answer = cluster.run(ask(), node="asks")
+    assert [each.name for each in answer.topics] == [TOPIC]
+    assert answer.unknown_topics == ["gone"]
 
 
 def test_voters_are_five_and_further_brokers_learn(host: Moving) -> None:
