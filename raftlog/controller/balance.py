@@ -169,7 +169,7 @@ class Planner:
         """Priority 2 alone."""
         if not self._alive:
             return False
-        return any([self._spread(number) for number in range(len(self._now))])
+        return sum(self._spread(number) for number in range(len(self._now))) > 0
 
     def _refill(self, number: int) -> None:
         held = self._held[number]

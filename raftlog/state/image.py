@@ -28,6 +28,8 @@ class Broker(msgspec.Struct, frozen=True, array_like=True):
     """Its replica of the metadata group."""
     level: int = 1
     """The newest feature level that its release can run at."""
+    draining: bool = False
+    """Its node is to go: it is given nothing any more, and what it has moves away."""
 
 
 class Partition(msgspec.Struct, frozen=True, array_like=True):
@@ -91,6 +93,9 @@ class Topic(msgspec.Struct, frozen=True, array_like=True):
     """What was set explicitly, by the names of ``raftlog.config.TopicConfig``."""
     internal: bool
     partitions: tuple[Partition, ...]
+    replication: int = 0
+    """Replicas that each partition should have; 0: three, or as many as there are brokers, and never fewer
+    than it has."""
 
     def with_partition(self, index: int, partition: Partition) -> Topic:
         """The topic with one partition changed."""

@@ -18,6 +18,7 @@ from raftlog.errors import (
     ConfigError,
     ForeignDataDir,
     IncompatibleVersion,
+    InvalidReplicationFactor,
     RaftlogError,
     StaleController,
     TopicExists,
@@ -40,6 +41,7 @@ from raftlog.state.image import Broker, Member, Partition, Topic
 from raftlog.state.metadata_commands import (
     CODEC,
     AddBroker,
+    AddPartitions,
     AllocateProducerIds,
     AlterPartition,
     Command,
@@ -50,7 +52,9 @@ from raftlog.state.metadata_commands import (
     RegisterBroker,
     RemoveBroker,
     ReplaceReplica,
+    SetDraining,
     SetFeatureLevel,
+    SetReplication,
     TakeControl,
 )
 
@@ -258,6 +262,7 @@ class MetadataState:
         )
 
     def _register(self, command: RegisterBroker) -> None:
+        known = self.brokers.get(command.broker_id)
         self.brokers[command.broker_id] = Broker(
             command.broker_id,
             command.disk_id,
@@ -265,6 +270,7 @@ class MetadataState:
             command.zone,
             command.metadata_replica,
             command.level,
+            known is not None and known.draining and known.node_id == command.node_id,
         )
 
     def _check_add(self, command: AddBroker) -> RaftlogError | None:
@@ -294,25 +300,87 @@ class MetadataState:
             return TopicExists(f"topic {command.name!r} exists", topic=command.name)
         if command.topic_id in self._topics_by_id:
             return TopicExists(f"topic id {command.topic_id.hex()} is taken")
-        if not command.assignment or not all(command.assignment):
-            return ConfigError(f"topic {command.name!r} needs a partition, and each of them a replica")
-        for index, holders in enumerate(command.assignment):
+        return self._check_assignment(command.name, command.assignment)
+
+    def _check_assignment(self, name: str, assignment: list[list[int]]) -> RaftlogError | None:
+        if not assignment or not all(assignment):
+            return ConfigError(f"topic {name!r} needs a partition, and each of them a replica")
+        for index, holders in enumerate(assignment):
             unknown = [each for each in holders if each not in self.brokers]
             if unknown:
-                return ConfigError(f"partition {index} of {command.name!r} has unknown brokers {unknown}")
+                return ConfigError(f"partition {index} of {name!r} has unknown brokers {unknown}")
             if len(set(holders)) != len(holders):
-                return ConfigError(f"partition {index} of {command.name!r} has a broker twice: {holders}")
+                return ConfigError(f"partition {index} of {name!r} has a broker twice: {holders}")
         return None
 
     def _create(self, command: CreateTopic) -> Topic:
+        partitions = self._founded(command.assignment)
+        return self._set_topic(
+            Topic(
+                command.name,
+                command.topic_id,
+                command.config,
+                command.internal,
+                partitions,
+                command.replication,
+            )
+        )
+
+    def _founded(self, assignment: list[list[int]]) -> tuple[Partition, ...]:
         partitions: list[Partition] = []
-        for holders in command.assignment:
+        for holders in assignment:
             first = self.next_replica_id
             self.next_replica_id = first + len(holders)
             partitions.append(Partition.founded(tuple(enumerate(holders, first))))
-        topic = Topic(command.name, command.topic_id, command.config, command.internal, tuple(partitions))
+        return tuple(partitions)
+
+    def _set_topic(self, topic: Topic) -> Topic:
         self.topics[topic.name] = self._topics_by_id[topic.topic_id] = topic
         return topic
+
+    def _check_add_partitions(self, command: AddPartitions) -> RaftlogError | None:
+        topic = self._topics_by_id.get(command.topic_id)
+        if topic is None:
+            return UnknownTopic(f"no topic of id {command.topic_id.hex()}")
+        if topic.internal:
+            return ConfigError(f"topic {topic.name!r} is internal: names belong to its partitions")
+        if len(topic.partitions) != command.first:
+            return ConfigError(
+                f"topic {topic.name!r} has {len(topic.partitions)} partitions, not {command.first}"
+            )
+        return self._check_assignment(topic.name, command.assignment)
+
+    def _add_partitions(self, command: AddPartitions) -> Topic:
+        topic = self._topics_by_id[command.topic_id]
+        partitions = topic.partitions + self._founded(command.assignment)
+        return self._set_topic(msgspec.structs.replace(topic, partitions=partitions))
+
+    def _check_replication(self, command: SetReplication) -> RaftlogError | None:
+        if command.topic_id not in self._topics_by_id:
+            return UnknownTopic(f"no topic of id {command.topic_id.hex()}")
+        if not 0 <= command.replication <= len(self.brokers):
+            return InvalidReplicationFactor(
+                f"replication factor {command.replication} is not in 1 to {len(self.brokers)}, the number of "
+                "brokers",
+                replication_factor=command.replication,
+                brokers=len(self.brokers),
+            )
+        return None
+
+    def _set_replication(self, command: SetReplication) -> Topic:
+        topic = self._topics_by_id[command.topic_id]
+        return self._set_topic(msgspec.structs.replace(topic, replication=command.replication))
+
+    def _check_draining(self, command: SetDraining) -> RaftlogError | None:
+        if command.broker_id not in self.brokers:
+            return ConfigError(f"no broker {command.broker_id}")
+        return None
+
+    def _set_draining(self, command: SetDraining) -> Broker:
+        broker = self.brokers[command.broker_id]
+        broker = msgspec.structs.replace(broker, draining=command.draining)
+        self.brokers[broker.broker_id] = broker
+        return broker
 
     def _check_delete(self, command: DeleteTopic) -> RaftlogError | None:
         known = self.topics.get(command.name)
@@ -390,8 +458,7 @@ class MetadataState:
             return error
 
     def _set_partition(self, topic_id: bytes, index: int, partition: Partition) -> Partition:
-        topic = self._topics_by_id[topic_id].with_partition(index, partition)
-        self.topics[topic.name] = self._topics_by_id[topic_id] = topic
+        self._set_topic(self._topics_by_id[topic_id].with_partition(index, partition))
         return partition
 
     def _check_allocate(self, command: AllocateProducerIds) -> RaftlogError | None:
@@ -452,6 +519,9 @@ class MetadataState:
         ReplaceReplica: (_check_replace, _replace),
         CompletePartition: (_check_complete, _complete),
         AddBroker: (_check_add, _add),
+        AddPartitions: (_check_add_partitions, _add_partitions),
+        SetReplication: (_check_replication, _set_replication),
+        SetDraining: (_check_draining, _set_draining),
     }
 
     # -- copies ----------------------------------------------------------------------------------------------

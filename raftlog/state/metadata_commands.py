@@ -37,7 +37,7 @@ class RegisterBroker(CommandStruct, frozen=True):
 
 class CreateTopic(CommandStruct, frozen=True):
     """``assignment``: for each partition the broker ids, the preferred leader first. Replica ids are
-    allotted by apply. Result: the Topic."""
+    allotted by apply. ``replication``: see Topic. Result: the Topic."""
 
     type = 3
     result = Topic
@@ -46,6 +46,7 @@ class CreateTopic(CommandStruct, frozen=True):
     config: dict[str, Any]
     internal: bool
     assignment: list[list[int]]
+    replication: int = 0
 
 
 class DeleteTopic(CommandStruct, frozen=True):
@@ -135,6 +136,36 @@ class AddBroker(CommandStruct, frozen=True):
     level: int
 
 
+class AddPartitions(CommandStruct, frozen=True):
+    """Let a topic have more partitions. ``first``: the number of the first new one, which is how many there
+    are: a repeated command is refused. ``assignment``: as in CreateTopic. Result: the Topic."""
+
+    type = 13
+    result = Topic
+    topic_id: bytes
+    first: int
+    assignment: list[list[int]]
+
+
+class SetReplication(CommandStruct, frozen=True):
+    """Say how many replicas each partition of a topic should have; the controller sees to it. Result: the
+    Topic."""
+
+    type = 14
+    result = Topic
+    topic_id: bytes
+    replication: int
+
+
+class SetDraining(CommandStruct, frozen=True):
+    """A broker's node is to go, or is to stay after all. Result: the Broker."""
+
+    type = 15
+    result = Broker
+    broker_id: int
+    draining: bool
+
+
 Command: TypeAlias = (
     FoundCluster
     | RegisterBroker
@@ -148,6 +179,9 @@ Command: TypeAlias = (
     | ReplaceReplica
     | CompletePartition
     | AddBroker
+    | AddPartitions
+    | SetReplication
+    | SetDraining
 )
 
 COMMANDS: Final[tuple[type[Command], ...]] = (
@@ -163,6 +197,9 @@ COMMANDS: Final[tuple[type[Command], ...]] = (
     ReplaceReplica,
     CompletePartition,
     AddBroker,
+    AddPartitions,
+    SetReplication,
+    SetDraining,
 )
 
 CODEC: Final[CommandCodec[Command]] = CommandCodec("metadata", *COMMANDS)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from raftlog.errors import (
     ConfigError,
     ForeignDataDir,
+    InvalidReplicationFactor,
     RaftlogError,
     StaleController,
     TopicExists,
@@ -36,6 +37,7 @@ from raftlog.state.metadata_commands import (
     CODEC,
     COMMANDS,
     AddBroker,
+    AddPartitions,
     AllocateProducerIds,
     AlterPartition,
     Command,
@@ -46,7 +48,9 @@ from raftlog.state.metadata_commands import (
     RegisterBroker,
     RemoveBroker,
     ReplaceReplica,
+    SetDraining,
     SetFeatureLevel,
+    SetReplication,
     TakeControl,
 )
 
@@ -384,6 +388,9 @@ EXAMPLES: list[Command] = [
     ReplaceReplica(ID_A, 0, 1000),
     CompletePartition(ID_A, 0, 2),
     AddBroker(b"d", "n", "z", 1),
+    AddPartitions(ID_A, 1, [[1, 2]]),
+    SetReplication(ID_A, 2),
+    SetDraining(1, True),
 ]
 
 
@@ -409,8 +416,49 @@ def test_the_numbers_of_commands_are_on_disk_for_ever() -> None:
         ("ReplaceReplica", 10, 1),
         ("CompletePartition", 11, 1),
         ("AddBroker", 12, 1),
+        ("AddPartitions", 13, 1),
+        ("SetReplication", 14, 1),
+        ("SetDraining", 15, 1),
     ]
     assert tuple(type(command) for command in EXAMPLES) == COMMANDS
+
+
+def test_a_topic_gets_more_partitions_once(metadata: Metadata) -> None:
+    before = metadata.do(create())
+    count = len(before.partitions)
+    more = AddPartitions(ID_A, count, [[2, 1], [1]])
+    topic = metadata.do(more)
+    assert topic.partitions[:count] == before.partitions
+    assert [[holder for _, holder in each.replicas] for each in topic.partitions[count:]] == [[2, 1], [1]]
+    assert isinstance(metadata.do(more), ConfigError), "its retry adds nothing"
+    assert isinstance(metadata.do(AddPartitions(ID_B, 1, [[1]])), UnknownTopic)
+    assert isinstance(metadata.do(AddPartitions(ID_A, count + 2, [[1, 1]])), ConfigError)
+    assert isinstance(metadata.do(AddPartitions(ID_A, count + 2, [[9]])), ConfigError)
+    assert metadata.state.topic("t") == topic == metadata.state.topic_by_id(ID_A)
+
+
+def test_nobody_adds_partitions_to_an_internal_topic(metadata: Metadata) -> None:
+    metadata.do(CreateTopic("__groups", ID_A, {}, True, [[1]]))
+    assert isinstance(metadata.do(AddPartitions(ID_A, 1, [[1]])), ConfigError)
+
+
+def test_the_wanted_replication_is_kept(metadata: Metadata) -> None:
+    assert metadata.do(create()).replication == 0
+    assert metadata.do(SetReplication(ID_A, 2)).replication == 2
+    assert isinstance(metadata.do(SetReplication(ID_A, 99)), InvalidReplicationFactor)
+    assert isinstance(metadata.do(SetReplication(ID_B, 1)), UnknownTopic)
+    assert metadata.state.topic("t").replication == 2
+
+
+def test_a_broker_drains_until_it_is_told_not_to_or_runs_elsewhere(metadata: Metadata) -> None:
+    assert metadata.do(SetDraining(1, True)).draining
+    metadata.do(register(1))
+    assert metadata.state.brokers[1].draining, "started again on the same node"
+    assert not metadata.do(SetDraining(1, False)).draining
+    metadata.do(SetDraining(1, True))
+    metadata.do(msgspec.structs.replace(register(1), node_id="another"))
+    assert not metadata.state.brokers[1].draining
+    assert isinstance(metadata.do(SetDraining(99, True)), ConfigError)
 
 
 def test_results_travel_to_whoever_asked(metadata: Metadata) -> None:
@@ -472,6 +520,9 @@ commands = st.one_of(
     ),
     st.builds(ReplaceReplica, ids, st.integers(0, 1), replica_ids),
     st.builds(CompletePartition, ids, st.integers(0, 1), st.integers(1, 4)),
+    st.builds(AddPartitions, ids, st.integers(0, 3), st.lists(st.lists(brokers, max_size=3), max_size=2)),
+    st.builds(SetReplication, ids, st.integers(-1, 4)),
+    st.builds(SetDraining, brokers, st.booleans()),
 )
 
 
