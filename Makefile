@@ -9,7 +9,7 @@ RAY    ?= yes
 SEEDS  ?= 500
 BIN    := .venv/bin
 READY  := .venv/.ready
-EXTRAS := test,lint,examples
+EXTRAS := data,test,lint,examples
 SAY    := @printf '\033[1m== %s\033[0m\n'
 
 .DEFAULT_GOAL := help

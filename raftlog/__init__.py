@@ -22,10 +22,13 @@ loaded when it is first used: importing raftlog is quick, and loads no Ray.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
+    from ray.data import Dataset
+
     from raftlog import aio, config, errors, serde, testing
     from raftlog.client.delivery import BatchDelivery, Delivery
     from raftlog.client.log import Log
@@ -33,6 +36,10 @@ if TYPE_CHECKING:
     from raftlog.client.processing import Processing
     from raftlog.client.sync import Consumer
     from raftlog.client.sync_producer import Producer, Transaction
+    from raftlog.data.sink import Commit
+    from raftlog.data.source import Isolation
+    from raftlog.data.spans import Offsets, Where
+    from raftlog.data.streaming import DatasetStream
     from raftlog.errors import RaftlogError
     from raftlog.record.types import BatchRange, Record, RecordMetadata, TopicPartition
 
@@ -56,10 +63,14 @@ __all__ = [
     "config",
     "connect",
     "errors",
+    "offsets_of",
+    "read_topic",
     "serde",
     "shutdown",
     "start",
+    "stream",
     "testing",
+    "write_topic",
 ]
 
 _FROM = {
@@ -135,6 +146,191 @@ def shutdown(name: str = "default", force: bool = False) -> None:
     from raftlog.client import attach
 
     attach.shutdown(name, force)
+
+
+# -- Ray Data (the extra ``data``) ---------------------------------------------------------------------------
+
+
+def read_topic(
+    topics: str | Sequence[str],
+    *,
+    start: Where = "earliest",
+    end: Where = "latest",
+    group: str | None = None,
+    columns: Sequence[str] | None = None,
+    isolation: Isolation = "read_committed",
+    log: Log | None = None,
+    **options: Any,
+) -> Dataset:
+    """A Ray Dataset of what is in topics now. Nothing is read yet, but what will be is fixed: as often as the
+    Dataset is run, and its tasks are tried again, it reads the same records.
+
+    Its columns: ``key`` and ``value`` (bytes), ``topic``, ``partition``, ``offset``, ``timestamp`` (UTC,
+    milliseconds), ``headers`` (a list of pairs of ``key`` and ``value``).
+
+    Args:
+        topics: a name, or several.
+        start: where to begin: "earliest", an offset, an aware datetime (the first record of that time or
+            later), or offsets: {(topic, partition): offset}, where the other partitions begin at their
+            earliest.
+        end: where to stop: "latest", or what ``start`` may be; the record there is not read any more.
+        group: begin where this group is, and at ``start`` where it has never been. See :func:`offsets_of`.
+        columns: those to read; None: all.
+        isolation: "read_committed" leaves out what aborted transactions wrote, and ends where the first open
+            one begins.
+        log: the cluster; None: the one that :func:`connect` finds.
+        options: of ``ray.data.read_datasource``, as ``override_num_blocks`` or ``num_cpus``.
+
+    Raises:
+        OffsetOutOfRange: a partition does not hold the offsets asked for (any more).
+        UnknownTopic, ConfigError, NotRunning, ConnectionLost, RequestTimeout.
+    """
+    from raftlog.data import source
+
+    return source.read_topic(
+        topics,
+        start=start,
+        end=end,
+        group=group,
+        columns=columns,
+        isolation=isolation,
+        log=log,
+        **options,
+    )
+
+
+def offsets_of(ds: Dataset) -> Offsets:
+    """How far a Dataset reads its topics: what a group commits when it was processed.
+
+    Args:
+        ds: what :func:`read_topic` or :func:`stream` gave, or what was made of it; not materialized. What
+            ``limit`` or ``filter`` leave out counts as read.
+
+    Returns:
+        {(topic, partition): offset after the last record}, for ``write_topic(…, commit=(group, offsets))`` or
+        ``log.commit_offsets(group, offsets)``.
+
+    Raises:
+        ConfigError: it reads no topic, or one twice and to different offsets.
+    """
+    from raftlog.data import source
+
+    return source.offsets_of(ds)
+
+
+def write_topic(
+    ds: Dataset,
+    topic: str,
+    *,
+    value: str,
+    key: str | None = None,
+    partition: str | None = None,
+    semantics: Literal["exactly-once", "at-least-once"] = "exactly-once",
+    commit: Commit | None = None,
+    compression: Literal["none", "lz4", "zstd"] = "lz4",
+    transaction_timeout_ms: int = 15 * 60_000,
+    log: Log | None = None,
+) -> None:
+    """Run a Dataset and write its rows to a topic, each as a record; all of them or, if this raises, none.
+
+    Exactly once, whatever Ray runs again: tasks encode, and this process sends what they have made of it in
+    one transaction when all are done. Records of a key, and those with a ``partition``, keep their order.
+    "at-least-once" has the tasks write by themselves, as soon as they can: faster where many nodes write
+    more than one process can send.
+
+    Args:
+        topic: must exist.
+        value: column of the values: bytes or text; null is a tombstone.
+        key: column of the keys; null or None: no key.
+        partition: column of the partitions; None: by key, and any without.
+        semantics: see above.
+        commit: (group, offsets): commit these offsets of a group without members with it, in the same
+            transaction; at least once: afterwards.
+        compression: of the batches.
+        transaction_timeout_ms: sending may take so long, at most 15 minutes.
+        log: the cluster; None: the one that :func:`connect` finds.
+
+    Raises:
+        StaleOffsets: the group is not where the Dataset was read from any more. Nothing was written.
+        TransactionAborted, TransactionTimedOut, ProducerFenced: nothing was written; another write for the
+            same group has begun, or it took too long.
+        CommitInDoubt: nobody answered for minutes. With ``commit=``, where the group is tells.
+        GroupNotEmpty: the group has members, which commit by themselves.
+        InvalidRecord, RecordTooLarge, UnknownPartition: about a row; nothing was written.
+        UnknownTopic, ConfigError, NotRunning, ConnectionLost, RequestTimeout.
+    """
+    from raftlog.data import sink
+
+    sink.write_topic(
+        ds,
+        topic,
+        value=value,
+        key=key,
+        partition=partition,
+        semantics=semantics,
+        commit=commit,
+        compression=compression,
+        transaction_timeout_ms=transaction_timeout_ms,
+        log=log,
+    )
+
+
+def stream(
+    topics: str | Sequence[str],
+    *,
+    group: str,
+    start: Where = "earliest",
+    columns: Sequence[str] | None = None,
+    isolation: Isolation = "read_committed",
+    max_rows: int = 1_000_000,
+    max_bytes: int = 256 * 1024 * 1024,
+    max_seconds: float = 1.0,
+    until: Literal["end"] | None = None,
+    log: Log | None = None,
+    **options: Any,
+) -> DatasetStream:
+    """Topics without an end, as one Dataset after another; begins where the group is::
+
+        for batch in raftlog.stream("orders", group="enrich"):
+            raftlog.write_topic(
+                batch.map_batches(enrich),
+                "enriched",
+                value="value",
+                commit=("enrich", raftlog.offsets_of(batch)),
+            )
+
+    A batch that was written so counts exactly once. One that was not committed when the next is asked for, is
+    committed then: at least once, for sinks that are no topics. After a stop, a crash or an exception, the
+    next stream of the group goes on behind the last batch that was committed.
+
+    Args:
+        group: whose position it is. It must not have members, and one stream at a time.
+        start: where to begin where the group has never been, as in :func:`read_topic`.
+        max_rows: offsets in a batch, about.
+        max_bytes: size of a batch as columns, about, judged by samples.
+        max_seconds: a batch that is not full waits so long for more records.
+        until: "end": end behind what is there now. None: when :meth:`~DatasetStream.stop` is called.
+        topics, columns, isolation, log, options: as in :func:`read_topic`.
+
+    Raises:
+        StaleOffsets: (from the iterator) somebody else works for the group.
+        As :func:`read_topic`.
+    """
+    from raftlog.data import streaming
+
+    return streaming.stream(
+        topics,
+        group=group,
+        start=start,
+        columns=columns,
+        isolation=isolation,
+        max_rows=max_rows,
+        max_bytes=max_bytes,
+        max_seconds=max_seconds,
+        until=until,
+        log=log,
+        **options,
+    )
 
 
 def __getattr__(name: str) -> Any:

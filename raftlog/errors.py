@@ -426,6 +426,14 @@ class UnstableOffsets(RaftlogError):
     retriable = True
 
 
+class StaleOffsets(RaftlogError):
+    """The group is not where these records were read from any more: somebody else has processed them, or has
+    moved it. Nothing was written."""
+
+    abortable = True
+    hint = "read again from where the group is now, and do the work again"
+
+
 # -- handles -------------------------------------------------------------------------------------------------
 
 

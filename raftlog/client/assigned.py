@@ -163,7 +163,7 @@ class AssignedPartition:
                 position = self.position or 0
                 if parsed.next_offset <= position:
                     continue
-                if parsed.is_control or (aborted and _is_hidden(parsed, aborted)):
+                if parsed.is_control or (aborted and is_hidden(parsed, aborted)):
                     self._move_to([], header.term)
                     self.position = parsed.next_offset
                     continue
@@ -184,7 +184,8 @@ class AssignedPartition:
         self.decoded, self.cursor = records, 0
 
 
-def _is_hidden(batch: BatchHeader, aborted: Aborted) -> bool:
+def is_hidden(batch: BatchHeader, aborted: Aborted) -> bool:
+    """Whether an aborted transaction has written the batch."""
     return any(
         producer_id == batch.producer_id and first <= batch.base_offset < marker
         for producer_id, first, marker in aborted

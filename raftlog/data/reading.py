@@ -1,0 +1,209 @@
+"""Reading a range of offsets of one partition into Arrow tables: what a read task does.
+
+The next fetch is under way while the answer to the last one is decoded.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+import pyarrow as pa
+
+from raftlog.client.assigned import Aborted, end_of, is_hidden
+from raftlog.client.metadata import PartitionView
+from raftlog.client.offsets import ISOLATIONS, LOOKUP_TIMEOUT_S, UNKNOWN_TERM
+from raftlog.client.retry import retry
+from raftlog.errors import NotLeader, RequestTimeout, UnknownReplica, UnknownTopic, from_wire
+from raftlog.net.rpc import FetchPartition, FetchRequest
+from raftlog.record.batch import BatchHeader
+from raftlog.record.codec import decode_batch
+from raftlog.record.frame import FRAME_HEADER_BYTES, FrameKind, iter_frames
+from raftlog.record.types import Record
+
+if TYPE_CHECKING:
+    from raftlog.client.cluster import ClusterClient
+    from raftlog.client.log import Log
+    from raftlog.data.spans import Span
+
+SCHEMA: Final = pa.schema(
+    [
+        pa.field("key", pa.binary()),
+        pa.field("value", pa.binary()),
+        pa.field("topic", pa.string()),
+        pa.field("partition", pa.int32()),
+        pa.field("offset", pa.int64()),
+        pa.field("timestamp", pa.timestamp("ms", tz="UTC")),
+        pa.field("headers", pa.list_(pa.struct([("key", pa.string()), ("value", pa.binary())]))),
+    ]
+)
+"""All columns of a topic that is read."""
+
+FETCH_BYTES: Final = 4 * 1024 * 1024
+FETCH_BYTES_MIN: Final = 64 * 1024
+WAIT_MS: Final = 500
+STALLED_S: Final = 60.0
+"""A range that was there when it was resolved is there: who cannot read on for so long gives up."""
+COLUMN_OVERHEAD_BYTES: Final = 48
+"""What a record takes beside key, value and headers, about."""
+
+
+class Fetched(NamedTuple):
+    """Frames from some offset on."""
+
+    chunk: memoryview
+    aborted: Aborted
+    start: int
+    end: int
+    """The offset after the last record."""
+    term: int
+    """Of that record."""
+
+
+async def fetch(
+    cluster: ClusterClient, view: PartitionView, offset: int, last_term: int, isolation: int, bytes_max: int
+) -> Fetched:
+    """The frames from ``offset`` on, one batch at least.
+
+    Args:
+        last_term: of the record before; UNKNOWN_TERM if that was not read.
+        bytes_max: about how much.
+
+    Raises:
+        OffsetOutOfRange, LogTruncated: they are not there any more.
+        RequestTimeout: nothing came for a minute.
+        RaftlogError: the last attempt's.
+    """
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + STALLED_S
+    wanted = FetchPartition(view.topic_id, view.index, offset, last_term, bytes_max)
+    request = FetchRequest(WAIT_MS, bytes_max, [wanted], isolation)
+
+    async def attempt() -> Fetched:
+        left = max(deadline - loop.time(), 0.001)
+        response, payload = await cluster.call_leader(view, request, timeout=left)
+        row = response.partitions[0]
+        if row.error is not None:
+            error = from_wire(row.error.name, row.error.message, row.error.details)
+            connection = cluster.route(view)
+            if isinstance(error, (NotLeader, UnknownReplica)) and connection is not None:
+                cluster.note_refusal(view, connection, error)
+            raise error
+        chunk = payload[: row.length]
+        end = end_of(chunk) if row.length else None
+        if end is None or end[0] <= offset:
+            raise RequestTimeout(f"{view} has nothing to read at offset {offset} yet", indeterminate=False)
+        return Fetched(chunk, row.aborted, offset, *end)
+
+    return await retry(attempt, random=cluster.seams.random, deadline=deadline)
+
+
+def records_of(topic: str, partition: int, fetched: Fetched, end: int) -> list[Record]:
+    """The records that may be seen, below offset ``end``.
+
+    Raises:
+        CorruptFrame, CorruptBatch: what was fetched does not check.
+    """
+    records: list[Record] = []
+    start = fetched.start
+    for header, at in iter_frames(fetched.chunk):
+        if header.kind != FrameKind.BATCH:
+            continue
+        batch = fetched.chunk[at + FRAME_HEADER_BYTES : at + header.length]
+        parsed = BatchHeader.parse(batch)
+        if parsed.next_offset <= start or parsed.is_control or is_hidden(parsed, fetched.aborted):
+            continue
+        if parsed.base_offset >= end:
+            break
+        decoded = decode_batch(batch, topic, partition, check=False)  # the frame's crc has covered it
+        if parsed.base_offset < start or parsed.next_offset > end:
+            decoded = [record for record in decoded if start <= record.offset < end]
+        records += decoded
+    return records
+
+
+def measure(fetched: Fetched) -> tuple[float, float]:
+    """(bytes in the log, bytes as columns) that one offset takes."""
+    records = records_of("", 0, fetched, fetched.end)
+    offsets = fetched.end - fetched.start
+    content = sum(len(each.key or b"") + len(each.value or b"") for each in records)
+    return len(fetched.chunk) / offsets, (content + COLUMN_OVERHEAD_BYTES * len(records)) / offsets
+
+
+def read_span(log: Log, span: Span, columns: Sequence[str], isolation: str) -> Iterator[pa.Table]:
+    """The records of a span, in order, in tables of a few MB.
+
+    Raises:
+        UnknownTopic: the topic is not the one that was resolved.
+        And what :func:`fetch` and :func:`records_of` raise.
+    """
+    runtime = log._connected()
+    cluster, loop = runtime.cluster, runtime.io.loop
+    view = runtime.io.call(cluster.partition(span.topic, span.partition, timeout=LOOKUP_TIMEOUT_S))
+    if view.topic_id != span.topic_id:
+        raise UnknownTopic(f"topic {span.topic!r} was deleted, and made anew, since the Dataset was made")
+    level = ISOLATIONS[isolation]
+
+    def ask(offset: int, term: int) -> asyncio.Future[Fetched]:
+        left = round((span.end - offset) * span.log_bytes * 1.1)
+        wanted = min(max(left, FETCH_BYTES_MIN), FETCH_BYTES)
+        return asyncio.run_coroutine_threadsafe(  # type: ignore[return-value]
+            fetch(cluster, view, offset, term, level, wanted), loop
+        )
+
+    pending = ask(span.start, UNKNOWN_TERM)
+    try:
+        while True:
+            fetched = pending.result()
+            more = fetched.end < span.end
+            if more:
+                pending = ask(fetched.end, fetched.term)
+            records = records_of(span.topic, span.partition, fetched, span.end)
+            if records:
+                yield to_table(records, columns)
+            if not more:
+                return
+    finally:
+        pending.cancel()
+
+
+def to_table(records: Sequence[Record], columns: Sequence[str]) -> pa.Table:
+    """Records as columns of :data:`SCHEMA`, those that are wanted."""
+    arrays = [_COLUMNS[name](records) for name in columns]
+    return pa.Table.from_arrays(arrays, schema=schema_of(columns))
+
+
+def schema_of(columns: Sequence[str]) -> pa.Schema:
+    """Those columns of :data:`SCHEMA`."""
+    return pa.schema([SCHEMA.field(name) for name in columns])
+
+
+def _headers(records: Sequence[Record]) -> pa.Array:
+    """Lists of pairs: a map could hold neither their order nor a name twice."""
+    ends = [0]
+    names: list[str] = []
+    values: list[bytes | None] = []
+    for record in records:
+        for name, value in record.headers:
+            names.append(name)
+            values.append(value)
+        ends.append(len(names))
+    fields = SCHEMA.field("headers").type.value_type
+    pairs = pa.StructArray.from_arrays(
+        [pa.array(names, pa.string()), pa.array(values, pa.binary())], fields=list(fields)
+    )
+    return pa.ListArray.from_arrays(pa.array(ends, pa.int32()), pairs)
+
+
+_COLUMNS: Final = {
+    "key": lambda records: pa.array([each.key for each in records], pa.binary()),
+    "value": lambda records: pa.array([each.value for each in records], pa.binary()),
+    "topic": lambda records: pa.array([each.topic for each in records], pa.string()),
+    "partition": lambda records: pa.array([each.partition for each in records], pa.int32()),
+    "offset": lambda records: pa.array([each.offset for each in records], pa.int64()),
+    "timestamp": lambda records: pa.array(
+        [each.timestamp_ms for each in records], SCHEMA.field("timestamp").type
+    ),
+    "headers": _headers,
+}
