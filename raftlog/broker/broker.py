@@ -58,6 +58,7 @@ from raftlog.net.stream import Limits
 from raftlog.raft.config import RaftConfig
 from raftlog.raft.types import Message, Role, SoftState, VoteRequest
 from raftlog.state.command import UnknownToRelease
+from raftlog.state.image import Broker as RegisteredBroker
 from raftlog.state.metadata import MetadataState
 from raftlog.state.metadata_commands import RegisterBroker
 from raftlog.storage.disk import Disk
@@ -124,7 +125,8 @@ class Broker:
         self._loop = asyncio.get_running_loop()
         self.hosting = Hosting(self)
         self._dirty: list[Replica[Any]] = []
-        self._pump_scheduled = False
+        self._pump_due = False
+        """Somebody will call :meth:`pump`."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._closed = False
         self._saving = asyncio.Lock()
@@ -156,6 +158,7 @@ class Broker:
         self.internal_topics: InternalTopics
         self._registered: asyncio.Task[None]
         store.on_fault = self._store_fault
+        store.settle_with(self.gather, self.pump)
 
     @classmethod
     async def start(
@@ -319,18 +322,25 @@ class Broker:
         if not replica.dirty:
             replica.dirty = True
             self._dirty.append(replica)
-            if not self._pump_scheduled:
-                self._pump_scheduled = True
+            if not self._pump_due:
+                self._pump_due = True
                 self._loop.call_soon(self.pump)
+
+    def gather(self) -> None:
+        """What is marked from here on is pumped by the caller, who calls :meth:`pump` within this turn."""
+        self._pump_due = True
 
     def pump(self) -> None:
         """Carry out what the marked replicas want, and send what that brings about."""
-        self._pump_scheduled = False
-        while self._dirty:
-            dirty, self._dirty = self._dirty, []
-            for replica in dirty:
-                replica.pump()
-                self.pulse.pumped(replica)
+        self._pump_due = True
+        try:
+            while self._dirty:
+                dirty, self._dirty = self._dirty, []
+                for replica in dirty:
+                    replica.pump()
+                    self.pulse.pumped(replica)
+        finally:
+            self._pump_due = False
         self.peers.flush()
 
     def leadership_changed(self, replica: Replica[Any], before: SoftState | None) -> None:
@@ -524,7 +534,12 @@ class Broker:
     def row(self) -> BrokerRow:
         """This broker as it presents itself."""
         incarnation, host, port = self.address
-        return BrokerRow(self.broker_id, host, port, incarnation, self.place.node_id, "alive", os.getpid())
+        known = self.metadata.image.brokers.get(self.broker_id)
+        state = "alive" if known is None else self._state(known)
+        return BrokerRow(self.broker_id, host, port, incarnation, self.place.node_id, state, os.getpid())
+
+    def _state(self, info: RegisteredBroker) -> str:
+        return "draining" if info.draining else "alive"
 
     def broker_rows(self) -> list[BrokerRow]:
         """Every broker of the cluster as this one sees it."""
@@ -534,7 +549,7 @@ class Broker:
                 rows.append(self.row())
                 continue
             incarnation, host, port = self.peers.book.get(broker_id, (0, "", 0))
-            state = "alive" if self.peers.is_up(broker_id) else "lost"
+            state = self._state(info) if self.peers.is_up(broker_id) else "lost"
             rows.append(BrokerRow(broker_id, host, port, incarnation, info.node_id, state))
         return rows
 

@@ -74,6 +74,7 @@ class Service:
     def on_request(
         self, connection: ServerConnection, request: rpc.Request[Any], payload: memoryview, reply: Reply
     ) -> None:
+        self._broker.gather()  # on_batch_end pumps
         if type(request) is rpc.MetadataCommandRequest and connection.peer.role == "client":
             raise ProtocolError("clients change metadata through requests of their own")
         if isinstance(request, _FOR_BROKERS) and connection.peer.role != "broker":
@@ -82,6 +83,7 @@ class Service:
 
     def on_one_way(self, connection: ServerConnection, message: rpc.Struct, payload: memoryview) -> None:
         broker = self._broker
+        broker.gather()
         if type(message) is rpc.ProduceRequest:
             try:
                 broker.partition(message.topic_id, message.partition).produce(payload, _nobody_waits)

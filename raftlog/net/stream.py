@@ -115,7 +115,8 @@ class FrameStream(asyncio.Protocol):
                 self._on_frame(frame)
         except ProtocolError as error:
             self._on_garbage(error)
-        self._on_batch_end()
+        finally:
+            self._on_batch_end()
         self._corked = was_corked
         self._flush()
 

@@ -12,7 +12,7 @@ file.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -61,6 +61,12 @@ class Disk(Protocol):
     async def commit(self, writes: Sequence[Write], *, sync: bool = True) -> None:
         """The journal's lane: all writes, in order, then (with ``sync``) one sync of each file named. First
         in, first out."""
+
+    def begin_commit(
+        self, writes: Sequence[Write], done: Callable[[BaseException | None], None], sync: bool = True
+    ) -> None:
+        """As :meth:`commit`, without a coroutine: ``done`` is called on the loop, later, with None or with
+        what ``commit`` would have raised."""
 
     async def write(self, writes: Sequence[Write], *, sync: bool = True) -> None:
         """The lazy lane: all writes, then (with ``sync``) a sync of each file."""

@@ -2,7 +2,9 @@
 
 All that is submitted while a write is under way goes into the next one: one gathered write, one sync (plus
 one for each segment that took a large frame), which may come later where replicas allow it (see
-:mod:`raftlog.storage.journal_sync`). A group in the file::
+:mod:`raftlog.storage.journal_sync`). One group is under way at a time. The ordinary one costs a call that
+hands it to the disk and one that comes back; what takes several steps (a new file, large frames, no room)
+runs in a task. A group in the file::
 
       | MARK floor | HARD_STATE? ENTRY ENTRY_REF … (of each append, in order) | copies | checkpoints due |
 
@@ -17,9 +19,10 @@ store is failed for good.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from dataclasses import dataclass
-from typing import TypeAlias, TypeVar
+from functools import partial
+from typing import Any, TypeAlias, TypeVar
 
 from raftlog.errors import RaftlogError, StorageFailed, StorageFull
 from raftlog.raft.types import Append
@@ -105,6 +108,10 @@ class Journal:
         self._sync_timer: asyncio.TimerHandle | None = None
         self._on_fault = on_fault
         self._on_durable = on_durable
+        self.on_settling: Callable[[], None] = _nothing
+        """Told before all who waited for a group are, and """
+        self.on_settled: Callable[[], None] = _nothing
+        """after it."""
         self._on_roll = on_roll
         self._current: JournalFile | None = None
         self._queue: list[_Item] = []
@@ -114,24 +121,30 @@ class Journal:
         self._copies: dict[int, tuple[ReplicaLog, int]] = {}
         self._waiters: list[asyncio.Future[None]] = []
         self._running_waiters: list[asyncio.Future[None]] = []
-        self._wake: asyncio.Future[None] | None = None
+        self._loop = asyncio.get_running_loop()
+        self._busy = True
+        """A group is under way (or the journal was not started, or has stopped)."""
+        self._due_soon = False
+        """:meth:`_advance` is about to be called."""
         self._mark_timer: asyncio.TimerHandle | None = None
         self._mark_due = False
         self._marked = True
         self._last_write = 0.0
         self._closing = False
+        self._stopped: asyncio.Future[None] = self._loop.create_future()
         self._task: asyncio.Task[None] | None = None
+        """Carries out what takes several steps."""
         self.failed: RaftlogError | None = None
         self.pending_bytes = 0
 
     # -- for the store ---------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Begin to serve (in a task of the running loop), with a new file."""
-        loop = asyncio.get_running_loop()
+        """Begin to serve (on the running loop), with a new file."""
         self._mark_due = True
-        self._task = loop.create_task(self._run(), name="raftlog-journal")
-        self._mark_timer = loop.call_later(self._config.idle_mark_seconds, self._idle)
+        self._busy = False
+        self._wake_up()
+        self._mark_timer = self._loop.call_later(self._config.idle_mark_seconds, self._idle)
 
     def submit(self, log: ReplicaLog, append: Append, direct: dict[int, Segment] | None, done: Done) -> None:
         """Queue an append whose entries ``log`` has taken; ``done`` is called once it is durable (written,
@@ -142,8 +155,7 @@ class Journal:
         written = size + RECORD_HEADER_BYTES * len(append.entries) + HARD_STATE_BYTES
         for index in direct or ():
             written += ENTRY_REF_BYTES - len(log.memory.at(index).frame)
-        since = asyncio.get_running_loop().time()
-        self._queue.append(_Item(log, append, direct, done, size, written, since))
+        self._queue.append(_Item(log, append, direct, done, size, written, self._loop.time()))
         self.pending_bytes += size
         self._wake_up()
 
@@ -164,7 +176,7 @@ class Journal:
             raise self.failed
         for log in logs:
             self._due[log.spec.replica_id] = log
-        waiter = asyncio.get_running_loop().create_future()
+        waiter = self._loop.create_future()
         self._waiters.append(waiter)
         self._wake_up()
         await waiter
@@ -227,14 +239,15 @@ class Journal:
         self._closing = True
         self._cancel_timers()
         self._wake_up()
-        if self._task is not None:
-            await self._task
+        if self.failed is None:
+            await self._stopped
         self._files.close()
 
     async def abort(self) -> None:
         """Stop without writing what is queued; nobody who waits is told anything."""
         self._closing = True
         self._cancel_timers()
+        self._stopped.cancel()
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait((self._task,))
@@ -242,65 +255,88 @@ class Journal:
             waiter.cancel()
         self._files.close()
 
-    # -- the task --------------------------------------------------------------------------------------------
+    # -- one group after another -----------------------------------------------------------------------------
 
-    async def _run(self) -> None:
-        loop = asyncio.get_running_loop()
-        while True:
-            if self.failed is not None:
-                return
-            if not (self._queue or self._due_now() or self._mark_due):
-                if self._closing and self._unsynced.due is None:
-                    return
-                if self._closing:
-                    self._mark_due = True
-                    continue
-                self._wake = loop.create_future()
-                await self._wake
-                self._wake = None
-                continue
-            try:
-                await self._commit()
-            except RaftlogError as error:
-                self._fail(error)
-                return
+    def _wake_up(self) -> None:
+        """There is something to write: begin with it at the end of this turn of the loop, when all that came
+        in it is there."""
+        if not self._busy and not self._due_soon:
+            self._due_soon = True
+            self._loop.call_soon(self._advance)
 
-    async def _commit(self) -> None:
-        """Write one group and, unless that may wait, sync it (again and again while the device is full), then
-        tell those who wait."""
+    def _advance(self) -> None:
+        """Begin the next group, if there is anything to write."""
+        self._due_soon = False
+        if self._busy or self._stopped.done() or self.failed is not None:
+            return
+        if not (self._queue or self._due_now() or self._mark_due):
+            if not self._closing:
+                return
+            if self._unsynced.due is None:
+                self._stopped.set_result(None)
+                return
+            self._mark_due = True  # the last sync
+        self._busy = True
         file = self._current
-        rolls = file is None or self._is_full(file)
-        if file is None or rolls:
-            await self._sync_before_roll()
-            file = await self._retry(lambda: self._files.create(self._position))
-        # Only now, without a pause until the group is built: the logs' memory stands where its last append
-        # left it.
-        items, self._running, self._queue = self._queue, self._queue, []
-        begin = self._position
-        group = self._build(items, first=rolls)
-        at = FILE_HEADER_BYTES + begin - file.base
-        if rolls:
-            header = encode_file_header(FileHeader(self._disk_id, file.sequence, file.base))
+        if file is None or self._is_full(file):
+            self._in_steps(self._roll)
+        else:
+            self._write_group(file)
+
+    def _write_group(self, file: JournalFile, *, header: bytes = b"") -> None:
+        """Write a group and, unless that may wait, sync it. Built without a pause before: the logs' memory
+        stands where its last append left it."""
+        self._running, self._queue = self._queue, self._running
+        at = FILE_HEADER_BYTES + self._position - file.base
+        group = self._build(self._running, first=bool(header))
+        if header:
             group.buffers.insert(0, header)
             at = 0
         assert file.file is not None
         write = Write(file.file, at, group.buffers)
-        now = asyncio.get_running_loop().time()
         unsynced = self._unsynced
-        group.sync = group.sync or (unsynced.due is not None and now >= unsynced.due)
-        if group.direct or unsynced.due is not None or not group.sync:
-            await self._write_mixed(write, group, now)
+        now = self._loop.time()
+        if unsynced.due is not None and now >= unsynced.due:
+            group.sync = True
+        if group.direct or (group.sync and unsynced.due is not None):
+            self._in_steps(partial(self._write_mixed, file, write, group, now))
         else:
-            await self._retry(lambda: self._disk.commit((write,)))
-        self._position = group.position
-        if group.sync:
-            self._synced = group.position
-        if rolls:
-            self._current = file
-            self._files.add(file)
-            self._on_roll()
-        self._running = []
-        self._finish(file, group, items)
+            self._disk.begin_commit((write,), partial(self._written, file, write, group, now), group.sync)
+
+    def _written(
+        self, file: JournalFile, write: Write, group: Group, now: float, error: BaseException | None
+    ) -> None:
+        """The disk is done with an ordinary group."""
+        if self._stopped.done() or self.failed is not None:
+            return
+        if error is None:
+            if not group.sync:
+                self._note_unsynced([(None, write)], group, now)
+            self._finish(file, group)
+        elif isinstance(error, StorageFull):
+            self._in_steps(partial(self._write_mixed, file, write, group, now))
+        else:
+            self._fail(error if isinstance(error, RaftlogError) else StorageFailed(repr(error)))
+
+    def _in_steps(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        self._task = self._loop.create_task(self._guarded(work), name="raftlog-journal")
+
+    async def _guarded(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        try:
+            await work()
+        except RaftlogError as error:
+            self._fail(error)
+
+    async def _roll(self) -> None:
+        """Begin a new file, whose header says that everything below its base is durable."""
+        if self._unsynced.due is not None:
+            await self._retry_all(self._disk.commit)
+            self._synced = self._position
+            self._unsynced.clear()
+        file = await self._retry(lambda: self._files.create(self._position))
+        self._write_group(
+            file, header=encode_file_header(FileHeader(self._disk_id, file.sequence, file.base))
+        )
 
     def _build(self, items: list[_Item], *, first: bool) -> Group:
         group = Group(self._position)
@@ -329,7 +365,15 @@ class Journal:
         self._marked = self._synced == self._position and group.position == self._position + MARK_BYTES
         return group
 
-    def _finish(self, file: JournalFile, group: Group, items: list[_Item]) -> None:
+    def _finish(self, file: JournalFile, group: Group) -> None:
+        """The group is written (and synced, unless that may wait): tell those who wait for it."""
+        self._position = group.position
+        if group.sync:
+            self._synced = group.position
+        if file is not self._current:
+            self._current = file
+            self._files.add(file)
+            self._on_roll()
         for log in group.resets:
             self._files.forget(log.spec.replica_id)
         for replica_id, first, last in group.entries:
@@ -338,12 +382,13 @@ class Journal:
                 self._files.need(file, replica_id, first, last)
         for log, index in group.checkpoints:
             self._files.checkpointed(log.spec.replica_id, index)
+        items, self._running = self._running, []
         counts = self._unsynced.appends
         for item in items:
             self.pending_bytes -= item.size
             replica_id = item.log.spec.replica_id
             counts[replica_id] = counts.get(replica_id, 0) + 1
-        self._last_write = asyncio.get_running_loop().time()
+        self._last_write = self._loop.time()
         if group.sync:
             for replica_id, count in counts.items():
                 found = self._logs.get(replica_id)
@@ -352,12 +397,17 @@ class Journal:
             counts.clear()
             self._unsynced.clear()
             self._on_durable()
+        self._busy = False
+        self.on_settling()
         for item in items:
-            _tell(item.done, None)
+            self._tell(item.done, None)
+        self.on_settled()
         waiters, self._running_waiters = self._running_waiters, []
         for waiter in waiters:
             if not waiter.done():
                 waiter.set_result(None)
+        if self._queue or self._due_now() or self._mark_due or self._closing:
+            self._wake_up()
 
     def _fail(self, error: RaftlogError) -> None:
         if self.failed is not None:
@@ -371,15 +421,25 @@ class Journal:
         waiters = self._running_waiters + self._waiters
         self._running_waiters, self._waiters = [], []
         for item in items:
-            _tell(item.done, error)
+            self._tell(item.done, error)
         for waiter in waiters:
             if not waiter.done():
                 waiter.set_exception(error)
+        if self._closing and not self._stopped.done():
+            self._stopped.set_result(None)
+
+    def _tell(self, done: Done, error: BaseException | None) -> None:
+        try:
+            done(error)
+        except Exception as raised:  # noqa: BLE001 - one replica's host must not stop the journal of all
+            self._loop.call_exception_handler(
+                {"message": "a callback of storage raised", "exception": raised}
+            )
 
     # -- writing ---------------------------------------------------------------------------------------------
 
-    async def _write_mixed(self, write: Write, group: Group, now: float) -> None:
-        """A group with large frames, one that is not synced, or one whose sync covers such ones."""
+    async def _write_mixed(self, file: JournalFile, write: Write, group: Group, now: float) -> None:
+        """A group with large frames, one whose sync covers earlier writes, or one that found no room."""
         placed: list[tuple[Segment | None, Write]] = []
 
         async def attempt(before: list[Write]) -> None:
@@ -392,8 +452,13 @@ class Journal:
         for segment, _, _ in group.direct:
             segment.header_written = True
         if not group.sync:
-            self._unsynced.add(placed, now + group.interval_ms / 1000)
-            self._await_sync()
+            self._note_unsynced(placed, group, now)
+        self._finish(file, group)
+
+    def _note_unsynced(self, placed: list[tuple[Segment | None, Write]], group: Group, now: float) -> None:
+        """Written only: a sync follows in time, also if nothing else comes."""
+        self._unsynced.add(placed, now + group.interval_ms / 1000)
+        self._await_sync()
 
     async def _direct_writes(self, group: Group) -> list[tuple[Segment | None, Write]]:
         writes: list[tuple[Segment | None, Write]] = []
@@ -410,13 +475,6 @@ class Journal:
         coming = MARK_BYTES + (len(self._due) + len(self._resets)) * CHECKPOINT_BYTES
         coming += sum(item.written for item in self._queue)
         return used > 0 and FILE_HEADER_BYTES + used + coming > self._config.journal_bytes
-
-    async def _sync_before_roll(self) -> None:
-        """A file's header says that everything below its base is durable."""
-        if self._unsynced.due is not None:
-            await self._retry_all(self._disk.commit)
-            self._synced = self._position
-            self._unsynced.clear()
 
     async def _retry_all(self, attempt: Callable[[list[Write]], Awaitable[None]]) -> None:
         """As :meth:`_retry`, for what syncs earlier writes too. ``attempt`` is given these: at first without
@@ -455,11 +513,6 @@ class Journal:
     def _due_now(self) -> bool:
         return bool(self._waiters or self._copies or (self._due and len(self._files) > 1))
 
-    def _wake_up(self) -> None:
-        wake = self._wake
-        if wake is not None and not wake.done():
-            wake.set_result(None)
-
     def _await_sync(self) -> None:
         """See to it that what is unsynced is synced in time, also if nothing else comes."""
         due = self._unsynced.due
@@ -467,13 +520,13 @@ class Journal:
         if self._sync_timer is None or self._sync_timer.when() > due:
             if self._sync_timer is not None:
                 self._sync_timer.cancel()
-            self._sync_timer = asyncio.get_running_loop().call_at(due, self._sync_is_due)
+            self._sync_timer = self._loop.call_at(due, self._sync_is_due)
 
     def _sync_is_due(self) -> None:
         self._sync_timer = None
         if self._unsynced.due is None:
             return
-        if asyncio.get_running_loop().time() < self._unsynced.due:
+        if self._loop.time() < self._unsynced.due:
             self._await_sync()  # another sync came first
             return
         self._mark_due = True
@@ -486,7 +539,7 @@ class Journal:
 
     def _idle(self) -> None:
         """Cover the last group with a mark once nothing was written for a while."""
-        loop = asyncio.get_running_loop()
+        loop = self._loop
         due = self._last_write + self._config.idle_mark_seconds
         if not self._marked and not self._queue and not self._running and loop.time() >= due:
             self._mark_due = True
@@ -495,10 +548,5 @@ class Journal:
         self._mark_timer = loop.call_at(at, self._idle)
 
 
-def _tell(done: Done, error: BaseException | None) -> None:
-    try:
-        done(error)
-    except Exception as raised:  # noqa: BLE001 - one replica's host must not stop the journal of all
-        asyncio.get_running_loop().call_exception_handler(
-            {"message": "a callback of storage raised", "exception": raised}
-        )
+def _nothing() -> None:
+    """Until the host listens."""

@@ -16,6 +16,7 @@ import threading
 import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Final, ParamSpec, TypeVar
@@ -126,17 +127,28 @@ class RealDisk:
         return RealFile(path, fd, self._pool)
 
     async def commit(self, writes: Sequence[Write], *, sync: bool = True) -> None:
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.begin_commit(writes, partial(_settle, done), sync)
+        await done
+
+    def begin_commit(
+        self, writes: Sequence[Write], done: Callable[[BaseException | None], None], sync: bool = True
+    ) -> None:
+        loop = asyncio.get_running_loop()
         if self._closed:
-            raise StorageFailed("the disk is closed")
+            loop.call_soon(done, StorageFailed("the disk is closed"))
+            return
         if self._writer is None:
             self._writer = threading.Thread(
-                target=_serve_commits, args=(self._queue,), name="raftlog-journal", daemon=True
+                target=_serve_commits, args=(self._queue, loop), name="raftlog-journal", daemon=True
             )
             self._writer.start()
-        loop = asyncio.get_running_loop()
-        done: asyncio.Future[None] = loop.create_future()
-        self._queue.put(_Commit(writes, sync, _acquire(writes), loop, done))
-        await done
+        try:
+            files = _acquire(writes)
+        except StorageFailed as error:
+            loop.call_soon(done, error)
+            return
+        self._queue.put(_Commit(writes, sync, files, done))
 
     async def write(self, writes: Sequence[Write], *, sync: bool = True) -> None:
         files = [_real(write.file) for write in writes]
@@ -195,35 +207,37 @@ class RealDisk:
 
 
 class _Commit:
-    __slots__ = ("done", "files", "loop", "sync", "writes")
+    __slots__ = ("done", "files", "sync", "writes")
 
     def __init__(
         self,
         writes: Sequence[Write],
         sync: bool,
         files: list[RealFile],
-        loop: asyncio.AbstractEventLoop,
-        done: asyncio.Future[None],
+        done: Callable[[BaseException | None], None],
     ) -> None:
         self.writes = writes
         self.sync = sync
         self.files = files
-        self.loop = loop
         self.done = done
 
     def finish(self, error: BaseException | None) -> None:
-        """On the loop, when the thread is done with the files (also if the caller was cancelled
-        meanwhile)."""
+        """On the loop, when the thread is done with the files."""
         _release(self.files)
-        if self.done.done():
-            return
-        if error is None:
-            self.done.set_result(None)
-        else:
-            self.done.set_exception(error)
+        self.done(error)
 
 
-def _serve_commits(queue: SimpleQueue[_Commit | None]) -> None:
+def _settle(future: asyncio.Future[None], error: BaseException | None) -> None:
+    """Tell who awaits a commit, unless it was cancelled meanwhile."""
+    if future.done():
+        return
+    if error is None:
+        future.set_result(None)
+    else:
+        future.set_exception(error)
+
+
+def _serve_commits(queue: SimpleQueue[_Commit | None], loop: asyncio.AbstractEventLoop) -> None:
     while (commit := queue.get()) is not None:
         error: BaseException | None = None
         try:
@@ -231,7 +245,7 @@ def _serve_commits(queue: SimpleQueue[_Commit | None]) -> None:
         except BaseException as caught:  # noqa: BLE001 - whatever it is, the waiter must hear of it
             error = caught
         with contextlib.suppress(RuntimeError):  # the loop was closed while the write was under way
-            commit.loop.call_soon_threadsafe(commit.finish, error)
+            loop.call_soon_threadsafe(commit.finish, error)
 
 
 async def _in_thread(

@@ -192,6 +192,12 @@ class BrokerStore:
         self._flusher.added(log, size)
         self._journal.submit(log, append, direct, done)
 
+    def settle_with(self, settling: Callable[[], None], settled: Callable[[], None]) -> None:
+        """From now on call ``settling`` before, and ``settled`` after, all ``done`` of appends that became
+        durable together: what they bring about can be carried out at once for all."""
+        self._journal.on_settling = settling
+        self._journal.on_settled = settled
+
     @property
     def pending_bytes(self) -> int:
         """Bytes appended and not yet durable."""

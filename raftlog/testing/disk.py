@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import asyncio
 import random as random_module
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import partial
 from typing import Final
 
 from raftlog.errors import DataDirLocked, StorageFailed, StorageFull
@@ -146,6 +147,7 @@ class SimDisk:
         self._dead = False
         self._locked = False
         self._lane = asyncio.Lock()
+        self._begun: set[asyncio.Task[None]] = set()
 
     # -- faults ----------------------------------------------------------------------------------------------
 
@@ -290,6 +292,18 @@ class SimDisk:
             self.commits_written = ordinal
             if sync:
                 self.commits_done = ordinal
+
+    def begin_commit(
+        self, writes: Sequence[Write], done: Callable[[BaseException | None], None], sync: bool = True
+    ) -> None:
+        work = asyncio.get_running_loop().create_task(self.commit(writes, sync=sync))
+        self._begun.add(work)
+        work.add_done_callback(partial(self._commit_ended, done))
+
+    def _commit_ended(self, done: Callable[[BaseException | None], None], work: asyncio.Task[None]) -> None:
+        self._begun.discard(work)
+        if not work.cancelled():
+            done(work.exception())
 
     async def write(self, writes: Sequence[Write], *, sync: bool = True) -> None:
         await self._write(writes, sync=sync)

@@ -143,8 +143,8 @@ MUTATIONS: Final = (
     Mutation(
         "the journal tells of a sync before it happens",
         "raftlog.storage.journal",
-        "await self._retry(lambda: self._disk.commit((write,)))",
-        "asyncio.ensure_future(self._disk.commit((write,)))",
+        "self._disk.begin_commit((write,), partial(self._written, file, write, group, now), group.sync)",
+        "self._disk.begin_commit((write,), bool, group.sync); self._written(file, write, group, now, None)",
     ),
     Mutation(
         "a large entry's segment is not synced with the journal",

@@ -144,6 +144,7 @@ async def check(disk: SimDisk, recorder: Recorder, trace: list[Step], *, deep: b
         log.set_committed(state.commit)
         await grow(store, log, 2, term=state.term + 1, size=2100)
     if not deep:
+        await store.abort()
         return
     before = {replica_id: await contents(log) for replica_id, log in store.logs.items()}
     await store.close()
