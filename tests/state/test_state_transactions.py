@@ -53,10 +53,8 @@ LEGAL = {
 
 
 def transaction(phase: Phase, epoch: int = 0, pid: int = 7, name: str = "x", term: int = 1) -> Transaction:
-    who = (((TOPIC, 0), (TOPIC, 3)), ("g",))
-    nobody: tuple[tuple[()], tuple[()]] = ((), ())
-    commit = phase in (Phase.PREPARE_COMMIT, Phase.COMPLETE_COMMIT)
-    ended = Ended(Identity(pid, 0), commit, Cause.TIMEOUT, *(who if phase.is_ending else nobody))
+    open_ = phase is Phase.ONGOING or phase.is_ending
+    ended = Ended(Identity(pid, 0), phase in (Phase.PREPARE_COMMIT, Phase.COMPLETE_COMMIT), Cause.TIMEOUT)
     return Transaction(
         name,
         Identity(pid, epoch),
@@ -65,7 +63,8 @@ def transaction(phase: Phase, epoch: int = 0, pid: int = 7, name: str = "x", ter
         1000,
         2000,
         term,
-        *(who if phase is Phase.ONGOING else nobody),
+        ((TOPIC, 0), (TOPIC, 3)) if open_ else (),
+        ("g",) if open_ else (),
         None if phase in (Phase.EMPTY, Phase.ONGOING) else ended,
     )
 
