@@ -27,8 +27,9 @@ from raftlog.client.window import Identity, Window
 from raftlog.errors import Closed, RaftlogError
 from raftlog.net.connection import RpcConnection
 from raftlog.net.rpc import ProduceRequest
-from raftlog.record.batch import SEQUENCE_MODULUS, Compression, with_producer
+from raftlog.record.batch import SEQUENCE_MODULUS, Compression, Unsealed
 from raftlog.record.codec import BatchBuilder
+from raftlog.record.frame import Buffer
 from raftlog.record.partitioner import DefaultPartitioner
 from raftlog.record.types import Headers
 
@@ -57,13 +58,17 @@ class ProducerBatch(Completion):
         "queue",
         "sent_at",
         "sequence",
+        "unsealed",
     )
 
     def __init__(self, queue: PartitionQueue, loop: asyncio.AbstractEventLoop) -> None:
         super().__init__(queue.view.topic, queue.view.index, loop)
         self.queue = queue
         self.builder: BatchBuilder | None = None
-        self.encoded: bytes | None = None
+        """Its records, while it is open."""
+        self.unsealed: Unsealed | None = None
+        self.encoded: tuple[Buffer, ...] = ()
+        """What was sent, in pieces."""
         self.bytes = 0
         """What it takes of the producer's buffer."""
         self.closed = False
@@ -89,19 +94,17 @@ class ProducerBatch(Completion):
         identity: Identity | None,
         sequence: int,
         transactional: bool = False,
-    ) -> bytes:
-        """The bytes to send, under this identity and sequence; made once, and kept for retries."""
+    ) -> None:
+        """Make what is to be sent, under this identity and sequence; it is kept for retries."""
         self.identity, self.sequence = identity, sequence
-        if self.builder is None:
-            assert self.encoded is not None, "a batch has its records or their bytes"
-            if identity is not None:
-                self.encoded = with_producer(self.encoded, *identity, sequence, transactional)
-        elif identity is None:
-            self.encoded = self.builder.build(compression)
+        if self.unsealed is None:
+            assert self.builder is not None, "a batch has its records or their bytes"
+            self.unsealed = self.builder.finish(compression)
+            self.builder = None
+        if identity is None:
+            self.encoded = self.unsealed.seal()
         else:
-            self.encoded = self.builder.build(compression, *identity, sequence, transactional)
-        self.builder = None
-        return self.encoded
+            self.encoded = self.unsealed.seal(*identity, sequence, transactional)
 
     def sequence_after(self) -> int:
         """The sequence that the partition's next batch has to have."""
@@ -247,17 +250,16 @@ class Accumulator:
             self._used += size
             return Delivery(batch, 0, timestamp_ms)
 
-    def add_encoded(
-        self, queue: PartitionQueue, encoded: bytes, count: int, size: int
-    ) -> ProducerBatch | None:
+    def add_batch(self, queue: PartitionQueue, unsealed: Unsealed) -> ProducerBatch | None:
         """Add a whole batch, behind what is buffered; None if there is no room."""
+        size = unsealed.size
         with self._lock:
             if not self._has_room(size):
                 return None
             if queue.open is not None:
                 self._close_open(queue)
             batch = ProducerBatch(queue, self._loop)
-            batch.encoded, batch.count, batch.bytes = encoded, count, size
+            batch.unsealed, batch.count, batch.bytes = unsealed, unsealed.count, size
             batch.closed = True
             self._used += size
             queue.ready.append(batch)
@@ -363,7 +365,8 @@ class Accumulator:
 
     def release(self, batch: ProducerBatch) -> None:
         """A batch is settled: its bytes are free."""
-        batch.builder = batch.encoded = None
+        batch.builder = batch.unsealed = None
+        batch.encoded = ()
         with self._lock:
             self._used -= batch.bytes
             del self._unsettled[batch]

@@ -31,10 +31,10 @@ from raftlog.client.admin import CALL_TIMEOUT_S, Admin
 from raftlog.client.aio_consumer import Consumer
 from raftlog.client.aio_producer import Producer, Transaction
 from raftlog.client.cluster import ClusterClient
-from raftlog.client.producer import as_bytes
 from raftlog.client.retry import BACKOFF
 from raftlog.config import ConsumerConfig, ProcessConfig, ProducerConfig, validate_topic_name
 from raftlog.errors import CommitInDoubt, ConfigError, DeliveryFailed, RaftlogError
+from raftlog.record.rows import as_bytes
 from raftlog.record.types import Headers, Record, TopicPartition
 
 log = logging.getLogger("raftlog.client")

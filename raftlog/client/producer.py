@@ -27,14 +27,13 @@ from raftlog.errors import (
     RecordTooLarge,
     SerializationError,
 )
-from raftlog.record.batch import BATCH_HEADER_BYTES, compression_named
-from raftlog.record.codec import BatchBuilder
+from raftlog.record.batch import BATCH_HEADER_BYTES, Unsealed, compression_named
 from raftlog.record.partitioner import DefaultPartitioner
+from raftlog.record.rows import ListRows, Rows, as_bytes
 from raftlog.record.types import Headers
 from raftlog.serde import Serializer
 
 FAILURES_LISTED_MAX: Final = 100
-BYTES_OR_NONE: Final = {bytes, type(None)}
 DEFAULT_MESSAGE_BYTES_MAX: Final[int] = TopicConfig.model_fields["max_message_bytes"].default
 
 
@@ -57,8 +56,7 @@ class EncodedBatch(NamedTuple):
     """A batch of ``send_batch``, not buffered yet."""
 
     queue: PartitionQueue
-    encoded: bytes
-    records: int
+    batch: Unsealed
 
 
 class Pending:
@@ -234,52 +232,37 @@ class ProducerCore:
                 made.
         """
         route = self._routes[topic]
-        values = self._checked(values, self._value_serializer, topic, "value", route.bytes_max)
+        values = self._serialized(values, self._value_serializer, topic, "value")
         if keys is not None:
-            keys = self._checked(keys, self._key_serializer, topic, "key", route.bytes_max)
-            if len(keys) != len(values):
-                raise InvalidRecord(f"{len(values)} values and {len(keys)} keys")
+            keys = self._serialized(keys, self._key_serializer, topic, "key")
+        rows = ListRows(values, keys, self._wall_ms() if timestamp_ms is None else timestamp_ms)
+        if rows.longest + RECORD_OVERHEAD + BATCH_HEADER_BYTES > route.bytes_max:
+            raise too_large(rows.longest, route.bytes_max, topic)
         if partition is not None:
             self._queue(route, partition)
-        at = self._wall_ms() if timestamp_ms is None else timestamp_ms
-        return self._encode(route, values, keys, partition, at)
+        return self._encode(route, rows, partition)
 
-    def _encode(
-        self,
-        route: Route,
-        values: Sequence[bytes | None],
-        keys: Sequence[bytes | None] | None,
-        partition: int | None,
-        timestamp_ms: int,
-    ) -> Iterator[EncodedBatch]:
-        count = route.count
-        for index, some_values, some_keys in group_by_partition(
-            route.partitioner, count, values, keys, partition
-        ):
+    def _encode(self, route: Route, rows: Rows, partition: int | None) -> Iterator[EncodedBatch]:
+        count, partitioner = route.count, route.partitioner
+        groups: Sequence[tuple[int | None, Rows]] | None = None
+        if partition is None:
+            groups = rows.by_partition(lambda key: partitioner.partition(key, count))
+        for index, some in groups or [(partition, rows)]:
             start = 0
-            while start < len(some_values):
-                chosen = route.partitioner.partition(None, count) if index is None else index
+            while start < len(some):
+                chosen = partitioner.partition(None, count) if index is None else index
                 queue = self._queue(route, chosen)
-                builder = BatchBuilder(queue.batch_bytes)
-                end = builder.extend(some_values, some_keys, timestamp_ms, start)
-                yield EncodedBatch(queue, builder.build(self._compression), end - start)
+                batch, start = some.pack(start, queue.batch_bytes, self._compression)
+                yield EncodedBatch(queue, batch)
                 if index is None:
-                    route.partitioner.on_new_batch(chosen, count)
-                start = end
+                    partitioner.on_new_batch(chosen, count)
 
-    def _checked(
-        self, given: Sequence[Any], serializer: Serializer | None, topic: str, what: str, bytes_max: int
-    ) -> Sequence[bytes | None]:
-        if serializer is not None:
-            given = [
-                None if each is None else self._serialize(serializer, each, topic, what) for each in given
-            ]
-        elif not set(map(type, given)) <= BYTES_OR_NONE:
-            given = [None if each is None else as_bytes(each, what) for each in given]
-        longest = max((len(each) for each in given if each is not None), default=0)
-        if longest + RECORD_OVERHEAD + BATCH_HEADER_BYTES > bytes_max:
-            raise too_large(longest, bytes_max, topic)
-        return given
+    def _serialized(
+        self, given: Sequence[Any], serializer: Serializer | None, topic: str, what: str
+    ) -> Sequence[Any]:
+        if serializer is None:
+            return given
+        return [None if each is None else self._serialize(serializer, each, topic, what) for each in given]
 
     def encoded_elsewhere(
         self, topic: str, partition: int | None, encoded: bytes, records: int
@@ -295,14 +278,16 @@ class ProducerCore:
         route = self._routes[topic]
         if len(encoded) > route.bytes_max:
             raise too_large(len(encoded), route.bytes_max, topic)
+        batch = Unsealed.parse(encoded)
+        assert batch.count == records, "who has encoded it knows how many records it holds"
         chosen = route.partitioner.partition(None, route.count) if partition is None else partition
         if partition is None:
             route.partitioner.on_new_batch(chosen, route.count)
-        return EncodedBatch(self._queue(route, chosen), encoded, records)
+        return EncodedBatch(self._queue(route, chosen), batch)
 
-    def buffer_batch(self, batch: EncodedBatch) -> ProducerBatch | None:
+    def buffer_batch(self, encoded: EncodedBatch) -> ProducerBatch | None:
         """Hand a batch to the accumulator; None if there is no room for it now."""
-        return self.accumulator.add_encoded(batch.queue, batch.encoded, batch.records, len(batch.encoded))
+        return self.accumulator.add_batch(*encoded)
 
     # -- topics ----------------------------------------------------------------------------------------------
 
@@ -391,13 +376,6 @@ def group_by_partition(
         group[0].append(value)
         group[1].append(key)
     return [(index, *group) for index, group in groups.items()]
-
-
-def as_bytes(given: Any, what: str) -> bytes:
-    """``given`` as bytes if it is bytes-like; InvalidRecord if not."""
-    if isinstance(given, (bytes, bytearray, memoryview)):
-        return bytes(given)
-    raise InvalidRecord(f"a record's {what} is bytes or None, not {type(given).__name__}")
 
 
 def check_headers(headers: Iterable[tuple[str, bytes | None]]) -> Headers:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import Any, Final
 
-from raftlog.client.accumulator import Accumulator, PartitionQueue, ProducerBatch
+from raftlog.client.accumulator import NO_SEQUENCE, Accumulator, PartitionQueue, ProducerBatch
 from raftlog.client.cluster import ClusterClient
 from raftlog.client.delivery import NO_OFFSET
 from raftlog.client.identities import Identities
@@ -265,10 +265,10 @@ class Sender:
     ) -> None:
         if queue.request is None:
             queue.request = ProduceRequest(queue.view.topic_id, queue.view.index)
-        assert batch.encoded is not None, "a batch that is sent was encoded"
+        assert batch.encoded, "a batch that is sent was encoded"
         queue.connection = connection
         batch.sent_at = now
-        future = connection.request(queue.request, (batch.encoded,))
+        future = connection.request(queue.request, batch.encoded)
         future.add_done_callback(partial(self._answered, batch, batch.attempt, connection))
 
     def _answered(
@@ -331,8 +331,8 @@ class Sender:
                 queue.waiting = True
                 self._spawn(self._drain(queue, connection))
                 return
-            encoded = batch.encoded or batch.encode(self._compression, None, -1)
-            connection.send(ProduceRequest(queue.view.topic_id, queue.view.index, 0), (encoded,))
+            batch.encode(self._compression, None, NO_SEQUENCE)
+            connection.send(ProduceRequest(queue.view.topic_id, queue.view.index, 0), batch.encoded)
             self._settle(batch, NO_OFFSET)
 
     async def _drain(self, queue: PartitionQueue, connection: RpcConnection) -> None:

@@ -30,8 +30,8 @@ from raftlog.record.frame import Buffer
 _HEADER = struct.Struct(">qiibIhiqqqhii")
 _OFFSET_LENGTH_EPOCH = struct.Struct(">qii")
 _LENGTH = struct.Struct(">i")
-_CRC = struct.Struct(">I")
-_PRODUCER = struct.Struct(">qhi")
+_UNTIL_CRC = struct.Struct(">qiibI")
+_AFTER_CRC = struct.Struct(">hiqqqhii")
 
 BATCH_HEADER_BYTES: Final = _HEADER.size  # 61
 MAGIC: Final = 2
@@ -44,9 +44,8 @@ BATCH_BYTES_LIMIT: Final = 32 * 1024 * 1024
 
 LENGTH_END: Final = 12
 STAMPED_BYTES: Final = 16
-CRC_AT: Final = 17
 ATTRIBUTES_AT: Final = 21
-PRODUCER_AT: Final = 43
+_UNSTAMPED_EPOCH: Final = -1
 
 COMPRESSION_MASK: Final = 0x07
 TIMESTAMP_TYPE: Final = 0x08
@@ -223,20 +222,62 @@ def _check_producer(header: BatchHeader) -> None:
         )
 
 
-def with_producer(
-    batch: Buffer, producer_id: int, producer_epoch: int, base_sequence: int, transactional: bool = False
-) -> bytes:
-    """The same records under another producer identity: the fields are covered by the crc, which is made
-    anew.
+class Unsealed(msgspec.Struct, frozen=True, gc=False):
+    """A batch that is finished but for its sender.
 
-    For batches that were never sent: what may have reached a broker must keep its identity for ever.
+    The records stay where they are, sealing makes the header that goes before them: so a batch that was
+    never sent may be sealed again under another identity. What may have reached a broker must keep its own
+    for ever.
     """
-    changed = bytearray(batch)
-    if transactional:
-        changed[ATTRIBUTES_AT + 1] |= TRANSACTIONAL
-    _PRODUCER.pack_into(changed, PRODUCER_AT, producer_id, producer_epoch, base_sequence)
-    _CRC.pack_into(changed, CRC_AT, crc32c(memoryview(changed)[ATTRIBUTES_AT:]))
-    return bytes(changed)
+
+    records: Buffer
+    """The records section, compressed or not."""
+    compression: Compression
+    count: int
+    first_timestamp: int
+    max_timestamp: int
+
+    @classmethod
+    def parse(cls, batch: Buffer) -> Unsealed:
+        """Take a finished batch apart; it is not checked.
+
+        Raises:
+            CorruptBatch: fewer than 61 bytes, or an unknown compression.
+        """
+        header = BatchHeader.parse(batch)
+        if header.compression not in _READABLE:
+            raise CorruptBatch(f"record batch compression {header.compression} is not supported")
+        records = memoryview(batch)[BATCH_HEADER_BYTES:]
+        times = header.first_timestamp, header.max_timestamp
+        return cls(records, Compression(header.compression), header.record_count, *times)
+
+    @property
+    def size(self) -> int:
+        """Bytes of the whole batch."""
+        return BATCH_HEADER_BYTES + len(self.records)
+
+    def seal(
+        self,
+        producer_id: int = NO_PRODUCER,
+        producer_epoch: int = NO_PRODUCER,
+        base_sequence: int = NO_SEQUENCE,
+        transactional: bool = False,
+    ) -> tuple[bytes, Buffer]:
+        """(header, records): the batch in two pieces, base offset 0 and no leader epoch."""
+        records = self.records
+        after = _AFTER_CRC.pack(
+            self.compression | TRANSACTIONAL if transactional else self.compression,
+            self.count - 1,
+            self.first_timestamp,
+            self.max_timestamp,
+            producer_id,
+            producer_epoch,
+            base_sequence,
+            self.count,
+        )
+        crc = crc32c(records, crc32c(after))
+        length = BATCH_HEADER_BYTES + len(records) - LENGTH_END
+        return _UNTIL_CRC.pack(0, length, _UNSTAMPED_EPOCH, MAGIC, crc) + after, records
 
 
 def stamped(batch: Buffer, base_offset: int, leader_epoch: int) -> bytes:

@@ -10,24 +10,20 @@ here: see ``compression`` for why.
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Iterable, Sequence
 from typing import Final
-
-from crc32c import crc32c
 
 from raftlog.errors import CorruptBatch, InvalidRecord
 from raftlog.record.batch import (
     ATTRIBUTES_AT,
     BATCH_HEADER_BYTES,
     COMPRESSION_MASK,
-    LENGTH_END,
     MAGIC,
     NO_PRODUCER,
     NO_SEQUENCE,
-    TRANSACTIONAL,
     BatchHeader,
     Compression,
+    Unsealed,
     check_crc,
 )
 from raftlog.record.compression import UNCOMPRESSED_BYTES_MAX, compress, decompress
@@ -43,20 +39,18 @@ except ImportError as error:
         "of aiokafka lacks: install a wheel of aiokafka for this platform, or build it with a C compiler"
     ) from error
 
-_UNTIL_CRC = struct.Struct(">qiibI")
-_AFTER_CRC = struct.Struct(">hiqqqhii")
 _ATTRIBUTES_LOW_BYTE: Final = ATTRIBUTES_AT + 1
-_UNSTAMPED_EPOCH: Final = -1
 _BUILDER_BYTES_MAX: Final = 2**31 - 1
 TIMESTAMP_MS_MAX: Final = 253_402_300_799_999
 """The end of the year 9999: what ``datetime`` can still say."""
 _NO_HEADERS: Final[list[tuple[str, bytes | None]]] = []
 
 
-def _check_timestamp(timestamp_ms: int) -> None:
+def check_timestamp(timestamp_ms: int) -> None:
+    """Raise InvalidRecord unless it is milliseconds from 1970 to the year 9999."""
     # None would make the codec read the clock, and -1 is its own mark for "no record yet"
-    if not 0 <= timestamp_ms <= TIMESTAMP_MS_MAX:
-        raise ValueError(f"timestamp {timestamp_ms} ms is not between 0 and {TIMESTAMP_MS_MAX}")
+    if type(timestamp_ms) is not int or not 0 <= timestamp_ms <= TIMESTAMP_MS_MAX:
+        raise InvalidRecord(f"timestamp {timestamp_ms!r} ms is not an int from 0 to {TIMESTAMP_MS_MAX}")
 
 
 class BatchBuilder:
@@ -104,8 +98,8 @@ class BatchBuilder:
             not
                 an int from 1970 to the year 9999.
         """
+        check_timestamp(timestamp_ms)
         try:
-            _check_timestamp(timestamp_ms)
             pairs = list(headers) if headers else _NO_HEADERS
             if self._append(self.count, timestamp_ms, key, value, pairs) is None:
                 return None
@@ -141,7 +135,7 @@ class BatchBuilder:
         shift = self.count - start
         index, end = start, len(values)
         try:
-            _check_timestamp(timestamp_ms)
+            check_timestamp(timestamp_ms)
             while index < end:
                 key = None if keys is None else keys[index]
                 if append(index + shift, timestamp_ms, key, values[index], headers) is None:
@@ -159,43 +153,32 @@ class BatchBuilder:
         size: int = self._builder.size()
         return size
 
-    def build(
-        self,
-        compression: Compression = Compression.NONE,
-        producer_id: int = NO_PRODUCER,
-        producer_epoch: int = NO_PRODUCER,
-        base_sequence: int = NO_SEQUENCE,
-        transactional: bool = False,
-    ) -> bytes:
-        """The finished batch, base offset 0. Records that compression would not make smaller stay as they
-        are.
+    def finish(self, compression: Compression = Compression.NONE) -> Unsealed:
+        """The batch, to be sealed. It holds the builder's buffer: while it is there nothing can be appended.
 
-        May be called again, also after further appends.
+        Records that compression would not make smaller stay as they are.
         """
         if not self.count:
             raise ValueError("a batch needs at least one record")
         plain = memoryview(self._builder.build())
         built = BatchHeader.parse(plain)
-        records: Buffer = plain[BATCH_HEADER_BYTES:]
-        if compression is not Compression.NONE:
-            smaller = compress(compression, records)
-            if len(smaller) < len(records):
-                records = smaller
-            else:
-                compression = Compression.NONE
-        after = _AFTER_CRC.pack(
-            compression | (TRANSACTIONAL if transactional else 0),
-            built.last_offset_delta,
-            built.first_timestamp,
-            built.max_timestamp,
-            producer_id,
-            producer_epoch,
-            base_sequence,
-            self.count,
-        )
-        crc = crc32c(records, crc32c(after))
-        length = BATCH_HEADER_BYTES + len(records) - LENGTH_END
-        return b"".join((_UNTIL_CRC.pack(0, length, _UNSTAMPED_EPOCH, MAGIC, crc), after, records))
+        records = plain[BATCH_HEADER_BYTES:]
+        return compressed(compression, records, self.count, built.first_timestamp, built.max_timestamp)
+
+    def build(self, compression: Compression = Compression.NONE) -> bytes:
+        """The batch without a producer, as it is so far; may be called again."""
+        return b"".join(self.finish(compression).seal())
+
+
+def compressed(
+    compression: Compression, records: Buffer, count: int, first_timestamp: int, max_timestamp: int
+) -> Unsealed:
+    """A batch of these records, compressed where that makes them smaller."""
+    if compression is not Compression.NONE:
+        smaller = compress(compression, records)
+        if len(smaller) < len(records):
+            return Unsealed(smaller, compression, count, first_timestamp, max_timestamp)
+    return Unsealed(records, Compression.NONE, count, first_timestamp, max_timestamp)
 
 
 def encode_batch(
@@ -209,10 +192,11 @@ def encode_batch(
     base_sequence: int = NO_SEQUENCE,
     transactional: bool = False,
 ) -> bytes:
-    """One batch of all of ``values`` (and ``keys``), whatever its size. See :meth:`BatchBuilder.build`."""
+    """One batch of all of ``values`` (and ``keys``), base offset 0, whatever its size."""
     builder = BatchBuilder(_BUILDER_BYTES_MAX)
     builder.extend(values, keys, timestamp_ms)
-    return builder.build(compression, producer_id, producer_epoch, base_sequence, transactional)
+    batch = builder.finish(compression)
+    return b"".join(batch.seal(producer_id, producer_epoch, base_sequence, transactional))
 
 
 def decode_batch(

@@ -18,10 +18,10 @@ from raftlog.record.batch import (
     TRANSACTIONAL,
     BatchHeader,
     Compression,
+    Unsealed,
     check_batch,
     compression_named,
     stamped,
-    with_producer,
 )
 from raftlog.record.codec import decode_batch, encode_batch
 
@@ -161,11 +161,24 @@ def test_stamping_copies_and_leaves_the_crc_valid() -> None:
     assert [each.offset for each in decode_batch(result, "t", 0)] == [2**40, 2**40 + 1, 2**40 + 2]
 
 
-def test_another_producer_identity_gets_another_crc() -> None:
-    batch = good(producer_id=1, producer_epoch=2, base_sequence=3)
-    moved = with_producer(batch, 9, 0, 44)
-    assert moved == good(producer_id=9, producer_epoch=0, base_sequence=44)
+def test_a_batch_may_be_sealed_under_one_identity_after_another() -> None:
+    batch = good(compression=Compression.NONE, producer_id=1, producer_epoch=2, base_sequence=3)
+    unsealed = Unsealed.parse(batch)
+    assert unsealed.size == len(batch)
+    first = unsealed.seal(1, 2, 3)
+    assert b"".join(first) == batch
+    moved = b"".join(unsealed.seal(9, 0, 44, transactional=True))
+    assert moved == good(producer_id=9, producer_epoch=0, base_sequence=44, transactional=True)
     assert check_batch(moved).base_sequence == 44
+    assert b"".join(first) == batch, "what was sent stays as it was"
+    assert b"".join(unsealed.seal()) == good()
+
+
+def test_what_no_release_has_compressed_is_not_taken_apart() -> None:
+    with pytest.raises(CorruptBatch, match="compression 2"):
+        Unsealed.parse(forged(good(), ATTRIBUTES_AT, ">h", 2))
+    with pytest.raises(CorruptBatch, match="too few"):
+        Unsealed.parse(good()[:60])
 
 
 def test_compression_by_name() -> None:

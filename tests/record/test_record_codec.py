@@ -193,14 +193,14 @@ def test_an_empty_batch_is_not_built() -> None:
 def test_build_sets_producer_fields_and_can_be_repeated() -> None:
     builder = BatchBuilder(1000)
     builder.append(5, b"k", b"v" * 200)
-    first = builder.build(Compression.LZ4, 7, 2, 2**31 - 1, transactional=True)
+    first = b"".join(builder.finish(Compression.LZ4).seal(7, 2, 2**31 - 1, transactional=True))
     header = BatchHeader.parse(first)
     assert (header.producer_id, header.producer_epoch, header.base_sequence) == (7, 2, 2**31 - 1)
     assert header.is_transactional
     assert not header.is_control
     assert header.compression == Compression.LZ4
     assert TheirBatch(first).validate_crc()
-    assert builder.build(Compression.LZ4, 7, 2, 2**31 - 1, transactional=True) == first
+    assert b"".join(builder.finish(Compression.LZ4).seal(7, 2, 2**31 - 1, transactional=True)) == first
     plain = BatchHeader.parse(builder.build())
     assert (plain.producer_id, plain.producer_epoch, plain.base_sequence, plain.attributes) == (-1, -1, -1, 0)
 
