@@ -362,6 +362,9 @@ class BrokerConfig(Settings):
     """A partition with nothing to do for this long sends no heartbeats of its own; 0: it always does."""
     rank_delay_ms: Annotated[int, Field(ge=0)] = 50
     """When the connection to the leader's broker breaks, the n-th survivor campaigns after n times this."""
+    preferred_leader_after_ms: Annotated[int, Field(ge=0)] = 5000
+    """A partition's preferred leader leads again when it has been up to date for this long to one and a half
+    times this."""
     append_bytes_max: Annotated[int, Field(ge=1 * KIB)] = 1 * MIB
     """Entries in one message to a follower."""
     inflight_messages_max: Annotated[int, Field(ge=1)] = 16

@@ -51,7 +51,7 @@ class AssignedReplica(Replica[M]):
         return news
 
     def wanted_members(self, able: Set[int]) -> Wanted:
-        return Wanted(self.assignment.wanted)
+        return Wanted(self.assignment.wanted, leader=self.assignment.wanted[0])
 
     def members_reached(self) -> bool:
         if self.assignment.leaving:

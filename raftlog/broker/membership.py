@@ -9,8 +9,10 @@
       tell the metadata             3 may be deleted
 
 A leader that is to leave hands its office to a voter that stays before the change; if none does, it manages
-the change without counting itself and goes when that is committed (section 4.2.2). No step is remembered:
-each follows from the configuration in force and from what is wanted, so any later leader goes on with it.
+the change without counting itself and goes when that is committed (section 4.2.2). In a group that is as it
+should be, a leader hands over to the preferred one, once that has been up to date for a while. No step is
+remembered: each follows from the configuration in force and from what is wanted, so any later leader goes on
+with it.
 """
 
 from __future__ import annotations
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("raftlog.broker")
 
+_TRANSFER_SLOTS: Final = 32
+"""When a broker is back its groups are handed to it one after the other, and not all at once."""
 LEARNERS_AT_ONCE: Final = 2
 """Of one group, that are being brought up to date: each costs the leader reads and bandwidth."""
 
@@ -39,6 +43,8 @@ class Wanted:
 
     voters: tuple[int, ...]
     learners: frozenset[int] = frozenset()
+    leader: int | None = None
+    """Who should lead; None: that is all the same."""
 
     def is_reached(self, conf: ConfState) -> bool:
         """Whether this is that configuration."""
@@ -106,6 +112,8 @@ class _Round:
     target: int
     since_ms: int
     able: bool = False
+    able_since_ms: int = 0
+    """When it last became able."""
 
 
 class Membership:
@@ -145,12 +153,24 @@ class Membership:
         able = {node.id} | {member for member, round_ in self._rounds.items() if round_.able}
         wanted = replica.wanted_members(able)
         if wanted is None or wanted.is_reached(node.conf):
-            self.due = not replica.members_reached()
+            is_led_as_wanted = wanted is None or wanted.leader in (None, node.id)
+            self.due = not (replica.members_reached() and is_led_as_wanted)
             self._again_ms = now_ms + _timeout_ms(replica) // 4 if self.due else 0
+            if wanted is not None and wanted.leader is not None and self._may_lead(wanted.leader, now_ms):
+                self._take(Transfer(wanted.leader), now_ms)
             return
         step = next_step(node.id, node.conf, wanted, able, self._rounds.keys() - able)
         if step is not None:
             self._take(step, now_ms)
+
+    def _may_lead(self, member: int, now_ms: int) -> bool:
+        """Whether another member has been up to date for long enough to take over."""
+        round_ = self._rounds.get(member)
+        if round_ is None or not round_.able:
+            return False
+        after_ms = self._replica.host.config.preferred_leader_after_ms
+        slot = self._replica.node.id % _TRANSFER_SLOTS
+        return now_ms - round_.able_since_ms >= after_ms + after_ms * slot // (2 * _TRANSFER_SLOTS)
 
     def _take(self, step: Step, now_ms: int) -> None:
         replica = self._replica
@@ -178,7 +198,8 @@ class Membership:
             round_ = rounds[member] = self._rounds.get(member) or _Round(last_index, now_ms)
             in_time = now_ms - round_.since_ms <= timeout_ms
             if progress.match >= round_.target:
-                rounds[member] = _Round(last_index, now_ms, able=in_time)
+                since_ms = round_.able_since_ms if round_.able else now_ms
+                rounds[member] = _Round(last_index, now_ms, in_time, since_ms)
             elif not in_time:
                 round_.able = False
         self._rounds = rounds

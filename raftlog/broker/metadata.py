@@ -43,7 +43,7 @@ from raftlog.raft.config import RecoveredLog
 from raftlog.raft.types import ConfState, Entry
 from raftlog.record.frame import FrameKind
 from raftlog.state.command import needs_upgrade
-from raftlog.state.image import Topic
+from raftlog.state.image import Broker, Topic
 from raftlog.state.metadata import MetadataState
 from raftlog.state.metadata_commands import (
     AllocateProducerIds,
@@ -165,13 +165,16 @@ class MetadataReplica(Replica[MetadataState]):
         self._changed()
 
     def wanted_members(self, able: Set[int]) -> Wanted | None:
-        """Every broker takes part. Voters stay voters, and up to five are made of the others, as they are up
-        to date."""
+        """Every broker takes part. Voters stay voters unless they drain, and up to five are made of the
+        others, as they are up to date."""
         image = self.machine
         members = {broker.metadata_replica for broker in image.brokers.values()}
         members |= {member for broker_id, member in image.founders if broker_id not in image.removed}
-        voters = [member for member in self.node.conf.voters if member in members]
-        for member in sorted(members & able):
+        draining = {broker.metadata_replica for broker in image.brokers.values() if broker.draining}
+        if able & members <= draining:
+            draining.clear()  # nobody else is there to vote
+        voters = [member for member in self.node.conf.voters if member in members - draining]
+        for member in sorted(members & able - draining):
             if member not in voters and len(voters) < METADATA_VOTERS_MAX:
                 voters.append(member)
         return Wanted(tuple(voters), frozenset(members.difference(voters))) if voters else None
@@ -179,6 +182,11 @@ class MetadataReplica(Replica[MetadataState]):
     def members_reached(self) -> bool:
         conf = self.node.conf
         return len(conf.voters) == METADATA_VOTERS_MAX or not conf.learners
+
+
+def _presents_itself(known: Broker) -> tuple[object, ...]:
+    """What a registered broker says of itself; others say that it drains."""
+    return msgspec.structs.astuple(known)[:-1]
 
 
 def _hosts(image: MetadataState) -> dict[int, int]:
@@ -257,6 +265,7 @@ class MetadataService:
             config=config,
             internal=False,
             assignment=self.place(staged, request.partitions, request.replication_factor),
+            replication=request.replication_factor,
         )
 
         def created(result: Any, error: RaftlogError | None) -> None:
@@ -287,7 +296,7 @@ class MetadataService:
             )
             for info in staged.brokers.values()
         ]
-        usable = [info for info in infos if info.id in alive]
+        usable = [info for info in infos if info.id in alive and not staged.brokers[info.id].draining]
         if replication_factor == 0:
             replication_factor = min(3, len(usable))
         if len(usable) < replication_factor <= len(infos):
@@ -412,9 +421,7 @@ class MetadataService:
                         )
                 else:
                     known = image.brokers.get(wanted.broker_id)
-                    if known is not None and msgspec.structs.astuple(known) == msgspec.structs.astuple(
-                        wanted
-                    ):
+                    if known is not None and _presents_itself(known) == msgspec.structs.astuple(wanted):
                         return
                     await self.call(wanted)
             except RaftlogError as error:

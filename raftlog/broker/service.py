@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 from raftlog.broker.answers import answer, answer_with
 from raftlog.broker.coordination import Coordination
 from raftlog.broker.fetch import FetchSession, wire_error
+from raftlog.broker.governing import Governing
 from raftlog.broker.isolation import readable_end
 from raftlog.broker.metadata import check_topic
 from raftlog.broker.out_of_service import out_of_service_rows
 from raftlog.broker.wire import decode_messages
 from raftlog.errors import Busy, ConfigError, ProtocolError, RaftlogError
 from raftlog.net import rpc
+from raftlog.net.rpc_cluster import ImageRequest, ReportRequest
 from raftlog.net.rpc_transactions import WriteMarkersRequest
 from raftlog.net.server import Reply, ServerConnection
 from raftlog.state.command import UnknownCommand
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("raftlog.broker")
 
+_FOR_CONTROLLERS = (ImageRequest, ReportRequest)
 _FOR_BROKERS = (rpc.LogFramesRequest, rpc.SnapshotBytesRequest, WriteMarkersRequest)
 
 
@@ -57,6 +60,7 @@ class Service:
         }
         self._coordination = Coordination(broker)
         self._handlers |= self._coordination.handlers
+        self._handlers |= Governing(broker).handlers
 
     # -- Handler ---------------------------------------------------------------------------------------------
 
@@ -77,6 +81,8 @@ class Service:
         self._broker.gather()  # on_batch_end pumps
         if type(request) is rpc.MetadataCommandRequest and connection.peer.role == "client":
             raise ProtocolError("clients change metadata through requests of their own")
+        if isinstance(request, _FOR_CONTROLLERS) and connection.peer.role != "controller":
+            raise ProtocolError(f"{type(request).__name__} from a {connection.peer.role}")
         if isinstance(request, _FOR_BROKERS) and connection.peer.role != "broker":
             raise ProtocolError(f"{type(request).__name__} from a {connection.peer.role}")
         self._handlers[type(request)](request, payload, reply)

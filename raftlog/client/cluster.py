@@ -58,6 +58,7 @@ class ClusterClient:
         client_id: who we are in the brokers' logs and in ``ClusterInUse``.
         refresh: asked for a new bootstrap when no known address answers.
         identities: what producers that were closed have left; default: of this client alone.
+        role: "client" or "controller".
     """
 
     def __init__(
@@ -67,13 +68,15 @@ class ClusterClient:
         client_id: str,
         refresh: Callable[[], Awaitable[Bootstrap]] | None = None,
         identities: IdentityPool | None = None,
+        *,
+        role: str = "client",
     ) -> None:
         self.seams = seams
         self.bootstrap = bootstrap
         self.client_id = client_id
         self.identities = identities or IdentityPool()
         self.cache = MetadataCache()
-        self.connections = Connections(seams, bootstrap, client_id, refresh, self._wake_seek)
+        self.connections = Connections(seams, bootstrap, client_id, refresh, self._wake_seek, role)
         self.metadata_view = PartitionView("metadata", b"", 0, PartitionRow(replicas=[]))
         """The metadata group, as if it were a partition: its leader is looked for in the same way."""
         self.leaders_changed: set[LeadersChanged] = set()

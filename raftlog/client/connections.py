@@ -69,6 +69,7 @@ class Connections:
         client_id: who we are in the brokers' logs.
         refresh: asked for a new bootstrap when no known address answers.
         changed: called when a connection was made or lost.
+        role: "client" or "controller".
     """
 
     def __init__(
@@ -78,12 +79,13 @@ class Connections:
         client_id: str,
         refresh: Callable[[], Awaitable[Bootstrap]] | None,
         changed: Callable[[], None],
+        role: str = "client",
     ) -> None:
         self._seams = seams
         self._bootstrap = bootstrap
         self._refresh = refresh
         self._changed = changed
-        self._local = Local(cluster_id=bootstrap.cluster_id, role="client", client_id=client_id)
+        self._local = Local(cluster_id=bootstrap.cluster_id, role=role, client_id=client_id)
         self._dials: dict[Address, asyncio.Task[RpcConnection]] = {}
         self._closed = False
         self.links: dict[int, Link] = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from raftlog.net import rpc, rpc_transactions
+from raftlog.net import rpc, rpc_cluster, rpc_transactions
 
 REQUESTS: Final[dict[int, type[rpc.Request[Any]]]] = {
     cls.api: cls
@@ -29,6 +29,10 @@ REQUESTS: Final[dict[int, type[rpc.Request[Any]]]] = {
         rpc.DeleteOffsetsRequest,
         rpc.LogFramesRequest,
         rpc.SnapshotBytesRequest,
+        rpc_cluster.ImageRequest,
+        rpc_cluster.AlterTopicRequest,
+        rpc_cluster.DrainRequest,
+        rpc_cluster.ReportRequest,
         rpc_transactions.InitTransactionsRequest,
         rpc_transactions.EnlistRequest,
         rpc_transactions.EndTransactionRequest,

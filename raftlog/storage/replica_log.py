@@ -203,6 +203,11 @@ class ReplicaLog:
         return self.memory.end_offset
 
     @property
+    def bytes(self) -> int:
+        """What it takes on the disk, or will when all of it is flushed."""
+        return sum(segment.append_position for segment in self.segments)
+
+    @property
     def flushed_index(self) -> int:
         return self.flushed.index
 

@@ -132,7 +132,7 @@ class Mover:
     # -- where it all stands ---------------------------------------------------------------------------------
 
     def has_arrived(self) -> bool:
-        """Whether nobody is being replaced, and exactly those replicas run that are wanted."""
+        """Whether nobody is being replaced, and all replicas that are wanted run and lead as wanted."""
         return not self.replacements and all(
             self._is_there(topic, index, partition)
             for topic in self.topics
@@ -140,14 +140,15 @@ class Mover:
         )
 
     def _is_there(self, topic: Topic, index: int, partition: Partition) -> bool:
-        """Whether exactly those that are wanted run."""
+        """Whether exactly those that are wanted run, and the preferred one leads."""
         running = {
-            replica.replica_id
+            replica.replica_id: replica
             for broker in self.cluster.brokers.values()
             for replica in broker.replicas()
             if (replica.log.spec.topic_id, replica.log.spec.partition) == (topic.topic_id, index)
         }
-        return not partition.leaving and running == set(partition.wanted)
+        is_there = not partition.leaving and running.keys() == set(partition.wanted)
+        return is_there and running[partition.wanted[0]].staged is not None
 
     def is_quorum(self, brokers: set[int]) -> bool:
         """Whether every group can go on with these brokers, in each configuration that may be in force."""

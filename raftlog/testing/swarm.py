@@ -119,6 +119,7 @@ def draw(seed: int) -> Profile:
         topic=topic,
         config=BrokerConfig(
             election_timeout_ms=rng.choice([300, 1000]),
+            preferred_leader_after_ms=random.Random(f"leaders {seed}").choice([0, 300, 2000]),
             heartbeat_ms=rng.choice([50, 100]),
             append_bytes_max=rng.choice([2 << 10, 64 << 10, 1 << 20]),
             inflight_messages_max=rng.choice([1, 4, 16]),

@@ -244,7 +244,7 @@ def test_no_leader_rests_whose_follower_was_never_heard(monkeypatch: pytest.Monk
     monkeypatch.setattr(Peers, "broadcast", all_but_one)
     with World(3, partitions=PARTITIONS, replication=3) as world:
         world.leader()
-        world.loop.run_for(3.0)
+        world.loop.run_for(10.0)  # preferred leaders are back in office
         led = [
             replica
             for broker_id in (0, 1)
