@@ -10,13 +10,14 @@ SEEDS  ?= 500
 BIN    := .venv/bin
 READY  := .venv/.ready
 EXTRAS := data,test,lint,examples
+BENCH  := .venv/.ready-bench
 SAY    := @printf '\033[1m== %s\033[0m\n'
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo semantics test lint types imports deps core unit ray-tests simulate format bench clean
+.PHONY: help setup demo semantics test lint types imports deps core unit ray-tests simulate format bench bench-full bench-check clean
 
 help:  ## Show this list
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
 
 setup: $(READY)  ## Build .venv with everything in it (the other targets do it by themselves)
 
@@ -84,9 +85,24 @@ format: $(READY)  ## Format the code and fix what ruff can fix
 	@$(BIN)/ruff check --quiet --fix-only .
 	@$(BIN)/ruff format --quiet .
 
-bench: $(READY)  ## Latency and throughput on this machine
-	$(SAY) "benchmarks"
-	@for script in bench/[!_]*.py; do test -e $$script || continue; echo "-- $$script"; $(BIN)/python $$script || exit 1; done
+$(BENCH): $(READY)
+	$(SAY) "what is measured beside raftlog"
+	@VIRTUAL_ENV="$(CURDIR)/.venv" $(BIN)/uv pip install --quiet -e '.[bench]'
+	@touch $@
+
+bench: $(BENCH)  ## Side by side with NATS, Kafka and Ray, some minutes; writes docs/PERFORMANCE.md
+	$(SAY) "bench: side by side"
+	@$(BIN)/python bench/run.py $(ARGS)
+
+bench-full: $(BENCH)  ## The same with longer turns and more rounds; and failover
+	$(SAY) "bench: side by side, in full"
+	@$(BIN)/python bench/run.py --size full $(ARGS)
+	$(SAY) "bench: failover"
+	@$(BIN)/python bench/failover.py
+
+bench-check: $(BENCH)  ## Fails if raftlog has lost ground against the floor since the kept results
+	$(SAY) "bench: against the kept results"
+	@$(BIN)/python bench/regress.py $(ARGS)
 
 clean:  ## Remove .venv and every cache
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -225,6 +225,10 @@ class Floor:
         assert node.stdout is not None
         return int(node.stdout.readline())
 
+    def pids(self) -> list[int]:
+        """Of the processes."""
+        return [node.pid for node in self._nodes]
+
     def close(self) -> None:
         """End the processes."""
         if self._socket is not None:
