@@ -30,16 +30,13 @@ from raftlog.client.aio_producer import Producer, Transaction
 from raftlog.client.cluster import Bootstrap, ClusterClient
 from raftlog.client.descriptions import ClusterDescription, GroupDescription, TopicDescription
 from raftlog.client.group_admin import GroupAdmin, ResetTo
-from raftlog.client.handle import process_client_id
-from raftlog.client.identity_pool import process_pool
-from raftlog.client.log import refresh_through_ray
+from raftlog.client.log import process_client
 from raftlog.client.offsets import Offset, Place
 from raftlog.client.process import describe_work
 from raftlog.client.processing import AioProcessing as Processing
 from raftlog.client.transaction_admin import OpenTransaction, TransactionAdmin, TransactionDescription
 from raftlog.config import ConsumerConfig, Environment, ProducerConfig, TopicConfig
 from raftlog.errors import Closed, ConfigError
-from raftlog.net.network import Seams, real_seams
 from raftlog.record.types import Record, TopicPartition
 
 __all__ = ["Consumer", "Log", "Producer", "Transaction", "connect", "shutdown", "start"]
@@ -71,12 +68,14 @@ class Log:
 
     Args:
         bootstrap: how to reach the cluster.
-        seams: what it reaches the outside through; tests give simulated ones.
+        client: makes its client, on the loop that runs; tests give simulated ones.
     """
 
-    def __init__(self, bootstrap: Bootstrap, seams: Seams | None = None) -> None:
+    def __init__(
+        self, bootstrap: Bootstrap, client: Callable[[Bootstrap], ClusterClient] = process_client
+    ) -> None:
         self._bootstrap = bootstrap
-        self._seams = seams
+        self._client = client
         self._closed = False
         self._pid = os.getpid()
         self._cluster: ClusterClient | None = None
@@ -243,13 +242,7 @@ class Log:
         if self._cluster is None or self._pid != os.getpid():
             self._pid = os.getpid()
             self._handles = []
-            self._cluster = ClusterClient(
-                self._seams or real_seams(),
-                self._bootstrap,
-                process_client_id(),
-                refresh_through_ray(self._bootstrap) if self._seams is None else None,
-                process_pool(self._bootstrap.cluster_id) if self._seams is None else None,
-            )
+            self._cluster = self._client(self._bootstrap)
         self._handles = [handle for handle in self._handles if not handle.closed]
         return self._cluster
 

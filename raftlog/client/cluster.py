@@ -178,12 +178,16 @@ class ClusterClient:
             for tell in list(self.leaders_changed):
                 tell(changed)
         if self._age_timer is None and not self._closed:
-            delay = self.metadata_age_s * self.seams.random.uniform(0.9, 1.1)
-            self._age_timer = asyncio.get_running_loop().call_later(delay, self._metadata_aged)
+            self._set_age_timer()
+
+    def _set_age_timer(self) -> None:
+        delay = self.metadata_age_s * self.seams.random.uniform(0.9, 1.1)
+        self._age_timer = asyncio.get_running_loop().call_later(delay, self._metadata_aged)
 
     def _metadata_aged(self) -> None:
-        """Leaders move, addresses change: ask again now and then, even when nothing fails."""
-        self._age_timer = None
+        """Leaders move, addresses change: ask again now and then, even when nothing fails, or nobody answered
+        the last time."""
+        self._set_age_timer()
         self.refresh_soon(self.cache.topics)
 
     def refresh_soon(self, topics: Iterable[str]) -> None:

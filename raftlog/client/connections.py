@@ -1,8 +1,7 @@
 """One connection per broker, shared by all handles of a process: where brokers are, and how one is reached.
 
 Addresses are soft: the bootstrap's are only where to begin, metadata brings newer ones (the highest
-    incarnation of a
-broker counts), and what a broker says of itself in the handshake decides.
+incarnation of a broker counts), and what a broker says of itself in the handshake decides.
 """
 
 from __future__ import annotations
@@ -87,6 +86,7 @@ class Connections:
         self._changed = changed
         self._local = Local(cluster_id=bootstrap.cluster_id, role=role, client_id=client_id)
         self._dials: dict[Address, asyncio.Task[RpcConnection]] = {}
+        self._search: asyncio.Task[RpcConnection] | None = None
         self._closed = False
         self.links: dict[int, Link] = {}
 
@@ -157,6 +157,19 @@ class Connections:
                 return await self._first(others)
         if opened:
             return self._seams.random.choice(preferred or opened)
+        if self._search is None or self._search.done():
+            self._search = asyncio.get_running_loop().create_task(self._find())
+            self._search.add_done_callback(_seen)
+        search = self._search
+        try:
+            return await asyncio.shield(search)  # it goes on when who asked has no more time
+        except asyncio.CancelledError:
+            if search.cancelled():
+                raise Closed("this client is closed") from None
+            raise
+
+    async def _find(self) -> RpcConnection:
+        """A connection to any broker, at the addresses known; if none answers, at those that come to be."""
         known = [link.address for link in self.links.values()]
         try:
             return await self._first([*dict.fromkeys([*known, *self._bootstrap.addresses])])
@@ -240,10 +253,18 @@ class Connections:
     async def close(self) -> None:
         """Close all connections; what waits for an answer on them fails with ConnectionLost."""
         self._closed = True
-        dials = list(self._dials.values())
-        for task in dials:
+        tasks = list(self._dials.values())
+        if self._search is not None:
+            tasks.append(self._search)
+        for task in tasks:
             task.cancel()
         for connection in self.open_ones():
             connection.close()
-        if dials:
-            await asyncio.wait(dials)
+        if tasks:
+            await asyncio.wait(tasks)
+
+
+def _seen(search: asyncio.Task[RpcConnection]) -> None:
+    """Why it failed is of no interest when nobody waits any more."""
+    if not search.cancelled():
+        search.exception()

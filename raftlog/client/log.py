@@ -424,21 +424,12 @@ class _Runtime:
     def __init__(self, bootstrap: Bootstrap) -> None:
         self.pid = os.getpid()
         self.io: IoThread = io_thread()
-        self.cluster: ClusterClient = self.io.call(self._make(bootstrap))
+        self.cluster: ClusterClient = self.io.call(_make(bootstrap))
         self.admin = Admin(self.cluster)
         self.groups = GroupAdmin(self.cluster)
         self.transactions = TransactionAdmin(self.cluster)
         self.handles: weakref.WeakSet[Producer | Consumer | Processing] = weakref.WeakSet()
         _runtimes.add(self)
-
-    async def _make(self, bootstrap: Bootstrap) -> ClusterClient:
-        return ClusterClient(
-            real_seams(),
-            bootstrap,
-            process_client_id(),
-            refresh_through_ray(bootstrap),
-            process_pool(bootstrap.cluster_id),
-        )
 
     def close(self) -> None:
         try:
@@ -456,6 +447,21 @@ def _at_exit() -> None:
         if runtime.pid == os.getpid():
             with contextlib.suppress(RaftlogError, TimeoutError):
                 runtime.io.call(runtime.cluster.close(), CLOSE_TIMEOUT_S)
+
+
+async def _make(bootstrap: Bootstrap) -> ClusterClient:
+    return process_client(bootstrap)  # on the I/O thread's loop
+
+
+def process_client(bootstrap: Bootstrap) -> ClusterClient:
+    """A client of this process, on the loop that runs it."""
+    return ClusterClient(
+        real_seams(),
+        bootstrap,
+        process_client_id(),
+        refresh_through_ray(bootstrap),
+        process_pool(bootstrap.cluster_id),
+    )
 
 
 def refresh_through_ray(bootstrap: Bootstrap) -> Callable[[], Awaitable[Bootstrap]]:

@@ -109,7 +109,7 @@ class Pipeline:
 
     def log(self, node: str) -> aio.Log:
         """A client in a process of its own."""
-        return aio.Log(self.cluster.bootstrap, self.cluster.seams(node, node))
+        return aio.Log(self.cluster.bootstrap, lambda _: self.cluster.client(node))
 
     async def _create(self) -> None:
         log = self.log("admin")

@@ -17,7 +17,7 @@ from raftlog.broker.broker import Broker, BrokerPlace
 from raftlog.broker.founding import FoundingPlan, found
 from raftlog.broker.joining import JoiningPlan, join
 from raftlog.broker.peers import Address
-from raftlog.client.connections import Bootstrap
+from raftlog.client.cluster import Bootstrap, ClusterClient
 from raftlog.config import BrokerConfig
 from raftlog.errors import RaftlogError
 from raftlog.net.network import Seams
@@ -87,6 +87,14 @@ class SimCluster:
     def seams(self, node: str, host: str) -> Seams:
         """The seams of a simulated process."""
         return Seams(self.network.for_node(node, host), self._fork(), partial(self.loop.wall_ms, node))
+
+    def client(self, node: str) -> ClusterClient:
+        """A client in a process of its own. When nobody answers at the addresses it has, it hears where the
+        brokers are now, as it would from Ray."""
+        return ClusterClient(self.seams(node, node), self.bootstrap, node, self._find)
+
+    async def _find(self) -> Bootstrap:
+        return self.bootstrap
 
     def start(self) -> None:
         """Found the cluster and wait until every broker is registered."""

@@ -15,7 +15,6 @@ from typing import Any, Final
 from raftlog.broker.assigned import AssignedReplica
 from raftlog.broker.partition import PartitionReplica
 from raftlog.client.admin import Admin
-from raftlog.client.cluster import ClusterClient
 from raftlog.client.consumer import ConsumerCore
 from raftlog.client.delivery import Delivery
 from raftlog.client.producer import ProducerCore
@@ -174,9 +173,6 @@ class Workload:
 
     # -- clients ---------------------------------------------------------------------------------------------
 
-    def _client(self, name: str) -> ClusterClient:
-        return ClusterClient(self.cluster.seams(name, name), self.cluster.bootstrap, name)
-
     def _start_client(self, node: str) -> None:
         self._incarnations[node] += 1
         name = f"{node}.{self._incarnations[node]}"
@@ -198,7 +194,7 @@ class Workload:
             self._start_client(node)
 
     async def _create(self) -> None:
-        client = self._client("admin")
+        client = self.cluster.client("admin")
         profile = self.profile
         await Admin(client).create_topic(
             TOPIC, profile.partitions, profile.replication, profile.topic, False, 60.0
@@ -208,7 +204,7 @@ class Workload:
     async def _produce(self, name: str, node: str) -> None:
         loop = asyncio.get_running_loop()
         rng = self.random
-        client = self._client(node)
+        client = self.cluster.client(node)
         config = ProducerConfig(
             linger_ms=rng.choice([0, 1, 20]),
             batch_bytes=rng.choice([1 << 10, 256 << 10]),
@@ -257,7 +253,7 @@ class Workload:
         """Read along for ever."""
         loop = asyncio.get_running_loop()
         history, rng = self.history, self.random
-        client = self._client(node)
+        client = self.cluster.client(node)
         config = ConsumerConfig(prefetch_bytes=rng.choice([64 << 10, 32 << 20]))
         consumer = ConsumerCore(client, config, (TOPIC,), loop, loop.call_soon)
         await consumer.start()
@@ -271,7 +267,7 @@ class Workload:
     async def _probe(self) -> None:
         """Write once to every partition, trying for ever."""
         loop = asyncio.get_running_loop()
-        client = self._client("prober")
+        client = self.cluster.client("prober")
         config = ProducerConfig(linger_ms=0, request_timeout_ms=2_000, delivery_timeout_ms=120_000)
         producer = ProducerCore(client, config, loop, loop.call_soon)
         await producer.load_topic(TOPIC, 60.0)
@@ -289,7 +285,7 @@ class Workload:
     async def _audit(self) -> None:
         """Read everything from the beginning, with a fresh client."""
         loop = asyncio.get_running_loop()
-        client = self._client("auditor")
+        client = self.cluster.client("auditor")
         consumer = ConsumerCore(client, ConsumerConfig(), (TOPIC,), loop, loop.call_soon)
         await consumer.start()
         consumer.limit(await consumer.ends())

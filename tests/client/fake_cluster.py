@@ -527,7 +527,7 @@ class SimWorld:
 
     def log(self, node: str = "client") -> aio.Log:
         """A Log; its handles are made and used within ``run``."""
-        return aio.Log(self.cluster.bootstrap, self.seams(node))
+        return aio.Log(self.cluster.bootstrap, lambda _: self.client(node))
 
     def client(self, node: str = "client") -> ClusterClient:
         """A client; to be made within ``run``."""

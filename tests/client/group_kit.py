@@ -46,7 +46,7 @@ class GroupWorld:
 
     def log(self, node: str) -> aio.Log:
         """A client in a process of its own."""
-        return aio.Log(self.cluster.bootstrap, self.cluster.seams(node, node))
+        return aio.Log(self.cluster.bootstrap, lambda _: self.cluster.client(node))
 
     def run(self, work: Coroutine[Any, Any, T], node: str = "admin") -> T:
         """Run a coroutine in a process and return its result."""

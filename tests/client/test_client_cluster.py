@@ -291,6 +291,69 @@ def test_when_no_address_answers_new_ones_are_asked_for(world: SimWorld) -> None
     world.run(work())
 
 
+def test_when_all_hosts_are_gone_and_nobody_says_so_leaders_are_sought_at_new_addresses(
+    world: SimWorld,
+) -> None:
+    """Nothing refuses a connection to a host that is not there any more, and asking Ray takes its time."""
+    world.cluster.create(TOPIC)
+
+    async def refresh() -> Bootstrap:
+        await asyncio.sleep(1.0)
+        return world.cluster.bootstrap
+
+    async def work() -> float:
+        client = ClusterClient(world.seams("client"), world.cluster.bootstrap, "client", refresh)
+        topic = await client.topic(TOPIC, timeout=5)
+        await client.seek_leader(topic.partitions[0])
+        for broker_id, broker in world.cluster.brokers.items():
+            world.network.power_cut(f"broker-{broker_id}")
+            name = f"broker-{broker_id}b"
+            await world.loop.run_as(name, broker.restart(world.seams(name), name))
+        for connection in client.connections.open_ones():
+            connection.close()
+        began = world.loop.time()
+        connection = await client.seek_leader(topic.partitions[0])
+        assert (connection.peer.broker_id, connection.peer.incarnation) == (0, 2)
+        await client.close()
+        return world.loop.time() - began
+
+    assert world.run(work()) < 8
+
+
+def test_closing_ends_the_search_for_new_addresses(world: SimWorld) -> None:
+    async def refresh() -> Bootstrap:
+        return await asyncio.Future()
+
+    async def work() -> None:
+        nowhere = Bootstrap("fake", "c1", b"", (("nowhere", 1),))
+        client = ClusterClient(world.seams("client"), nowhere, "client", refresh)
+        asking = asyncio.ensure_future(client.metadata([], timeout=30))
+        await asyncio.sleep(5)
+        assert not asking.done()
+        await client.close()
+        with pytest.raises(Closed):
+            await asking
+
+    world.run(work())
+
+
+def test_metadata_are_asked_for_again_when_nobody_has_answered(world: SimWorld) -> None:
+    world.cluster.create(TOPIC)
+
+    async def work(client: ClusterClient) -> None:
+        await client.topic(TOPIC, timeout=5)
+        for broker in world.cluster.brokers.values():
+            broker.silent = True
+        await asyncio.sleep(25)  # in which they grew old, and whoever was asked said nothing
+        for broker in world.cluster.brokers.values():
+            broker.silent = False
+        before = world.cluster.count(MetadataRequest)
+        await asyncio.sleep(25)
+        assert world.cluster.count(MetadataRequest) > before
+
+    run(world, work)
+
+
 def test_a_broker_at_a_new_address_is_found_through_the_others(world: SimWorld) -> None:
     (partition,) = world.cluster.create(TOPIC)
 

@@ -54,7 +54,7 @@ class TransactionWorld:
 
     def log(self, node: str = "app") -> aio.Log:
         """A Log of a simulated process."""
-        return aio.Log(self.cluster.bootstrap, self.cluster.seams(node, node))
+        return aio.Log(self.cluster.bootstrap, lambda _: self.cluster.client(node))
 
     def run(self, work: Coroutine[Any, Any, T], node: str = "app", seconds: float = TIMEOUT_S) -> T:
         """Run a coroutine as a process of the simulation."""
