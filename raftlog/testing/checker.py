@@ -22,7 +22,8 @@ send skip             between two values of a producer there is an offset that h
 non-monotonic send    a producer's values stand in another order than it sent them
 write cycle           (G0) transactions wrote over one another in a circle
 information cycle     (G1c) the same with reads: each saw or followed the next one's writes
-consume count         committed exactly-once work processed a value twice, or never
+consume count         committed exactly-once work processed a value twice, or never; a group did twice what it
+                      promised to do at most once, or never what it promised to do at least once
 ===================== ==================================================================================
 
 Send skips over what others sent are allowed: producers interleave. So are poll skips over a rebalance (the
@@ -42,6 +43,7 @@ from collections.abc import Container, Iterable, Iterator, Sequence
 from itertools import pairwise
 
 from raftlog.testing.anomalies import Anomaly, Kind, show
+from raftlog.testing.checker_delivery import check_delivery
 from raftlog.testing.checker_transactions import Committed, check_cycles, check_transactions
 from raftlog.testing.history import History, Outcome, Place, Read, Send
 
@@ -62,6 +64,7 @@ def check(history: History, *, writes_interleave: bool = True) -> list[Anomaly]:
         *_check_send_order(history),
         *_check_send_skips(history),
         *check_transactions(history, committed),
+        *check_delivery(history),
         *check_cycles(history, committed, writes_interleave=writes_interleave),
     ]
 

@@ -169,8 +169,10 @@ def _check_consumed(history: History, committed: Committed) -> Iterator[Anomaly]
                 text = f"{show(value)} at {place}@{offset} was processed by {known} and by {transaction.name}"
                 yield Anomaly(Kind.CONSUME_COUNT, text)
                 return
-    shown = _shown(history)
+    shown = shown_in_the_end(history)
     for (group, place), position in history.groups.items():
+        if group in history.promises:
+            continue  # that is no exactly-once work
         yield from _check_position(group, place, position, consumed[group, place], shown.get(place, {}))
 
 
@@ -189,7 +191,7 @@ def _check_position(
             return
 
 
-def _shown(history: History) -> dict[Place, dict[int, bytes]]:
+def shown_in_the_end(history: History) -> dict[Place, dict[int, bytes]]:
     """What is there in the end, for readers of committed transactions."""
     found: dict[Place, dict[int, bytes]] = defaultdict(dict)
     for (reader, place), row in history.finals.items():

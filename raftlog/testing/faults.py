@@ -64,7 +64,8 @@ class Nemesis:
         cluster: to break.
         profile: which faults.
         crash_client: ends a random client's process; for the fault "client crash".
-        a_client: the node of a random client; for the fault "client pause".
+        a_client: the node of a random client; for "client pause" and "client cut".
+        committing: nodes of clients that wait for the answer to a commit; for "client cut".
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class Nemesis:
         profile: Profile,
         crash_client: Callable[[], None],
         a_client: Callable[[], str],
+        committing: Callable[[], list[str]],
     ) -> None:
         self.cluster = cluster
         self.profile = profile
@@ -88,6 +90,7 @@ class Nemesis:
         self._forgot: set[int] = set()
         self._crash_client = crash_client
         self._a_client = a_client
+        self._committing = committing
         self.random = random.Random(0)
         """Of the fault under way."""
         self._disks = DiskFaults(self)
@@ -167,6 +170,7 @@ class Nemesis:
         found: dict[str, Callable[[], None]] = {
             "client crash": self._crash_client,
             "client pause": self._pause_client,
+            "client cut": self._cut_client,
         }
         if self.profile.brokers > 1:
             found |= {"break": self._break, "clog": self._clog, "slow link": self._slow_link}
@@ -438,6 +442,17 @@ class Nemesis:
         loop, name = self.cluster.loop, self._a_client()
         loop.pause(name)
         loop.call_later(self.random.choice([0.5, 2.0, 6.0]), loop.resume, name)
+
+    def _cut_client(self) -> None:
+        """A client is heard by nobody, or hears nobody, for a while; if that comes soon, while it commits."""
+        rng, loop, network = self.random, self.cluster.loop, self.cluster.network
+        until = loop.time() + CATCH_SECONDS
+        loop.run_until(lambda: loop.time() >= until or bool(self._committing()), 10 * CATCH_SECONDS)
+        loop.run_for(rng.choice([0.0, self.profile.latency[1]]))
+        name, both = rng.choice(self._committing() or [self._a_client()]), rng.random() < 0.5
+        for broker_id in sorted(self.cluster.disks):
+            network.cut(broker_name(broker_id), name, both=both)
+        loop.call_later(rng.choice([0.5, 2.0, 6.0]), network.heal, name)
 
     def _clock(self, broker_id: int) -> None:
         jump = self.random.choice([-1, 1]) * self.random.choice([50, 5_000, 3_600_000])

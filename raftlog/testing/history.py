@@ -83,6 +83,10 @@ class History:
     """Offsets that hold the ends of transactions, as replicas have them in their logs."""
     groups: dict[tuple[str, Place], int] = field(default_factory=dict)
     """(group, place) -> position of the group in the end."""
+    promises: dict[str, str] = field(default_factory=dict)
+    """Groups that commit positions without transactions -> at-least-once or at-most-once."""
+    processed: list[tuple[str, Place, int, bytes]] = field(default_factory=list)
+    """(group, place, offset, value) of every time that such a group has processed something."""
     seen_at: dict[bytes, float] = field(default_factory=dict)
     """Value -> when a consumer first polled it."""
     shown_at: dict[bytes, float] = field(default_factory=dict)

@@ -2,8 +2,9 @@
 
 Feeders write transactions to the topic ``in``; some share a transactional id, so that each becomes the
 other's zombie. Workers are a group that processes ``in`` into ``out`` exactly once: records and offsets in
-one transaction. Watchers read along, with and without what is not committed. In the end nothing hangs, every
-committed input was processed once, and the group's positions say so.
+one transaction. Takers commit positions without any. Watchers read along, with and without what is not
+committed. In the end nothing hangs, every committed input was processed once, and the groups' positions say
+so.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, Final
 
 from raftlog import aio
+from raftlog.broker import transactions
 from raftlog.broker.group_replica import GroupReplica
 from raftlog.broker.partition import PartitionReplica
 from raftlog.broker.replica import Replica
@@ -29,9 +31,11 @@ from raftlog.testing.books import Violation
 from raftlog.testing.echo import Echo
 from raftlog.testing.history import History, Outcome, Place, Read, Send
 from raftlog.testing.history import Transaction as Story
+from raftlog.testing.loop import current_node
 from raftlog.testing.old_seat import OldSeat
 from raftlog.testing.pipeline_profile import PipelineProfile
 from raftlog.testing.sim_cluster import SimCluster
+from raftlog.testing.takers import GROUPS, Taker, is_forgotten, visit
 
 IN: Final = "in"
 OUT: Final = "out"
@@ -63,6 +67,8 @@ class Pipeline:
         self.random = rng
         self.clients: dict[str, asyncio.Task[None]] = {}
         """Node -> what runs there."""
+        self.committing: set[str] = set()
+        """Nodes that wait for the answer to a commit."""
         self.counts: Counter[str] = Counter()
         self._incarnations: Counter[str] = Counter()
         self._names: Counter[str] = Counter()
@@ -78,8 +84,11 @@ class Pipeline:
 
     def start(self) -> None:
         """Make the topics, and start everybody."""
-        self.cluster.run(self._create(), node="admin")
+        setattr(transactions, "EPOCH_MAX", self.profile.epoch_max)  # noqa: B010 - a constant, to type checkers
         profile = self.profile
+        self.cluster.run(self._create(), node="admin")
+        if profile.offsets_retention_ms is not None:
+            self.cluster.run(visit(self.log("visitor"), IN), node="visitor")
         for number in range(profile.feeders):
             self._left[f"feeder-{number}"] = profile.transactions
             self._start(f"feeder-{number}")
@@ -87,6 +96,9 @@ class Pipeline:
             self._start(f"worker-{number}")
         for name in ("watcher-committed", "watcher-all"):
             self._start(name)
+        for group in GROUPS:
+            for number in range(profile.takers):
+                self._start(f"taker-{group}-{number}")
         if profile.echoes:
             self._echo.start()
 
@@ -96,6 +108,7 @@ class Pipeline:
         self._start(node)
 
     def _start(self, node: str) -> None:
+        self.committing.discard(node)
         self._incarnations[node] += 1
         name = f"{node}.{self._incarnations[node]}"
         kind, _, which = node.partition("-")
@@ -103,9 +116,20 @@ class Pipeline:
             work = self._feed(name, node, f"feed-{0 if self.profile.shares_ids else which}")
         elif kind == "worker":
             work = self._work(name, node, f"work-{which}")
+        elif kind == "taker":
+            work = self._take(name, node, which.rpartition("-")[0])
         else:
             work = self._watch(name, node, "read_committed" if which == "committed" else "read_uncommitted")
         self.clients[node] = self.cluster.loop.run_as(node, work)
+
+    async def _take(self, name: str, node: str, group: str) -> None:
+        def joined(consumer: Consumer) -> None:
+            self._consumers[name] = consumer
+
+        taker = Taker(
+            group, IN, self.profile, self.history, self.random, self.counts, joined=joined, failed=self._count
+        )
+        await taker.work(self.log(node))
 
     def log(self, node: str) -> aio.Log:
         """A client in a process of its own."""
@@ -188,8 +212,11 @@ class Pipeline:
 
     async def _commit(self, transaction: Transaction, story: Story) -> None:
         story.end_asked = asyncio.get_running_loop().time()
+        producer_id = transaction._producer._manager._identity.producer_id
         for attempt in range(COMMITS_MAX):
             story.outcome = Outcome.UNKNOWN
+            node = self._this_node()
+            self.committing.add(node)
             try:
                 await transaction.commit(self.random.choice([0.5, 5.0, 20.0]))
             except CommitInDoubt:
@@ -202,7 +229,17 @@ class Pipeline:
             else:
                 story.outcome = Outcome.OK
                 self.counts["transactions committed"] += 1
+                if transaction._producer._manager._identity.producer_id != producer_id:
+                    self.counts["epochs used up"] += 1
                 return
+            finally:
+                self.committing.discard(node)
+
+    @staticmethod
+    def _this_node() -> str:
+        node = current_node.get()
+        assert node is not None, "clients run on nodes of their own"
+        return node.name
 
     async def _give_up(self, transaction: Transaction, story: Story, error: RaftlogError) -> None:
         """It has failed: abort it, so that the next can begin; raise where that is not possible."""
@@ -214,7 +251,11 @@ class Pipeline:
         await transaction.abort(10.0)
 
     def _count(self, error: RaftlogError) -> None:
-        self.counts[type(error).__name__] += 1
+        """Note an error, and what it came of: an abort has a cause."""
+        each: BaseException | None = error
+        while isinstance(each, RaftlogError):
+            self.counts[type(each).__name__] += 1
+            each = each.__cause__
 
     # -- workers ---------------------------------------------------------------------------------------------
 
@@ -250,6 +291,8 @@ class Pipeline:
             records = await consumer.poll(0.5, rng.randint(1, 8))
             if records:
                 self._polled(name, records)
+                if rng.random() < self.profile.stall / 2:  # others may get these partitions meanwhile
+                    await asyncio.sleep(rng.choice([0.3, 1.2 * self.profile.rebalance_timeout_ms / 1000]))
                 if not await self._process(producer, consumer, records, name):
                     await consumer.seek_to_committed()
                     self._new_session(name)
@@ -329,6 +372,7 @@ class Pipeline:
     def close(self) -> None:
         """Whatever happened: leave nothing behind."""
         self._echo.stop()
+        setattr(transactions, "EPOCH_MAX", PipelineProfile.epoch_max)  # noqa: B010 - a constant, to type checkers
 
     @property
     def feeders_done(self) -> bool:
@@ -346,13 +390,16 @@ class Pipeline:
         self._echo.stop()
         wait_until(self._nothing_is_open)
         ends = self.cluster.run(self._ends(), node="pipeline auditor", seconds=AUDIT_SECONDS)
-        wait_until(lambda: self._are_at(ends))
+        wait_until(lambda: all(self._are_at(group, ends) for group in self._groups()))
         self._raise_what_ended()
         for node in self.clients:
             self.cluster.loop.kill(node)
         wait_until(self._nothing_is_open)
         self._check_stable()
         self.cluster.run(self._audit(), node="pipeline auditor", seconds=AUDIT_SECONDS)
+        if self.profile.offsets_retention_ms is not None:
+            wait_until(self._visitors_are_forgotten)
+            self.counts["groups forgotten"] += 1
 
     def _raise_what_ended(self) -> None:
         for task in self.clients.values():
@@ -391,15 +438,23 @@ class Pipeline:
                     f"offset is {machine.last_stable_offset} of {machine.next_offset}"
                 )
 
-    def _are_at(self, ends: dict[Place, int]) -> bool:
-        """Whether the group has come to the end of what there is."""
+    def _groups(self) -> tuple[str, ...]:
+        return (GROUP, *GROUPS) if self.profile.takers else (GROUP,)
+
+    def _coordinators(self) -> list[GroupReplica]:
+        return [replica for replica in self._leaders() if isinstance(replica, GroupReplica)]
+
+    def _are_at(self, group: str, ends: dict[Place, int]) -> bool:
+        """Whether a group has come to the end of what there is."""
         found: dict[Place, int] = {}
-        for replica in self._leaders():
-            if isinstance(replica, GroupReplica):
-                names = {each.topic_id: each.name for each in replica.host.metadata.image.topics.values()}
-                for (topic_id, partition), offset in replica.machine.offsets.get(GROUP, {}).items():
-                    found[f"{names[topic_id]}/{partition}"] = offset.offset
+        for replica in self._coordinators():
+            names = {each.topic_id: each.name for each in replica.host.metadata.image.topics.values()}
+            for (topic_id, partition), offset in replica.machine.offsets.get(group, {}).items():
+                found[f"{names[topic_id]}/{partition}"] = offset.offset
         return all(found.get(place, 0) >= end for place, end in ends.items())
+
+    def _visitors_are_forgotten(self) -> bool:
+        return is_forgotten(self._coordinators())
 
     async def _read(self, topic: str) -> dict[Place, list[Read]]:
         log = self.log("pipeline auditor")
@@ -422,8 +477,9 @@ class Pipeline:
             for place, row in (await self._read(topic)).items():
                 history.finals["auditor of committed records", place] = row
         log = self.log("pipeline auditor")
-        for each in (await log.describe_group(GROUP)).offsets:
-            history.groups[GROUP, f"{each.topic}/{each.partition}"] = each.committed or 0
+        for group in self._groups():
+            for each in (await log.describe_group(group)).offsets:
+                history.groups[group, f"{each.topic}/{each.partition}"] = each.committed or 0
         await log.close()
 
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
-CLIENT_FAULTS: Final = {"client pause": 1.0, "kill coordinator": 1.0}
+from raftlog.broker.transactions import EPOCH_MAX
+
+CLIENT_FAULTS: Final = {"client pause": 1.0, "client cut": 1.0, "kill coordinator": 1.0}
 """Faults for runs with groups and transactions only, and how often they come."""
+OFFSETS_RETENTION_MS: Final = 20_000
+"""Longer than faults keep all members of a group away."""
 
 
 @dataclass(frozen=True)
@@ -21,6 +25,8 @@ class PipelineProfile:
     transactions: int = 12
     """Of each feeder."""
     workers: int = 2
+    takers: int = 0
+    """Members of each group that commits positions without transactions: at least once, at most once."""
     timeout_ms: tuple[int, ...] = (2_000, 10_000)
     """Of transactions; one is drawn for each producer."""
     session_timeout_ms: int = 3_000
@@ -31,6 +37,10 @@ class PipelineProfile:
     """Requests of a while ago arrive again."""
     large_values: float = 0.0
     """Share of values that are padded, so that segments roll and snapshots are made."""
+    epoch_max: int = EPOCH_MAX
+    """The last epoch of a producer id that a coordinator gives out; a small one is soon used up."""
+    offsets_retention_ms: int | None = None
+    """A group that only looks in at the beginning is forgotten after this, and no other one."""
 
 
 def draw_pipeline(seed: int) -> PipelineProfile | None:
@@ -38,7 +48,7 @@ def draw_pipeline(seed: int) -> PipelineProfile | None:
     rng = random.Random(f"pipeline {seed}")
     if rng.random() < 0.4:
         return None
-    return PipelineProfile(
+    profile = PipelineProfile(
         partitions=rng.randint(1, 3),
         feeders=rng.randint(1, 3),
         shares_ids=rng.random() < 0.3,
@@ -50,4 +60,10 @@ def draw_pipeline(seed: int) -> PipelineProfile | None:
         stall=rng.choice([0.0, 0.05, 0.2]),
         echoes=rng.random() < 0.5,
         large_values=rng.choice([0.0, 0.3]),
+    )
+    return replace(
+        profile,
+        takers=rng.choice([0, 1, 2]),
+        epoch_max=rng.choice([EPOCH_MAX, EPOCH_MAX, 4]),
+        offsets_retention_ms=rng.choice([None, None, None, None, OFFSETS_RETENTION_MS]),
     )

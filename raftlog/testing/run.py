@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import signal
 import time
 import traceback
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Final
@@ -16,6 +19,28 @@ from raftlog.testing.swarm import Profile
 from raftlog.testing.workload import Workload
 
 SHRINK_RUNS_MAX: Final = 40
+CPU_SECONDS_MAX: Final = 60.0
+"""A run takes a few; one that goes round for ever would never come to its next step."""
+
+
+class DoesNotEnd(KeyboardInterrupt):
+    """A run takes too much CPU time. What the code under test catches, it is not."""
+
+
+@contextmanager
+def limited(cpu_seconds: float) -> Iterator[None]:
+    """Raise DoesNotEnd in the block once this process has spent so many seconds in it; main thread only."""
+
+    def over(_signal: int, _frame: object) -> None:
+        raise DoesNotEnd(f"no end after {cpu_seconds:g} s of CPU time")
+
+    before = signal.signal(signal.SIGVTALRM, over)
+    signal.setitimer(signal.ITIMER_VIRTUAL, cpu_seconds, 1.0)  # again, should it be lost in a callback of C
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0.0)
+        signal.signal(signal.SIGVTALRM, before)
 
 
 class Verdict(Enum):
@@ -63,12 +88,13 @@ def run_once(profile: Profile) -> Result:
     begin = time.process_time()
     workload = Workload(profile)
     try:
-        workload.run()
+        with limited(CPU_SECONDS_MAX):
+            workload.run()
     except Violation as error:
         _judge(result, Verdict.CORRECTNESS, error)
     except UnhandledError as error:
         _judge(result, Verdict.CRASH, error)
-    except SimulationError as error:
+    except (SimulationError, DoesNotEnd) as error:
         _judge(result, Verdict.LIVENESS, error)
     except Exception as error:  # noqa: BLE001 - whatever code under test raises is what we look for
         _judge(result, Verdict.CRASH, error)
@@ -93,7 +119,7 @@ def run_once(profile: Profile) -> Result:
     return result
 
 
-def _judge(result: Result, verdict: Verdict, error: Exception) -> None:
+def _judge(result: Result, verdict: Verdict, error: BaseException) -> None:
     result.verdict = verdict
     text = str(error)
     result.text = text if isinstance(error, Violation) else f"{type(error).__name__}: {text}"

@@ -30,9 +30,9 @@ EXIT_ESCAPED: Final = 7
 SEEDS_UNTIL_BLIND: Final = 50
 """From this many seeds on, every counter must have counted something."""
 TWICE_EVERY: Final = 25
-#: The cyclic collector looks at all there is ten times less often: a sixth of a run's time.
-GC_THRESHOLD: Final = (50_000, 20, 100)
 """One seed in so many is run twice."""
+GC_THRESHOLD: Final = (50_000, 20, 100)
+"""The cyclic collector looks at all there is ten times less often: a sixth of a run's time."""
 EVENTS_EXPECTED: Final = (
     "elections",
     "truncations",
@@ -51,6 +51,10 @@ EVENTS_EXPECTED: Final = (
     "transactions aborted",
     "commits in doubt",
     "records processed",
+    "records taken at-least-once",
+    "records taken at-most-once",
+    "epochs used up",
+    "groups forgotten",
     "ProducerFenced",
     "StaleMember",
     "TransactionTimedOut",

@@ -138,7 +138,12 @@ def draw(seed: int) -> Profile:
     )
     pipeline = draw_pipeline(seed)
     if pipeline is not None:
-        profile = replace(profile, pipeline=pipeline, weights=profile.weights | CLIENT_FAULTS)
+        weights = profile.weights | CLIENT_FAULTS
+        if pipeline.offsets_retention_ms is not None:
+            weights.pop("clock", None)  # who is forgotten goes by the coordinator's clock
+            forgets = {"offsets_retention_ms": pipeline.offsets_retention_ms}
+            profile = replace(profile, config=profile.config.model_copy(update=forgets))
+        profile = replace(profile, pipeline=pipeline, weights=weights)
     return replace(profile, large_values=0.4) if profile.retains else profile
 
 

@@ -65,7 +65,7 @@ class Workload:
         )
         self.history = History()
         self.random = random.Random(self.cluster.random.getrandbits(64))
-        self.nemesis = Nemesis(self.cluster, profile, self._crash_client, self._a_client)
+        self.nemesis = Nemesis(self.cluster, profile, self._crash_client, self._a_client, self._committing)
         self.pipeline: Pipeline | None = None
         """Groups and transactions, if this run has any."""
         if profile.pipeline is not None:
@@ -183,6 +183,10 @@ class Workload:
         """The node of a random client."""
         others = {} if self.pipeline is None else self.pipeline.clients
         return self.random.choice(sorted([*self._clients, *others]))
+
+    def _committing(self) -> list[str]:
+        """Nodes of clients that wait for the answer to a commit."""
+        return [] if self.pipeline is None else sorted(self.pipeline.committing)
 
     def _crash_client(self) -> None:
         """SIGKILL a client; another one takes its place."""

@@ -10,6 +10,7 @@ import pytest
 
 from raftlog.testing.anomalies import Kind
 from raftlog.testing.checker import check
+from raftlog.testing.checker_delivery import AT_LEAST_ONCE, AT_MOST_ONCE
 from raftlog.testing.checker_transactions import components
 from raftlog.testing.history import History, Outcome, Send, Transaction
 
@@ -145,6 +146,21 @@ def read_and_written_in_a_circle(history: History) -> None:
     history.transactions["t1"].polled.append((OUT, 5, b"C"))
 
 
+def take(history: History, group: str, offsets: str, position: int) -> None:
+    """A group without transactions has processed what stands at these offsets, in this order."""
+    history.promises[group] = group
+    history.processed += [(group, IN, int(offset), b"abc"[int(offset) :][:1]) for offset in offsets]
+    history.groups[group, IN] = position
+
+
+def twice_where_at_most_once_was_promised(history: History) -> None:
+    take(history, AT_MOST_ONCE, "010", 2)
+
+
+def never_where_at_least_once_was_promised(history: History) -> None:
+    take(history, AT_LEAST_ONCE, "02", 3)
+
+
 BAD: list[tuple[Callable[[History], None], Kind]] = [
     (aborted_and_read, Kind.ABORTED_READ),
     (aborted_and_read_in_the_end, Kind.ABORTED_READ),
@@ -158,6 +174,8 @@ BAD: list[tuple[Callable[[History], None], Kind]] = [
     (never_processed, Kind.CONSUME_COUNT),
     (positions_lag_behind, Kind.CONSUME_COUNT),
     (positions_ahead, Kind.CONSUME_COUNT),
+    (twice_where_at_most_once_was_promised, Kind.CONSUME_COUNT),
+    (never_where_at_least_once_was_promised, Kind.CONSUME_COUNT),
     (a_hole_between_two_sends, Kind.SEND_SKIP),
     (a_gap_that_no_marker_explains, Kind.POLL_SKIP),
     (a_group_skips, Kind.POLL_SKIP),
@@ -238,7 +256,22 @@ def read_in_one_direction(history: History) -> None:
     history.transactions["t2"].polled.append((OUT, 0, b"A"))
 
 
+def lost_where_at_most_once_was_promised(history: History) -> None:
+    take(history, AT_MOST_ONCE, "02", 3)
+
+
+def twice_where_at_least_once_was_promised(history: History) -> None:
+    take(history, AT_LEAST_ONCE, "01012", 3)
+
+
+def not_there_yet_where_at_least_once_was_promised(history: History) -> None:
+    take(history, AT_LEAST_ONCE, "0", 1)
+
+
 GOOD = [
+    lost_where_at_most_once_was_promised,
+    twice_where_at_least_once_was_promised,
+    not_there_yet_where_at_least_once_was_promised,
     dirty_readers_see_what_was_aborted,
     in_doubt_and_committed,
     in_doubt_and_gone,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import count
@@ -14,6 +15,7 @@ from raftlog.testing.mutations import MUTATIONS, PatchFailed, check_all_apply, p
 from raftlog.testing.pipeline_profile import CLIENT_FAULTS
 from raftlog.testing.run import Result, Verdict, run_once, shrink
 from raftlog.testing.swarm import FAULTS, Profile, draw
+from raftlog.testing.workload import Workload
 
 
 def rich(profile: Profile, verdict: Verdict = Verdict.GOOD, text: str = "") -> Result:
@@ -119,6 +121,21 @@ def test_a_failure_comes_with_its_trace(monkeypatch: pytest.MonkeyPatch) -> None
     assert "broker 0" in head
     assert any("is leader in term 1" in line for line in lines)
     assert "Violation" in result.stack
+
+
+def test_a_run_that_goes_round_for_ever_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one that never comes to its next step, and catches whatever it is told."""
+
+    def turn(_workload: Workload) -> None:
+        while True:
+            with contextlib.suppress(Exception):
+                while True:
+                    pass
+
+    monkeypatch.setattr(Workload, "run", turn)
+    monkeypatch.setattr(run, "CPU_SECONDS_MAX", 0.2)
+    result = run_once(draw(0))
+    assert result.kind == (Verdict.LIVENESS, "DoesNotEnd")
 
 
 def test_every_mutation_applies() -> None:
