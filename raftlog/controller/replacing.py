@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Awaitable, Callable, Collection
 from typing import Any, Final, TypeAlias
 
@@ -47,25 +48,39 @@ def substitutes(image: MetadataState, known: Collection[int]) -> list[tuple[int,
 
 
 def replace_broker(image: MetadataState, epoch: int, old: int, new: int) -> list[AlterPartition]:
-    """The moves that put ``new`` in the place of ``old`` wherever ``new`` is not wanted already.
+    """The moves that put ``new`` in the place of ``old``; where ``new`` is wanted already, another broker:
+    the one that holds least.
 
     Args:
         epoch: of the controller.
         old, new: broker ids.
     """
+    held = Counter(
+        broker_id
+        for topic in image.topics.values()
+        for partition in topic.partitions
+        for _, broker_id in partition.replicas
+    )
+    takers = [new, *sorted(image.brokers.keys() - {old, new}, key=lambda each: (held[each], each))]
     moves = []
     for topic in image.topics.values():
         for index, partition in enumerate(topic.partitions):
             holders = [broker_id for _, broker_id in partition.replicas]
-            if old not in holders or new in holders:
+            free = [each for each in takers if each not in holders and not _drains(image, each)]
+            if old not in holders or not free:
                 continue
             known = {broker_id: replica_id for replica_id, broker_id in partition.leaving}
             replicas = [
-                (new, known.get(new, 0)) if broker_id == old else (broker_id, replica_id)
+                (free[0], known.get(free[0], 0)) if broker_id == old else (broker_id, replica_id)
                 for replica_id, broker_id in partition.replicas
             ]
             moves.append(AlterPartition(epoch, topic.topic_id, index, replicas))
     return moves
+
+
+def _drains(image: MetadataState, broker_id: int) -> bool:
+    broker = image.brokers.get(broker_id)
+    return broker is not None and broker.draining
 
 
 async def replace_lost(call: Call, image: Image, known: Collection[int]) -> None:
@@ -90,21 +105,22 @@ async def replace_lost(call: Call, image: Image, known: Collection[int]) -> None
 async def carry_out(call: Call, image: Image, old: int, new: int) -> None:
     """Move everything from ``old``, which is lost, to ``new``, and forget ``old``.
 
-    Returns when that is done, or when only partitions are left that both should hold.
+    Returns when that is done, or when only partitions are left that all the others hold already.
 
     Raises:
         RaftlogError: not retriable: another controller has taken over, or ``old`` cannot be removed.
     """
     epoch = await _insist(call, TakeControl())
     while old in image().brokers:
-        for move in replace_broker(image(), epoch, old, new):
+        moves = replace_broker(image(), epoch, old, new)
+        for move in moves:
             await _insist(call, move)
         held = [topic.partitions[index] for topic, index, _ in image().replicas_on(old)]
         if not held:
             await _insist(call, RemoveBroker(epoch, old))
             logger.info("broker %d has taken the place of broker %d", new, old)
-        elif all({old, new} <= {holder for _, holder in partition.replicas} for partition in held):
-            logger.warning("broker %d cannot take the place of %d in %d partitions", new, old, len(held))
+        elif not moves and all(old in [holder for _, holder in partition.replicas] for partition in held):
+            logger.warning("nobody can take the place of broker %d in %d partitions", old, len(held))
             return
         await asyncio.sleep(_AGAIN_S)
 

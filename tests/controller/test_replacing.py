@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from msgspec.structs import replace
+
 from raftlog.controller.replacing import replace_broker, substitutes
 from raftlog.state.image import Broker, Partition, Topic
 from raftlog.state.metadata import MetadataState
@@ -31,8 +33,21 @@ def test_every_replica_moves_and_keeps_its_place() -> None:
     ]
 
 
-def test_where_both_should_hold_a_partition_nothing_moves() -> None:
-    assert replace_broker(image(4, held((10, 1), (11, 3))), 1, 1, 3) == []
+def test_where_both_should_hold_a_partition_another_one_takes_it() -> None:
+    """A topic was made when the new broker had joined and the old one was not forgotten yet."""
+    (move,) = replace_broker(image(4, held((10, 1), (11, 3)), held((12, 0))), 1, 1, 3)
+    assert move.replicas == [(2, 0), (3, 11)], "who has least"
+
+
+def test_where_all_others_hold_a_partition_nothing_moves() -> None:
+    assert replace_broker(image(3, held((10, 1), (11, 2), (12, 0))), 1, 1, 2) == []
+
+
+def test_who_drains_is_given_nothing() -> None:
+    state = image(4, held((10, 1), (11, 3)))
+    state.brokers[0] = replace(state.brokers[0], draining=True)
+    (move,) = replace_broker(state, 1, 1, 3)
+    assert move.replicas == [(2, 0), (3, 11)]
 
 
 def test_a_replica_that_was_leaving_the_new_broker_is_taken_back() -> None:
