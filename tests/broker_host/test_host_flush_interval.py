@@ -180,6 +180,20 @@ def test_after_a_blackout_nobody_leads() -> None:
     host.close()
 
 
+def test_after_a_blackout_nobody_leads_even_if_nothing_was_lost() -> None:
+    """A replica knows that the machine went down, not what that took. Who had the topic made said that it
+    shall wait then."""
+    host = loose_host(9)
+    host.produce(5)
+    host.loop.run_for(INTERVAL_MS / 1000 + 0.1)
+    assert not any(unsynced(host, broker_id) for broker_id in host.cluster.brokers)
+    blackout(host)
+    host.wait(lambda: all(host.find(broker_id) for broker_id in host.cluster.disks))
+    host.loop.run_for(30.0)
+    assert host.leader_id is None
+    host.close()
+
+
 def test_unless_the_topic_says_that_it_may_lose_its_last_interval() -> None:
     host = loose_host(6, unclean_leader_election=True)
     host.produce(5)
