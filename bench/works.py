@@ -110,30 +110,22 @@ def consume(columns: bool, contender: Contender, topic: str, size: Size) -> tupl
     fill = contender.send_batch if type(contender).send_batch is not Contender.send_batch else contender.send
     written = fill(topic, values_of(100), size.seconds).records + UNCOUNTED
     turn = (contender.consume_columns if columns else contender.consume)(topic, written)
-    assert turn.records == written, f"{turn.records} records read, {written} written"
+    read = turn.untimed + turn.records
+    assert read == written, f"{read} records read, {written} written"
     turn.bytes = turn.records * 100
     return rates(turn), None
 
 
 def end_to_end(contender: Contender, topic: str, size: Size) -> tuple[Metrics, int | None]:
-    """A consumer waits for each record; acknowledgements alone just before, to compare with."""
-    value = os.urandom(100)
-    acknowledged = quantiles(contender.sequential(topic, value, size.calls))["p50_ms"]
-    return acknowledged_and_read(contender, topic, value, acknowledged, size), size.calls
-
-
-def acknowledged_and_read(
-    contender: Contender, topic: str, value: bytes, acknowledged: float, size: Size
-) -> Metrics:
-    """The second half of :func:`end_to_end`, on a topic of its own, which no consumer has to catch up
-    with."""
-    own = f"{topic}-read"
+    """A consumer waits for each record; then acknowledgements alone, on a topic of their own, to compare."""
+    value, own = os.urandom(100), f"{topic}-read"
     contender.create(own, 1)
     try:
         found = quantiles(contender.end_to_end(own, value, size.calls))
     finally:
         contender.delete(own)
-    return {**found, "ratio_to_ack": found["p50_ms"] / acknowledged}
+    acknowledged = quantiles(contender.sequential(topic, value, size.calls))["p50_ms"]
+    return {**found, "ratio_to_ack": found["p50_ms"] / acknowledged}, size.calls
 
 
 def quantiles(times: list[float]) -> Metrics:

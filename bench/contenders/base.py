@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Self
 
 REPLICAS: Final = 3
 UNCOUNTED: Final = 20
@@ -43,6 +43,8 @@ class Turn:
     def __init__(self, pids: Sequence[int]) -> None:
         self._pids = pids
         self.records = 0
+        self.untimed = 0
+        """Records read before the clock started."""
         self.bytes = 0
         """Of values."""
         self.seconds = 0.0
@@ -57,6 +59,20 @@ class Turn:
         self.seconds = time.perf_counter() - begin
         self.client_cpu_s = time.process_time() - client
         self.server_cpu_s = cpu_seconds(self._pids) - servers
+
+    def read(self, count: int, poll: Callable[[], int]) -> Self:
+        """Read ``count`` records. The clock starts when the first have come: connecting is not measured.
+
+        Args:
+            count: how many there are.
+            poll: reads some; how many.
+        """
+        while self.untimed == 0:
+            self.untimed = poll()
+        with self.timed():
+            while self.untimed + self.records < count:
+                self.records += poll()
+        return self
 
     def add(self, values: Sequence[bytes]) -> None:
         """Count records."""

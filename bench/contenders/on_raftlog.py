@@ -134,22 +134,21 @@ class Raftlog(Contender):
         return found
 
     def consume(self, topic: str, count: int) -> Turn:
-        turn = self.turn()
-        with self.log.consumer(topic) as consumer, turn.timed():
-            while turn.records < count:
-                turn.records += len(consumer.poll(timeout=TIMEOUT_S, max_records=POLL_RECORDS))
-        return turn
+        with self.log.consumer(topic) as consumer:
+            return self.turn().read(
+                count, lambda: len(consumer.poll(timeout=TIMEOUT_S, max_records=POLL_RECORDS))
+            )
 
     def consume_columns(self, topic: str, count: int) -> Turn:
-        turn = self.turn()
         with self.log.consumer(topic) as consumer:
             poll = getattr(consumer, "poll_arrow", None)
-            if poll is None or find_spec("pyarrow") is None:
+            if poll is None:
+                raise NotOffered("this release has no poll_arrow")
+            if find_spec("pyarrow") is None:
                 raise NotOffered("pyarrow is not installed")
-            with turn.timed():
-                while turn.records < count:
-                    turn.records += poll(timeout=TIMEOUT_S, max_records=COLUMN_RECORDS).num_rows
-        return turn
+            return self.turn().read(
+                count, lambda: int(poll(timeout=TIMEOUT_S, max_records=COLUMN_RECORDS).num_rows)
+            )
 
     def end_to_end(self, topic: str, value: bytes, count: int) -> list[float]:
         with self.log.producer(**AT_ONCE) as producer, self.log.consumer(topic) as consumer:

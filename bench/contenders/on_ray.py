@@ -104,10 +104,12 @@ class RayQueue(Contender):
 
     def consume(self, topic: str, count: int) -> Turn:
         turn = self.turn()
-        with turn.timed():
-            while turn.records < count:
-                turn.records += len(self._queue.get_nowait_batch(min(CHUNK_GOT, count - turn.records)))
-        return turn
+
+        def poll() -> int:
+            left = count - turn.untimed - turn.records
+            return len(self._queue.get_nowait_batch(min(CHUNK_GOT, left)))
+
+        return turn.read(count, poll)
 
     def end_to_end(self, topic: str, value: bytes, count: int) -> list[float]:
         def once() -> None:
