@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import AsyncIterator, Generator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Mapping, Sequence, Sized
 from contextlib import closing
 from datetime import datetime
 from functools import partial
+from operator import attrgetter
 from types import TracebackType
-from typing import Literal, Self
+from typing import TYPE_CHECKING, Literal, Self, TypeVar
 
 from raftlog.client.cluster import ClusterClient
-from raftlog.client.consumer import ConsumerCore
+from raftlog.client.consumer import ARROW_RECORDS, ConsumerCore, begins_of
 from raftlog.client.group import Seat
 from raftlog.client.handle import Deadline, Handle, OneUser, wait_until
 from raftlog.client.offsets import LOOKUP_TIMEOUT_S, Offset, Place
@@ -20,6 +21,11 @@ from raftlog.client.sharing import Callback, Step
 from raftlog.config import ConsumerConfig
 from raftlog.errors import Closed, ConcurrentUse
 from raftlog.record.types import Record, TopicPartition
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+T = TypeVar("T", bound=Sized)
 
 
 class Consumer(Handle):
@@ -36,20 +42,34 @@ class Consumer(Handle):
     async def poll(self, timeout: float = 1.0, max_records: int | None = None) -> list[Record]:
         """As :meth:`raftlog.Consumer.poll`."""
         records_max = self._core.config.max_poll_records if max_records is None else max_records
+        return await self._poll(timeout, records_max, self._core.take, begins_of)
+
+    async def poll_arrow(self, timeout: float = 1.0, max_records: int = ARROW_RECORDS) -> pa.Table:
+        """As :meth:`raftlog.Consumer.poll_arrow`."""
+        pieces = await self._poll(timeout, max_records, self._core.take_columns, attrgetter("begins"))
+        return pieces.table()
+
+    async def _poll(
+        self,
+        timeout: float,
+        records_max: int,
+        take: Callable[[int], T],
+        begins: Callable[[T], Mapping[TopicPartition, int]],
+    ) -> T:
         deadline = Deadline(timeout, self._clock)
         core = await self._started()
         with self._use:
             while True:
                 seen = core.arrivals
                 await self._rebalance(core)
-                records = core.take(records_max)
-                if records and core.config.enable_auto_commit:
-                    await core.in_group.save_before(records)
-                if records:
-                    return records
+                taken = take(records_max)
+                if taken and core.config.enable_auto_commit:
+                    await core.in_group.save_before(partial(begins, taken))
+                if taken:
+                    return taken
                 if deadline.over():
                     await asyncio.sleep(0)  # who polls in a loop must not keep everything else from running
-                    return records
+                    return taken
                 await wait_until(partial(core.when_arrived, seen), deadline.left())
 
     async def _rebalance(self, core: ConsumerCore) -> None:

@@ -10,27 +10,25 @@ Control batches, and what aborted transactions wrote, are never decoded: the pos
 from __future__ import annotations
 
 import struct
-from bisect import bisect_left
 from collections import deque
-from collections.abc import Iterator
-from operator import attrgetter
+from collections.abc import Callable, Iterator, Sequence
 from threading import Lock
-from typing import Final
+from typing import Any, Final, TypeAlias
 
 from raftlog.client.metadata import PartitionView
 from raftlog.client.offsets import UNKNOWN_TERM
 from raftlog.errors import CorruptFrame
 from raftlog.record.batch import BatchHeader
-from raftlog.record.codec import decode_batch
 from raftlog.record.frame import FRAME_HEADER_BYTES, FrameHeader, FrameKind, iter_frames
-from raftlog.record.types import Record, TopicPartition
+from raftlog.record.types import TopicPartition
 
 _LENGTH_KIND_TERM: Final = struct.Struct(">I8xBxQ")
 _BATCH: Final = int(FrameKind.BATCH)
 COMMITTED: Final = -3
 """To look up: the offset that the consumer's group committed. (The other numbers are those of the rpc.)"""
-_offset: Final = attrgetter("offset")
 
+Decoder: TypeAlias = Callable[..., Sequence[Any]]
+"""(batch, topic, partition, check=False) -> its records, of any kind that has a length and can be sliced."""
 Aborted = list[tuple[int, int, int]]
 """(producer id, first offset, offset of the marker): batches of that producer in between are hidden."""
 
@@ -39,6 +37,8 @@ class AssignedPartition:
     """One partition of a consumer's assignment."""
 
     __slots__ = (
+        "_batch",
+        "_decode",
         "_decoded_term",
         "_term_before",
         "buffered",
@@ -51,6 +51,7 @@ class AssignedPartition:
         "failures",
         "fetch_offset",
         "fetching",
+        "first",
         "frames",
         "last_term",
         "limit",
@@ -94,9 +95,15 @@ class AssignedPartition:
         # the consumer's
         self.frames: tuple[memoryview, Aborted, Iterator[tuple[FrameHeader, int]]] | None = None
         """The chunk that is being decoded, frame by frame."""
-        self.decoded: list[Record] = []
+        self.decoded: Sequence[Any] = ()
+        """What the decoder made of one batch: its records, in a list or as columns."""
+        self.first = 0
+        """Offset of the first of them; the others follow without gaps."""
         self.cursor = 0
         """Index in ``decoded`` of the next record to hand out."""
+        self._batch: memoryview | None = None
+        """What ``decoded`` was made of."""
+        self._decode: Decoder | None = None
         self._decoded_term = UNKNOWN_TERM
         """Of ``decoded``."""
         self._term_before = UNKNOWN_TERM
@@ -117,7 +124,8 @@ class AssignedPartition:
         self.chunks.clear()
         self.buffered = 0
         self.frames = None
-        self.decoded = []
+        self._batch = None
+        self.decoded = ()
         self.cursor = 0
         self.claimed = 0
         self._term_before = last_term
@@ -132,16 +140,33 @@ class AssignedPartition:
         if self.paused:
             return 0
         end = len(self.decoded)
-        if self.limit is not None and end and self.decoded[-1].offset >= self.limit:
-            end = bisect_left(self.decoded, self.limit, key=_offset)
+        if self.limit is not None:
+            end = min(end, self.limit - self.first)
         return max(end - self.cursor, 0)
 
-    def decode_next(self, lock: Lock) -> bool:
+    def move(self, end: int) -> None:
+        """What was decoded is handed out up to this index."""
+        self.cursor = end
+        self.position = self.first + end
+
+    def present(self, decode: Decoder) -> bool:
+        """Have what is left of ``decoded`` in the form of this decoder; False when nothing is left."""
+        if self.cursor >= len(self.decoded):
+            return False
+        if decode is not self._decode:
+            assert self._batch is not None, "what is decoded was a batch"
+            base = BatchHeader.parse(self._batch).base_offset
+            decoded = decode(self._batch, self.name.topic, self.name.partition, check=False)
+            self.decoded, self._decode = decoded[self.first - base :], decode
+        return True
+
+    def decode_next(self, lock: Lock, decode: Decoder) -> bool:
         """Decode the next batch that holds anything to hand out from ``position`` on; False when no chunk is
         left. The position moves over batches that hold nothing.
 
         Args:
             lock: the consumer's; held only to take a chunk.
+            decode: makes records of a batch.
 
         Raises:
             CorruptFrame, CorruptBatch: what was fetched does not check.
@@ -164,24 +189,25 @@ class AssignedPartition:
                 if parsed.next_offset <= position:
                     continue
                 if parsed.is_control or (aborted and is_hidden(parsed, aborted)):
-                    self._move_to([], header.term)
+                    self._move_to((), header.term)
+                    self._batch = None
                     self.position = parsed.next_offset
                     continue
                 # the frame's crc has just covered the same bytes
-                records = decode_batch(batch, self.name.topic, self.name.partition, check=False)
-                if records[0].offset < position:
-                    records = [record for record in records if record.offset >= position]
-                if records:
-                    self._move_to(records, header.term)
-                    return True
+                decoded = decode(batch, self.name.topic, self.name.partition, check=False)
+                skipped = max(position - parsed.base_offset, 0)
+                self._move_to(decoded[skipped:] if skipped else decoded, header.term)
+                self.first = parsed.base_offset + skipped
+                self._batch, self._decode = batch, decode
+                return True
             self.frames = None
 
-    def _move_to(self, records: list[Record], term: int) -> None:
+    def _move_to(self, decoded: Sequence[Any], term: int) -> None:
         """Go on with what follows the records decoded before, all of which were handed out; none: behind
         that."""
-        self._term_before = self.position_term if records else term
+        self._term_before = self.position_term if len(decoded) else term
         self._decoded_term = term
-        self.decoded, self.cursor = records, 0
+        self.decoded, self.cursor = decoded, 0
 
 
 def is_hidden(batch: BatchHeader, aborted: Aborted) -> bool:

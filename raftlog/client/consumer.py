@@ -11,15 +11,16 @@ counts. In a group partitions come and go, see ``sharing``.
 from __future__ import annotations
 
 import asyncio
+import importlib
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from functools import partial
 from threading import Lock
-from typing import Any
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
-from raftlog.client.assigned import COMMITTED, AssignedPartition
+from raftlog.client.assigned import COMMITTED, AssignedPartition, Decoder
 from raftlog.client.cluster import ClusterClient, partition_of
 from raftlog.client.fetcher import Fetcher
 from raftlog.client.group import Membership
@@ -38,9 +39,18 @@ from raftlog.errors import (
     UnknownTopic,
 )
 from raftlog.net.rpc import OFFSET_EARLIEST, OFFSET_LATEST
+from raftlog.record.codec import decode_batch
 from raftlog.record.types import Record, TopicPartition
 
+if TYPE_CHECKING:
+    from raftlog.client.columns import Pieces
+
 log = logging.getLogger("raftlog.client")
+
+ARROW_RECORDS: Final = 100_000
+"""Rows of a table at most, unless the caller says otherwise."""
+HandOut: TypeAlias = Callable[[AssignedPartition, int], bool]
+"""Moves what is decoded of a partition up to an index to the caller; False: no more of anything now."""
 
 
 class ConsumerCore:
@@ -206,25 +216,45 @@ class ConsumerCore:
                 after everything before it was handed out; the position stays.
             Closed: the consumer was closed.
         """
+        taken: list[Record] = []
+        self._gather(records_max, decode_batch, partial(self._hand_out, taken))
+        return taken
+
+    def take_columns(self, records_max: int) -> Pieces:
+        """The same as columns.
+
+        Raises:
+            ConfigError: pyarrow is not there, or the consumer has a deserializer.
+            And as :meth:`take`.
+        """
+        columns = importlib.import_module("raftlog.client.columns")  # loads pyarrow
+        if self._deserializer is not None:
+            raise ConfigError("columns hold values as bytes: this consumer has a value_deserializer")
+        pieces: Pieces = columns.Pieces()
+        self._current = None
+        self._gather(records_max, columns.decode, pieces.hand_out)
+        return pieces
+
+    def _gather(self, records_max: int, decode: Decoder, hand_out: HandOut) -> None:
         if self.closed:
             raise Closed("the consumer is closed")
-        taken: list[Record] = []
+        left = records_max
         for _ in range(len(self._turns)):
             each = self._turns[0]
             self._turns.rotate(-1)
-            while len(taken) < records_max and self._fill(each, quiet=bool(taken)):
-                end = each.cursor + min(each.available(), records_max - len(taken))
-                if not self._hand_out(each, end, taken):
-                    return taken
-            if len(taken) >= records_max:
-                break
-        return taken
+            while left > 0 and self._fill(each, decode, quiet=left < records_max):
+                end = each.cursor + min(each.available(), left)
+                left -= end - each.cursor
+                if not hand_out(each, end):
+                    return
+            if left <= 0:
+                return
 
     def pop(self) -> Record | None:
         """The next record if one is there, as :meth:`take` of one: the fast way to iterate."""
         each = self._current
         if each is not None and each.cursor < len(each.decoded):
-            record = each.decoded[each.cursor]
+            record: Record = each.decoded[each.cursor]
             if each.limit is None or record.offset < each.limit:
                 made = record if self._deserializer is None else self._deserialized(record)
                 each.cursor += 1
@@ -234,15 +264,13 @@ class ConsumerCore:
         self._current = self._turns[-1] if taken else None
         return taken[0] if taken else None
 
-    def _fill(self, each: AssignedPartition, *, quiet: bool) -> bool:
+    def _fill(self, each: AssignedPartition, decode: Decoder, *, quiet: bool) -> bool:
         """Have decoded records of this partition at hand, if there are any; with ``quiet``, errors wait."""
         if each.paused or (each.limit is not None and (each.position or 0) >= each.limit):
             return False
-        if each.cursor < len(each.decoded):
-            return True
         before = each.buffered
         try:
-            found = each.decode_next(self._lock)
+            found = each.present(decode) or each.decode_next(self._lock, decode)
         except RaftlogError as error:
             with self._lock:
                 each.jump(each.position, each.reset, last_term=each.position_term)
@@ -273,13 +301,12 @@ class ConsumerCore:
         self.jump(each, each.position, each.reset, last_term=each.position_term)
         raise error.with_traceback(None)
 
-    def _hand_out(self, each: AssignedPartition, end: int, taken: list[Record]) -> bool:
+    def _hand_out(self, taken: list[Record], each: AssignedPartition, end: int) -> bool:
         """Move decoded records up to ``end`` into ``taken``; False when one does not deserialise and others
         go first."""
         if self._deserializer is None:
             taken += each.decoded[each.cursor : end]
-            each.cursor = end
-            each.position = each.decoded[end - 1].offset + 1
+            each.move(end)
             return True
         while each.cursor < end:
             record = each.decoded[each.cursor]
@@ -290,8 +317,7 @@ class ConsumerCore:
                     return False
                 raise
             taken.append(made)
-            each.cursor += 1
-            each.position = record.offset + 1
+            each.move(each.cursor + 1)
         return True
 
     def _deserialized(self, record: Record) -> Record:
@@ -434,6 +460,11 @@ class ConsumerCore:
             each.jump(offset, reset, last_term=last_term)
         self._current = None
         self._fetcher.wake()
+
+
+def begins_of(records: Sequence[Record]) -> dict[TopicPartition, int]:
+    """The first offset of each partition."""
+    return {TopicPartition(each.topic, each.partition): each.offset for each in reversed(records)}
 
 
 def _settle(future: asyncio.Future[None]) -> None:

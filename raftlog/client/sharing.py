@@ -190,15 +190,17 @@ class Sharing:
 
     # -- committing before handing out -----------------------------------------------------------------------
 
-    async def save_before(self, records: Sequence[Record]) -> None:
-        """Commit the positions behind ``records``, which are about to be handed out. If that fails they are
-        not, and come again."""
+    async def save_before(self, begins: Callable[[], Mapping[TopicPartition, int]]) -> None:
+        """Commit the positions behind records that are about to be handed out. If that fails they are not,
+        and come again.
+
+        Args:
+            begins: tells the first offset of them in each partition.
+        """
         try:
             await self.save(self._core.partitions.values())
         except BaseException:  # also where the caller is interrupted
-            for name, offset in {
-                TopicPartition(each.topic, each.partition): each.offset for each in reversed(records)
-            }.items():
+            for name, offset in begins().items():
                 self._core.seek(name, offset)
             raise
 
@@ -212,7 +214,7 @@ class Sharing:
 
     async def _claim(self, each: AssignedPartition, record: Record) -> None:
         ahead = each.available()
-        end = (each.decoded[each.cursor + ahead - 1] if ahead else record).offset + 1
+        end = each.first + each.cursor + ahead if ahead else record.offset + 1
         try:
             await self.member.commit([row_of(each.view, end)], timeout=LOOKUP_TIMEOUT_S)
         except BaseException:  # also an interrupt: the record is not handed out
