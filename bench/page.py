@@ -13,8 +13,8 @@ from typing import Any, Final
 
 from aims import judge
 from contenders.listing import KINDS
-from scale import SOLO
-from store import Results
+from scale import FIGURES, SOLO
+from store import Results, script
 from works import WORKS, Work
 
 PAGE: Final = Path(__file__).parents[1] / "docs" / "PERFORMANCE.md"
@@ -142,11 +142,9 @@ def solo_table(results: Results) -> str:
     """What raftlog does alone."""
     rows = []
     for work in SOLO:
-        for key, one in results.get(work.name, {"contenders": {"raftlog": {}}})["contenders"][
-            "raftlog"
-        ].items():
-            rows.append([work.name, key, number(one["median"])])
-    return markdown(["work", "figure", ""], rows) if rows else "Not measured."
+        figures = results.get(work.name, {"contenders": {"raftlog": {}}})["contenders"]["raftlog"]
+        rows += [[FIGURES[key], number(one["median"])] for key, one in figures.items()]
+    return markdown(["", ""], rows) if rows else "Not measured."
 
 
 def aims_table(results: Results) -> str:
@@ -189,14 +187,44 @@ def machine_text(results: Results) -> str:
     return f"{text}\n\nShare of a core that all servers of a system take while nobody asks: {shares}."
 
 
+def transactions_table(_results: Results) -> str:
+    """Of ``transactions.py``."""
+    found = script("transactions")
+    if found is None:
+        return "Not measured."
+    rows = [
+        [name, number(one["records_per_second"]["median"]), number(one["ratio_to_plain"]["median"])]
+        for name, one in found["contenders"].items()
+    ]
+    return markdown(["", "records/s", "of plain"], rows)
+
+
+def failover_table(_results: Results) -> str:
+    """Of ``failover.py``."""
+    found = script("failover")
+    if found is None:
+        return "Not measured."
+    keys = ("kills", "p50_ms", "max_ms", "silence_p50_ms", "back_p50_s")
+    rows = [[name, *(number(one[key]) for key in keys)] for name, one in found["failover"].items()]
+    counts = found["records"]
+    table = markdown(["kills by", "number", "p50 ms", "max ms", "silence p50 ms", "broker back p50 s"], rows)
+    return (
+        f"{table}\n\n{counts['acknowledged']:,} records acknowledged, {counts['failed']:,} failed, "
+        f"{counts['read']:,} read back: {counts['lost']} lost, {counts['doubled']} doubled, "
+        f"{counts['moved']} moved."
+    )
+
+
 PARTS: Final[dict[str, Callable[[Results], str]]] = {
     **{group: group_table(group) for group in AXES},
     "aims": aims_table,
     "contenders": contenders_table,
     "cost": cost_table,
+    "failover": failover_table,
     "machine": machine_text,
     "p99": tails,
     "scale": solo_table,
+    "transactions": transactions_table,
 }
 
 

@@ -221,6 +221,26 @@ async def run_broker(path: Path) -> None:
     await asyncio.Event().wait()
 
 
+FIGURES: Final = {
+    "ack_p50_ms": "acknowledgement p50 of one partition, ms",
+    "ack_64_at_once_p50_ms": "of 64 records sent at once to 64 partitions, ms",
+    "ack_64_in_one_p50_ms": "of 64 records sent at once to one partition, ms",
+    "create_s": "a topic of 1,000 partitions is made and ready, s",
+    "idle_cores": "share of a core of the busiest broker, 1,000 partitions never written",
+    "kb_per_replica": "memory, KB a replica of the largest broker, never written",
+    "ack_p50_again_ms": "acknowledgement p50 of one partition with 1,000 others open, ms",
+    "ack_open_same_p50_ms": "of one of the 1,000, ms",
+    "ack_open_next_p50_ms": "of 1,000 partitions, each record to the next one, ms",
+    "written_idle_cores": "share of a core of the busiest broker, 1,000 partitions written and left alone",
+    "written_kb_per_replica": "memory, KB a replica of the largest broker, written",
+    "gigabytes": "broker start: GB on the broker",
+    "replicas": "broker start: replicas",
+    "imported_s": "broker start: Python has imported what it needs, s",
+    "recovered_s": "broker start: the journal and all segments are looked through, s",
+    "votes_s": "broker start: every replica can be asked for its vote, s",
+}
+"""Metrics of these works, for the page."""
+
 SOLO: Final = (SoloWork("many-partitions", many_partitions), SoloWork("broker-start", broker_start))
 
 if __name__ == "__main__":

@@ -29,8 +29,15 @@ def facts(rounds: int) -> dict[str, Any]:
 
 
 def read(path: Path = RESULTS) -> Results:
-    """All sections, and those of the benchmarks that are scripts of their own; empty where there are none."""
+    """All sections; empty where there are none."""
     found: Results = json.loads(path.read_text())["works"] if path.exists() else {}
+    return found
+
+
+def script(name: str) -> dict[str, Any] | None:
+    """What a benchmark that is a script of its own has left; None: nothing."""
+    path = FOLDER / f"{name}.json"
+    found: dict[str, Any] | None = json.loads(path.read_text()) if path.exists() else None
     return found
 
 
