@@ -228,7 +228,7 @@ def write_topic(
     semantics: Literal["exactly-once", "at-least-once"] = "exactly-once",
     commit: Commit | None = None,
     compression: Literal["none", "lz4", "zstd"] = "lz4",
-    transaction_timeout_ms: int = 15 * 60_000,
+    transaction_timeout_ms: int | None = None,
     log: Log | None = None,
 ) -> None:
     """Run a Dataset and write its rows to a topic, each as a record; all of them or, if this raises, none.
@@ -247,7 +247,9 @@ def write_topic(
         commit: (group, offsets): commit these offsets of a group without members with it, in the same
             transaction; at least once: afterwards.
         compression: of the batches.
-        transaction_timeout_ms: sending may take so long, at most 15 minutes.
+        transaction_timeout_ms: sending may take so long, at most 15 minutes; None: by the size, a minute and
+            another for each 240 MB. Should this process die meanwhile, readers of the topic wait for so long,
+            or until the group is written for again.
         log: the cluster; None: the one that :func:`connect` finds.
 
     Raises:

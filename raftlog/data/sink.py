@@ -21,18 +21,17 @@ Why it is exactly once:
   records were read from is looked at after that. So of two drivers that have read the same, only one commits.
 
 A transaction is open while the batches are sent, not while they are made: readers of the topic wait for
-nobody's computation. Sending may take 15 minutes (brokers allow no more). The batches wait in Ray's object
+nobody's computation. Sending may take 15 minutes, for brokers allow no more. The batches wait in Ray's object
 store, which moves to disk what does not fit.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-import hashlib
-import os
-import threading
-import uuid
+import logging
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
@@ -44,10 +43,20 @@ from ray.data.datasource import Datasink
 from raftlog.client import attach
 from raftlog.client.group_admin import Memberless
 from raftlog.client.offsets import LOOKUP_TIMEOUT_S
+from raftlog.client.retry import retry
 from raftlog.config import validate_topic_name
 from raftlog.data.encoding import ANY_PARTITION, Layout, encode, encode_table
+from raftlog.data.groups import committed_offsets, id_of_our_own, transactional_id
 from raftlog.data.spans import Offsets
-from raftlog.errors import CommitInDoubt, ConfigError, InvalidTopic, RaftlogError, StaleOffsets
+from raftlog.errors import (
+    CommitInDoubt,
+    ConfigError,
+    InvalidTopic,
+    RaftlogError,
+    StaleOffsets,
+    UnstableOffsets,
+)
+from raftlog.net.rpc_transactions import OpenTransactionsRequest
 from raftlog.record.types import TopicPartition
 
 if TYPE_CHECKING:
@@ -55,17 +64,24 @@ if TYPE_CHECKING:
 
     from raftlog.client.cluster import Bootstrap
     from raftlog.client.log import Log
-    from raftlog.client.metadata import TopicView
+    from raftlog.client.metadata import PartitionView, TopicView
     from raftlog.client.sync_producer import Producer
+    from raftlog.client.window import Identity
+
+logger = logging.getLogger("raftlog.data")
 
 Commit: TypeAlias = tuple[str, Mapping[Any, int]]
 """A group, and the offsets it has processed."""
 
-TRANSACTION_TIMEOUT_MS: Final = 15 * 60_000
+TIMEOUT_MS_MIN: Final = 60_000
+TIMEOUT_MS_MAX: Final = 15 * 60_000
+"""Brokers allow no more."""
+SLOWEST_BYTES_PER_MS: Final = 4_000
+"""What a transaction is given time for."""
 DEFAULT_MESSAGE_BYTES_MAX: Final = 8 * 1024 * 1024
+SEEN_TIMEOUT_S: Final = 30.0
 FETCHED_AHEAD: Final = 3
 """Blocks on their way from other nodes while one is sent."""
-_ID_LENGTH_MAX: Final = 249
 
 
 def write_topic(
@@ -78,7 +94,7 @@ def write_topic(
     semantics: Literal["exactly-once", "at-least-once"] = "exactly-once",
     commit: Commit | None = None,
     compression: str = "lz4",
-    transaction_timeout_ms: int = TRANSACTION_TIMEOUT_MS,
+    transaction_timeout_ms: int | None = None,
     log: Log | None = None,
 ) -> None:
     """See :func:`raftlog.write_topic`."""
@@ -93,9 +109,9 @@ def write_topic(
         if commit is not None:
             log.commit_offsets(*commit)
     elif semantics == "exactly-once":
-        blocks = _encoded(ds, layout)
+        blocks, size = _encoded(ds, layout)
         if blocks or commit is not None:
-            _send_all(log, layout, blocks, commit, transaction_timeout_ms)
+            _send_all(log, layout, blocks, commit, transaction_timeout_ms or timeout_for(size))
     else:
         raise ConfigError(
             f"semantics={semantics!r}: a Dataset is written 'exactly-once' or 'at-least-once', for Ray may "
@@ -119,26 +135,44 @@ def _layout(
 # -- the transaction -----------------------------------------------------------------------------------------
 
 
-def _encoded(ds: ray.data.Dataset, layout: Layout) -> list[Any]:
-    """References to what the tasks have made of the Dataset, in its order."""
+def _encoded(ds: ray.data.Dataset, layout: Layout) -> tuple[list[Any], int]:
+    """References to what the tasks have made of the Dataset, in its order, and how many bytes that are."""
     encoding = ds.map_batches(
         partial(encode_table, layout=layout), batch_size=None, batch_format="pyarrow", zero_copy_batch=True
     )
-    options = encoding.context.execution_options
-    before, options.preserve_order = options.preserve_order, True
+    with (
+        _set(encoding.context.execution_options, "preserve_order", True),
+        _set(encoding.context, "raise_original_map_exception", True),
+        _ours_out(),
+    ):
+        made = encoding.materialize()
+    bundles = list(made.iter_internal_ref_bundles())
+    refs = [ref for bundle in bundles for ref in bundle.block_refs]
+    return refs, sum(bundle.size_bytes() for bundle in bundles)
+
+
+def timeout_for(size: int) -> int:
+    """How long a transaction of so many bytes may be open, in ms: should this process die, readers wait so
+    long."""
+    return min(TIMEOUT_MS_MIN + size // SLOWEST_BYTES_PER_MS, TIMEOUT_MS_MAX)
+
+
+@contextlib.contextmanager
+def _set(options: Any, name: str, value: bool) -> Iterator[None]:
+    """An option of Ray's, for a while."""
+    before = getattr(options, name)
+    setattr(options, name, value)
     try:
-        with _ours_out():
-            made = encoding.materialize()
+        yield
     finally:
-        options.preserve_order = before
-    return [ref for bundle in made.iter_internal_ref_bundles() for ref in bundle.block_refs]
+        setattr(options, name, before)
 
 
 def _send_all(
     log: Log, layout: Layout, blocks: list[Any], commit: Commit | None, transaction_timeout_ms: int
 ) -> None:
     with (
-        _transactional_id(None if commit is None else commit[0]) as name,
+        id_of_our_own() if commit is None else nullcontext(transactional_id(commit[0])) as name,
         log.producer(transactional_id=name, transaction_timeout_ms=transaction_timeout_ms) as producer,
     ):
         if commit is not None:
@@ -146,12 +180,14 @@ def _send_all(
         txn = producer.transaction()
         try:
             with txn:
+                identity = producer._manager._identity
                 for block in _fetched(blocks):
                     _send_block(producer, layout.topic, block)
                 if commit is not None:
                     _stage(log, producer, *commit)
         except CommitInDoubt:
             txn.commit()  # once more: the coordinator answers the second time as it would have the first
+        _wait_until_seen(log, layout.topic, identity)
 
 
 def _fetched(blocks: list[Any]) -> Iterator[pa.Table]:
@@ -181,11 +217,35 @@ def _stage(log: Log, producer: Producer, group: str, offsets: Mapping[Any, int])
     runtime.io.call(producer._manager.send_offsets(Memberless(runtime.cluster, group), positions))
 
 
+def _wait_until_seen(log: Log, topic: str, identity: Identity) -> None:
+    """Wait until readers of the topic see what was committed: whoever writes and then reads expects that."""
+    cluster = log._connected().cluster
+
+    async def ended(view: PartitionView) -> None:
+        request = OpenTransactionsRequest(view.topic_id, view.index)
+
+        async def look() -> None:
+            answer, _ = await cluster.call_leader(view, request, timeout=SEEN_TIMEOUT_S)
+            if any((row.producer_id, row.epoch) == identity for row in answer.open):
+                raise UnstableOffsets(f"{view} was not told of the commit yet")
+
+        deadline = asyncio.get_running_loop().time() + SEEN_TIMEOUT_S
+        await retry(look, random=cluster.seams.random, deadline=deadline)
+
+    async def all_ended() -> None:
+        views = (await cluster.topic(topic, timeout=SEEN_TIMEOUT_S)).partitions
+        await asyncio.gather(*(ended(view) for view in views))
+
+    try:
+        log._connected().io.call(all_ended())
+    except RaftlogError as error:
+        logger.info("what was written to %r is committed, and not seen everywhere yet: %s", topic, error)
+
+
 def check_unmoved(log: Log, group: str, offsets: Mapping[Any, int]) -> None:
     """Raise StaleOffsets unless the group is where these records were read from, or has never been
     anywhere."""
-    runtime = log._connected()
-    committed = runtime.io.call(runtime.groups.committed(group, list(offsets), LOOKUP_TIMEOUT_S))
+    committed = committed_offsets(log, group, list(offsets))
     starts = offsets.starts if isinstance(offsets, Offsets) else {}
     for name, end in offsets.items():
         position = committed.get(name)
@@ -206,39 +266,6 @@ def _check_commit(commit: Commit) -> Commit:
     if isinstance(offsets, Offsets):
         return group, offsets
     return group, {TopicPartition(*place): offset for place, offset in offsets.items()}
-
-
-# -- transactional ids ---------------------------------------------------------------------------------------
-
-_free: list[str] = []
-_free_lock = threading.Lock()
-
-
-@contextlib.contextmanager
-def _transactional_id(group: str | None) -> Iterator[str]:
-    """One per group; without a group one that nobody else has, and that the next write of this process uses
-    again: coordinators remember each for a week."""
-    if group is not None:
-        name = f"write_topic:{group}"
-        yield name if len(name) <= _ID_LENGTH_MAX else hashlib.sha256(name.encode()).hexdigest()
-        return
-    with _free_lock:
-        name = _free.pop() if _free else f"write_topic-{uuid.uuid4().hex}"
-    try:
-        yield name
-    finally:
-        with _free_lock:
-            _free.append(name)
-
-
-def _after_fork_in_child() -> None:
-    global _free_lock
-    _free_lock = threading.Lock()  # another thread may have held it
-    _free.clear()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 # -- at least once -------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from ray.data.datasource import Datasource, ReadTask
 
 from raftlog.client import attach
 from raftlog.data.reading import SCHEMA, read_span, schema_of
-from raftlog.data.spans import Offsets, Span, Where, cut, offsets_of_spans, resolve, weigh
+from raftlog.data.spans import Offsets, Span, Where, cut, find_spans, offsets_of_spans, weigh
 from raftlog.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def read_topic(
     runtime = log._connected()
     names = [topics] if isinstance(topics, str) else list(topics)
     checked, wanted = check_isolation(isolation), check_columns(columns)
-    spans = runtime.io.call(resolve(runtime.cluster, runtime.groups, names, start, end, group, checked))
+    spans = find_spans(log, names, start, end, group, checked)
     weighed = runtime.io.call(weigh(runtime.cluster, spans, checked))
     return dataset_of(TopicDatasource(log.bootstrap, weighed, wanted, checked), options)
 

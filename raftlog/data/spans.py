@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 from raftlog.client.metadata import PartitionView
 from raftlog.client.offsets import ISOLATIONS, LOOKUP_TIMEOUT_S, OffsetFinder, to_ms
 from raftlog.config import validate_topic_name
+from raftlog.data.groups import committed_offsets
 from raftlog.data.reading import fetch, measure
 from raftlog.errors import ConfigError, OffsetOutOfRange
 from raftlog.net.rpc import OFFSET_EARLIEST, OFFSET_LATEST
@@ -24,7 +25,7 @@ from raftlog.record.types import TopicPartition
 
 if TYPE_CHECKING:
     from raftlog.client.cluster import ClusterClient
-    from raftlog.client.group_admin import GroupAdmin
+    from raftlog.client.log import Log
 
 Where: TypeAlias = Literal["earliest", "latest"] | int | datetime | Mapping[Any, int]
 """A place in every partition: its end, an offset, a time, or an offset for each (topic, partition)."""
@@ -82,14 +83,8 @@ def offsets_of_spans(spans: Sequence[Span]) -> Offsets:
 # -- resolving -----------------------------------------------------------------------------------------------
 
 
-async def resolve(
-    cluster: ClusterClient,
-    groups: GroupAdmin,
-    topics: Sequence[str],
-    start: Where,
-    end: Where,
-    group: str | None,
-    isolation: str,
+def find_spans(
+    log: Log, topics: Sequence[str], start: Where, end: Where, group: str | None, isolation: str
 ) -> list[Span]:
     """One span for each partition of the topics, also where there is nothing to read.
 
@@ -98,28 +93,50 @@ async def resolve(
         start: where to begin; with a group, where it has committed nothing.
         end: where to stop, that is the first offset that is not read.
         group: begin at its committed offsets; waits while a transaction is about to commit some.
+        isolation: as in :func:`resolve`.
+
+    Raises:
+        As :func:`resolve`.
+    """
+    runtime = log._connected()
+    views = runtime.io.call(_partitions_of(runtime.cluster, topics))
+    names = [TopicPartition(view.topic, view.index) for view in views]
+    committed = {} if group is None else committed_offsets(log, group, names)
+    return runtime.io.call(resolve(runtime.cluster, views, start, end, committed, isolation))
+
+
+async def _partitions_of(cluster: ClusterClient, topics: Sequence[str]) -> list[PartitionView]:
+    if not topics:
+        raise ConfigError("there is no topic to read")
+    names = dict.fromkeys(validate_topic_name(name) for name in topics)
+    found = [await cluster.topic(name, timeout=LOOKUP_TIMEOUT_S) for name in names]
+    return [view for topic in found for view in topic.partitions]
+
+
+async def resolve(
+    cluster: ClusterClient,
+    views: Sequence[PartitionView],
+    start: Where,
+    end: Where,
+    committed: Mapping[Any, int],
+    isolation: str,
+) -> list[Span]:
+    """One span for each of the partitions.
+
+    Args:
+        start: where to begin, where nothing was committed.
+        end: where to stop.
+        committed: (topic, partition) -> where to begin.
         isolation: for "read_committed" a partition ends where its first open transaction begins.
 
     Raises:
         OffsetOutOfRange: the partition does not hold these offsets (any more).
         UnknownTopic, UnknownPartition, ConfigError, ConnectionLost, RequestTimeout.
     """
-    if not topics:
-        raise ConfigError("there is no topic to read")
-    found = [
-        await cluster.topic(validate_topic_name(name), timeout=LOOKUP_TIMEOUT_S)
-        for name in dict.fromkeys(topics)
-    ]
-    views = [view for topic in found for view in topic.partitions]
     _check_places(views, start, end)
-    names = [TopicPartition(view.topic, view.index) for view in views]
-    committed = {} if group is None else await groups.committed(group, names, LOOKUP_TIMEOUT_S)
     finder = OffsetFinder(cluster, ISOLATIONS[isolation])
     return await asyncio.gather(
-        *(
-            _resolve_one(finder, view, start, end, committed.get(name))
-            for view, name in zip(views, names, strict=True)
-        )
+        *(_resolve_one(finder, view, start, end, committed.get((view.topic, view.index))) for view in views)
     )
 
 
@@ -143,8 +160,9 @@ async def _resolve_one(
             raise OffsetOutOfRange(
                 f"{view} holds offsets {first} to {last}, not {offset}", start=first, end=last
             )
-    if isinstance(start, int) and isinstance(end, int) and committed is None and start > end:
-        raise ConfigError(f"start={start} is behind end={end}")
+    moments = committed is not None or isinstance(start, datetime) or isinstance(end, datetime)
+    if to_end < from_start and not moments:  # of these, either may come before the other
+        raise ConfigError(f"{view} is to be read from offset {from_start} to {to_end}")
     return Span(view.topic, view.topic_id, view.index, from_start, max(to_end, from_start))
 
 
@@ -195,10 +213,11 @@ def cut(spans: Sequence[Span], parallelism: int) -> list[list[Span]]:
     total = sum(each.size for each in spans)
     share = max(total / max(parallelism, 1), TASK_BYTES_MIN)
     tasks: list[list[Span]] = []
-    open_size = share  # no task to add to yet
+    open_size = 0.0
+    """Of the last task."""
     for span in spans:
         for piece in _pieces(span, share):
-            if open_size + piece.size > share:
+            if not tasks or open_size + piece.size > share:
                 tasks.append([])
                 open_size = 0.0
             tasks[-1].append(piece)

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 import ray.data
 
 from raftlog.client import attach
-from raftlog.client.offsets import LOOKUP_TIMEOUT_S
+from raftlog.data.groups import committed_offsets
 from raftlog.data.sink import check_unmoved
 from raftlog.data.source import Isolation, TopicDatasource, check_columns, check_isolation, dataset_of
-from raftlog.data.spans import Offsets, Span, Where, offsets_of_spans, resolve, weigh
+from raftlog.data.spans import Offsets, Span, Where, find_spans, offsets_of_spans, weigh
 from raftlog.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -85,10 +85,7 @@ class DatasetStream(Iterator[ray.data.Dataset]):
         given, self._given = self._given, None
         if given is None:
             return
-        committed = self._runtime.io.call(
-            self._runtime.groups.committed(self._group, list(given), LOOKUP_TIMEOUT_S)
-        )
-        if committed != dict(given):
+        if committed_offsets(self._log, self._group, list(given)) != given:
             check_unmoved(self._log, self._group, given)
             self._log.commit_offsets(self._group, given)
 
@@ -113,17 +110,16 @@ class DatasetStream(Iterator[ray.data.Dataset]):
         return None
 
     def _resolve(self, start: Where, group: str | None = None) -> list[Span]:
-        runtime = self._runtime
-        return runtime.io.call(
-            resolve(runtime.cluster, runtime.groups, self._topics, start, "latest", group, self._isolation)
-        )
+        return find_spans(self._log, self._topics, start, "latest", group, self._isolation)
 
     def _due(self) -> list[Span]:
         """All that is there now and was not handed out."""
         spans = self._resolve(self._positions)
         if self._last is None:
             return spans
-        return [replace(each, end=max(min(each.end, self._last[each.name]), each.start)) for each in spans]
+        return [
+            replace(each, end=max(min(each.end, self._last.get(each.name, 0)), each.start)) for each in spans
+        ]
 
 
 def limited(spans: Sequence[Span], rows_max: int, bytes_max: int) -> list[Span]:
