@@ -12,7 +12,8 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, Final
 
 from raftlog import aio
@@ -127,7 +128,15 @@ class Pipeline:
             self._consumers[name] = consumer
 
         taker = Taker(
-            group, IN, self.profile, self.history, self.random, self.counts, joined=joined, failed=self._count
+            group,
+            IN,
+            self.profile,
+            self.history,
+            self.random,
+            self.counts,
+            joined=joined,
+            failed=self._count,
+            committing=self._is_committing,
         )
         await taker.work(self.log(node))
 
@@ -215,10 +224,9 @@ class Pipeline:
         producer_id = transaction._producer._manager._identity.producer_id
         for attempt in range(COMMITS_MAX):
             story.outcome = Outcome.UNKNOWN
-            node = self._this_node()
-            self.committing.add(node)
             try:
-                await transaction.commit(self.random.choice([0.5, 5.0, 20.0]))
+                with self._is_committing():
+                    await transaction.commit(self.random.choice([0.5, 5.0, 20.0]))
             except CommitInDoubt:
                 self.counts["commits in doubt"] += 1
                 if attempt == COMMITS_MAX - 1:
@@ -232,14 +240,17 @@ class Pipeline:
                 if transaction._producer._manager._identity.producer_id != producer_id:
                     self.counts["epochs used up"] += 1
                 return
-            finally:
-                self.committing.discard(node)
 
-    @staticmethod
-    def _this_node() -> str:
+    @contextmanager
+    def _is_committing(self) -> Iterator[None]:
+        """A client waits for the answer to a commit in this block."""
         node = current_node.get()
         assert node is not None, "clients run on nodes of their own"
-        return node.name
+        self.committing.add(node.name)
+        try:
+            yield
+        finally:
+            self.committing.discard(node.name)
 
     async def _give_up(self, transaction: Transaction, story: Story, error: RaftlogError) -> None:
         """It has failed: abort it, so that the next can begin; raise where that is not possible."""

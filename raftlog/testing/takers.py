@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from random import Random
 from typing import Final
 
@@ -25,7 +26,8 @@ GROUPS: Final = (AT_LEAST_ONCE, AT_MOST_ONCE)
 VISITORS: Final = "visitors"
 """A group that looks in once."""
 LEAVE_CHANCE: Final = 0.03
-VISIT_POLLS: Final = 5
+WORK_CHANCE: Final = 0.3
+"""That a record takes its time, so that faults come between its processing and its commit."""
 
 
 class Taker:
@@ -40,6 +42,7 @@ class Taker:
         counts: what it did.
         joined: told of each new consumer.
         failed: told what went wrong.
+        committing: around each commit.
     """
 
     def __init__(
@@ -53,6 +56,7 @@ class Taker:
         *,
         joined: Callable[[Consumer], None],
         failed: Callable[[RaftlogError], None],
+        committing: Callable[[], AbstractContextManager[None]],
     ) -> None:
         self._group = group
         self._topic = topic
@@ -62,6 +66,7 @@ class Taker:
         self._counts = counts
         self._joined = joined
         self._failed = failed
+        self._committing = committing
         history.promises[group] = group
 
     async def work(self, log: aio.Log) -> None:
@@ -91,10 +96,14 @@ class Taker:
             place = f"{record.topic}/{record.partition}"
             self._counts[f"records taken {self._group}"] += 1
             self._history.processed.append((self._group, place, record.offset, bytes(record.value)))
-            if rng.random() < self._profile.stall:
-                await asyncio.sleep(rng.choice([0.1, 1.0]))
+            if rng.random() < WORK_CHANCE:
+                await asyncio.sleep(rng.choice([0.01, 0.1, 1.0]))
         if self._group == AT_LEAST_ONCE:
-            await consumer.commit(timeout=rng.choice([0.5, 5.0]))
+            await self._commit(consumer)
+
+    async def _commit(self, consumer: Consumer) -> None:
+        with self._committing():
+            await consumer.commit(timeout=self._random.choice([0.5, 5.0]))
 
 
 async def visit(log: aio.Log, topic: str) -> None:

@@ -23,7 +23,9 @@ from raftlog.state.partition import PartitionState
 from raftlog.storage import journal_scan
 from raftlog.storage.journal_scan import JournalScan
 from raftlog.storage.store import BrokerStore
-from raftlog.testing.history import History, Outcome
+from raftlog.testing.history import History
+from raftlog.testing.run import Verdict, run_once
+from raftlog.testing.simulate import Report
 from raftlog.testing.swarm import Profile, draw
 from raftlog.testing.workload import Workload
 
@@ -41,12 +43,27 @@ def run(profile: Profile) -> tuple[History, int]:
         workload.close()
 
 
+@pytest.fixture(scope="module")
+def report() -> Report:
+    return Report(trace=False, shrinks=False)
+
+
 @pytest.mark.parametrize("seed", SEEDS)
-def test_promises_hold(seed: int) -> None:
-    profile = draw(seed)
-    history, _ = run(profile)
-    assert history.count(Outcome.OK) >= profile.values // 2, "the faults left next to nothing to check"
-    assert history.polls, "nobody consumed"
+def test_promises_hold(seed: int, report: Report) -> None:
+    result = run_once(draw(seed))
+    report.add(result)
+    assert result.verdict is Verdict.GOOD, f"{result.text}\n{result.events}\n{result.stack}"
+    enough = result.profile.values // 2
+    assert result.counts["sends ok"] >= enough, "the faults left next to nothing to check"
+    assert result.counts["records polled"], "nobody consumed"
+
+
+def test_there_is_no_blind_spot(report: Report) -> None:
+    """What the runs above were to meet, they met."""
+    if report.results < len(SEEDS):
+        pytest.skip("only after all of them")
+    assert report.blind_spots() == []
+    assert report.exit_code == 0
 
 
 @pytest.mark.parametrize("seed", SEEDS_TWICE)
