@@ -294,9 +294,15 @@ class GroupReplica(CoordinatorReplica[GroupsState]):
         self._log(staged, group_offsets.commit(staged, request), done)
 
     def stage(self, request: StageOffsetsRequest, done: Done) -> None:
-        """Keep offsets for the end of a transaction; ``done(Empty, None)``."""
+        """Keep offsets for the end of a transaction; ``done(Empty, None)``. If the transaction ``before`` it
+        has offsets here, they are committed first."""
         staged = self.check_serving()
         self.check_name(request.group_id)
+        before, pending = request.before, staged.pending.get(request.producer_id)
+        is_open = before is not None and pending is not None and pending.epoch == before.epoch
+        if before is not None and is_open and before.epoch < request.producer_epoch:
+            marker = Marker(request.producer_id, before.epoch, before.coordinator_epoch, commit=True)
+            self.write_marker(marker, nobody_waits)
         self._log(staged, group_offsets.stage(staged, request), done)
 
     def write_marker(self, marker: Marker, done: Done) -> None:

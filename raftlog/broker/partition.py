@@ -11,10 +11,10 @@ from raftlog.broker.recovery import restored
 from raftlog.broker.replica import Done, Host
 from raftlog.broker.retention import EXPIRY_INTERVAL_MS, Retention, last_index_below
 from raftlog.errors import OffsetOutOfRange, RaftlogError
-from raftlog.net.rpc import READ_COMMITTED, READ_UNCOMMITTED, ProduceResponse
+from raftlog.net.rpc import READ_COMMITTED, READ_UNCOMMITTED, CommittedBefore, ProduceResponse
 from raftlog.raft.config import RecoveredLog
 from raftlog.raft.types import Entry
-from raftlog.record.batch import check_batch, stamped
+from raftlog.record.batch import BatchHeader, check_batch, stamped
 from raftlog.record.control import Marker, encode_marker
 from raftlog.record.frame import Buffer, FrameKind
 from raftlog.state.image import Partition
@@ -94,8 +94,11 @@ class PartitionReplica(AssignedReplica[PartitionState]):
 
     # -- produce ---------------------------------------------------------------------------------------------
 
-    def produce(self, batch: Buffer, done: Done) -> None:
+    def produce(self, batch: Buffer, done: Done, before: CommittedBefore | None = None) -> None:
         """Append a record batch; ``done(ProduceResponse, None)`` once it is committed and applied.
+
+        If the transaction ``before`` the batch's own is open here, its marker comes first: both get into the
+        log at once, and share a sync.
 
         A duplicate of a batch that is committed is answered with the original offset; of one in flight, it
         waits for the original's outcome.
@@ -106,6 +109,8 @@ class PartitionReplica(AssignedReplica[PartitionState]):
         """
         staged = self.check_serving()
         header = check_batch(batch, self.batch_bytes_max)
+        if before is not None:
+            self._end_before(staged, header, before)
         duplicate = staged.check(header)
         if duplicate is not None:
             index = self._in_flight.get(duplicate.base_offset)
@@ -121,6 +126,14 @@ class PartitionReplica(AssignedReplica[PartitionState]):
         payload = stamped(batch, base_offset, self.node.term)
         entry = self.propose(staged, FrameKind.BATCH, payload, done)
         self._in_flight[base_offset] = entry.index
+
+    def _end_before(self, staged: PartitionState, header: BatchHeader, before: CommittedBefore) -> None:
+        """Write the marker that a batch brings along. Where nothing is open it needs none: from the batch on,
+        its newer epoch keeps out what is late."""
+        opened = staged.open.get(header.producer_id)
+        if opened is not None and opened.epoch == before.epoch < header.producer_epoch:
+            marker = Marker(header.producer_id, before.epoch, before.coordinator_epoch, commit=True)
+            self.write_marker(marker, _nobody_waits)
 
     def write_marker(self, marker: Marker, done: Done) -> None:
         """End a transaction here; ``done`` hears when that is committed and applied. A marker that was

@@ -125,7 +125,8 @@ class Service:
     # -- records ---------------------------------------------------------------------------------------------
 
     def _produce(self, request: rpc.ProduceRequest, payload: memoryview, reply: Reply) -> None:
-        self._broker.partition(request.topic_id, request.partition).produce(payload, partial(answer, reply))
+        replica = self._broker.partition(request.topic_id, request.partition)
+        replica.produce(payload, partial(answer, reply), request.before)
 
     def _fetch(self, request: rpc.FetchRequest, payload: memoryview, reply: Reply) -> None:
         FetchSession(request, reply, self._broker.partition, self._broker.spawn).serve()

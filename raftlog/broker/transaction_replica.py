@@ -6,6 +6,10 @@ ends a transaction is applied, only then its markers are sent, and when every pa
 transaction is completed. A new leader finds in its state which ones are ending, and sends their markers again
 under its own term; what is twice at a partition is taken once.
 
+Where the next transaction has begun with the end, its producer tells the partitions that it goes on writing
+to, and says so when it ends that one, too. Markers are sent to the rest, when a moment has passed or somebody
+waits for them.
+
 What cannot be decided while a transaction of the same id is ending waits for that, for a while: so a producer
 that begins one transaction after another need not ask again and again in between.
 """
@@ -14,7 +18,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, Final, TypeAlias
 
@@ -24,6 +28,7 @@ from raftlog.broker.replica import Done
 from raftlog.broker.transactions import (
     ABORT_SCAN_MS,
     Decision,
+    Enlisted,
     NeedsProducerId,
     TransactionCoordinator,
     has_landed,
@@ -49,8 +54,10 @@ from raftlog.net.rpc_transactions import (
 )
 from raftlog.raft.types import Entry
 from raftlog.record.control import Marker
+from raftlog.state.metadata import MetadataState
 from raftlog.state.transactions import (
     Cause,
+    Ended,
     Identity,
     Phase,
     Target,
@@ -62,6 +69,8 @@ from raftlog.state.transactions import (
 logger = logging.getLogger("raftlog.broker")
 
 _AGAIN_S: Final = 0.1
+_CARRY_S: Final = 0.02
+"""How long a producer that goes on has to tell the partitions itself: readers wait for it, too."""
 _EMPTY: Final = Empty()
 _OPEN: Final = (Phase.ONGOING, Phase.PREPARE_COMMIT, Phase.PREPARE_ABORT)
 
@@ -84,6 +93,25 @@ class _Waiting:
         self.timer: asyncio.TimerHandle | None = None
 
 
+class _Settling:
+    """An end that is applied, and who is not known to have been told."""
+
+    __slots__ = ("identity", "is_sent", "left", "timer")
+
+    def __init__(self, identity: Identity) -> None:
+        self.identity = identity
+        self.left: set[Target] | None = None
+        """None: not asked for yet, or this broker's metadata was too old to say."""
+        self.is_sent = False
+        """The markers for all that was left were sent."""
+        self.timer: asyncio.TimerHandle | None = None
+
+    def stop(self) -> None:
+        """Another has taken its place, or nobody is left."""
+        if self.timer is not None:
+            self.timer.cancel()
+
+
 class TransactionReplica(CoordinatorReplica[TransactionsState]):
     """See the module."""
 
@@ -91,8 +119,10 @@ class TransactionReplica(CoordinatorReplica[TransactionsState]):
 
     _coordinator: TransactionCoordinator | None = None
     """Of the term in which this replica serves."""
+    _settling: dict[str, _Settling]
+    """By transactional id."""
     _to_send: list[str]
-    """Transactional ids whose markers are due."""
+    """Transactional ids whose markers are due now."""
     _waiting: dict[str, list[_Waiting]]
     """By transactional id."""
 
@@ -109,16 +139,19 @@ class TransactionReplica(CoordinatorReplica[TransactionsState]):
             timeout_ms_max=config.transaction_timeout_ms_max,
             expiry_ms=config.transactional_id_expiry_ms,
         )
+        self._settling = {}
         self._to_send = []
         self._waiting = {}
         for transaction in self.machine.ending():
-            self._is_ending(transaction.transactional_id)
+            self._settle(self._coordinator, transaction, 0.0)
         self.call_later("scan", ABORT_SCAN_MS / 1000, self._scan)
 
     def stopped_serving(self) -> None:
         super().stopped_serving()
         if self._coordinator is not None:
             self._coordinator = None
+            for settling in self._settling.values():
+                settling.stop()
             waiting, self._waiting = self._waiting, {}
             for requests in waiting.values():
                 for each in requests:
@@ -152,14 +185,7 @@ class TransactionReplica(CoordinatorReplica[TransactionsState]):
     def enlist(self, request: EnlistRequest, done: Done) -> None:
         """Partitions and groups become part of a transaction; ``done(Empty, None)``."""
         image = self.host.metadata.image
-        for topic_id, partition in request.partitions:
-            topic = image.topic_by_id(topic_id)
-            if topic is None or not 0 <= partition < len(topic.partitions):
-                raise UnknownReplica(f"no partition {partition} of a topic {topic_id.hex()} is known here")
-            if topic.internal:
-                raise InvalidTopic(f"topic {topic.name!r} is internal: it takes no transactions")
-        if request.groups and internal_topic(image, GROUPS_TOPIC) is None:
-            raise UnknownReplica(f"{GROUPS_TOPIC} is not known here yet")
+        _check_places(image, request.partitions, request.groups)
         identity = Identity(request.producer_id, request.epoch)
         name = request.transactional_id
         self._decide(
@@ -174,13 +200,35 @@ class TransactionReplica(CoordinatorReplica[TransactionsState]):
         """A transaction is committed or aborted; ``done(ProducerIdentity, None)`` once that is decided."""
         identity = Identity(request.producer_id, request.epoch)
         name, commit = request.transactional_id, request.commit
-        self._decide(
-            name,
-            lambda coordinator, staged, now_ms, fresh: coordinator.end(
-                staged, now_ms, name, identity, commit, fresh
-            ),
-            done,
-        )
+        again = self._again(request)
+
+        def decide(
+            coordinator: TransactionCoordinator, staged: TransactionsState, now_ms: int, fresh: int | None
+        ) -> Decision:
+            return coordinator.end(
+                staged,
+                now_ms,
+                name,
+                identity,
+                commit,
+                fresh,
+                settled=self._is_settled(staged, identity, request),
+                again=again,
+                topics_version=self.host.metadata.image.applied_index,
+            )
+
+        self._decide(name, decide, done)
+
+    def _again(self, request: EndTransactionRequest) -> Enlisted | None:
+        """What the next transaction is to begin with; None if it is not to, or cannot."""
+        if not request.again or not (request.partitions or request.groups):
+            return None
+        try:
+            _check_places(self.host.metadata.image, request.partitions, request.groups)
+        except RaftlogError as error:
+            logger.debug("%s: %r begins no other: %s", self.name, request.transactional_id, error)
+            return None  # the producer enlists what there is
+        return Enlisted(tuple(request.partitions), tuple(request.groups))
 
     def _decide(self, name: str, decide: _Decide, done: Done, fresh: int | None = None) -> None:
         coordinator, staged = self._serving()
@@ -199,7 +247,9 @@ class TransactionReplica(CoordinatorReplica[TransactionsState]):
             self._wait(name, _Waiting(decide, done, decision.error))
             return
         assert decision.error is None, decision
-        answer: Any = _EMPTY if decision.answer is None else ProducerIdentity(*decision.answer)
+        answer: Any = _EMPTY
+        if decision.answer is not None:
+            answer = ProducerIdentity(*decision.answer, coordinator.term, decision.begun)
         self.carry_out(staged, commands, answer, done)
 
     async def _decide_with_id(self, name: str, decide: _Decide, done: Done) -> None:
@@ -220,6 +270,9 @@ class TransactionReplica(CoordinatorReplica[TransactionsState]):
         if len(waiting) >= _WAITING_MAX:
             raise request.refusal
         waiting.append(request)
+        settling = self._settling.get(name)
+        if settling is not None and self._coordinator is not None:
+            self._send_markers(self._coordinator, name, settling)
         request.timer = asyncio.get_running_loop().call_later(_WAIT_S, self._refuse, name, request)
 
     def _refuse(self, name: str, request: _Waiting) -> None:
@@ -242,63 +295,104 @@ class TransactionReplica(CoordinatorReplica[TransactionsState]):
     # -- markers ---------------------------------------------------------------------------------------------
 
     def applied(self, entry: Entry, result: object) -> object:
-        if self.staged is not None and isinstance(result, Transaction) and result.phase.is_ending:
-            self._is_ending(result.transactional_id)
+        coordinator = self._coordinator
+        if coordinator is not None and isinstance(result, Transaction):
+            # a producer that has the next transaction already tells the partitions itself; let it
+            is_hurried = result.phase is not Phase.ONGOING or result.transactional_id in self._waiting
+            self._settle(coordinator, result, 0.0 if is_hurried else _CARRY_S)
         return result
 
-    def _is_ending(self, transactional_id: str) -> None:
-        """The decision is applied: send its markers, soon, not amid the entries being applied."""
+    def _settle(self, coordinator: TransactionCoordinator, transaction: Transaction, delay_s: float) -> None:
+        """Take in what is applied: if it is an end, see to it that all hear of it."""
+        name, ended = transaction.transactional_id, transaction.ended
+        known = self._settling.get(name)
+        if known is not None:
+            if ended is not None and ended.identity == known.identity and not ended.is_complete:
+                return
+            known.stop()
+            del self._settling[name]
+        if ended is None or ended.is_complete:
+            return
+        settling = self._settling[name] = _Settling(ended.identity)
+        if delay_s:
+            send = partial(self._send_markers, coordinator, name, settling)
+            settling.timer = asyncio.get_running_loop().call_later(delay_s, send)
+            return
+        # soon, not amid the entries being applied
         if not self._to_send:
             asyncio.get_running_loop().call_soon(self._send_all)
-        self._to_send.append(transactional_id)
+        self._to_send.append(name)
 
     def _send_all(self) -> None:
         coordinator = self._coordinator
         to_send, self._to_send = self._to_send, []
-        if coordinator is not None:
-            for transactional_id in to_send:
-                self._send_markers(coordinator, self.machine.transactions[transactional_id])
+        for name in to_send:
+            settling = self._settling.get(name)
+            if coordinator is not None and settling is not None:
+                self._send_markers(coordinator, name, settling)
 
-    def _send_markers(self, coordinator: TransactionCoordinator, transaction: Transaction) -> None:
-        if not transaction.phase.is_ending or self._coordinator is not coordinator:
+    def _send_markers(self, coordinator: TransactionCoordinator, name: str, settling: _Settling) -> None:
+        """Send its markers to all that are left, unless that was done."""
+        if self._coordinator is not coordinator or self._settling.get(name) is not settling:
             return
-        targets = self._targets(transaction)
-        if targets is None:
-            again = partial(self._send_markers, coordinator, transaction)
+        if settling.is_sent:
+            return
+        transaction = self.machine.transactions[name]
+        left = self._left(transaction, settling)
+        if left is None:
+            again = partial(self._send_markers, coordinator, name, settling)
             asyncio.get_running_loop().call_later(_AGAIN_S, again)
             return
+        settling.is_sent = True
         marker = coordinator.marker(transaction)
-        left = set(targets)
 
         def landed(target: Target, error: RaftlogError | None) -> None:
             if not has_landed(error):
-                logger.info(
-                    "%s leaves %r to a later coordinator: %s", self.name, transaction.transactional_id, error
-                )
+                logger.info("%s leaves %r to a later coordinator: %s", self.name, name, error)
                 return
             left.discard(target)
             if not left:
-                self._complete_transaction(coordinator, transaction)
+                self._complete_transaction(coordinator, name, settling.identity)
 
-        for target in targets:
+        for target in sorted(left):
             self._send(coordinator, marker, target, partial(landed, target))
-        if not targets:
-            self._complete_transaction(coordinator, transaction)
+        if not left:
+            self._complete_transaction(coordinator, name, settling.identity)
 
-    def _targets(self, transaction: Transaction) -> list[Target] | None:
-        """The partitions that get a marker; None: this broker's metadata is too old to say."""
-        image = self.host.metadata.image
-        if image.applied_index < transaction.topics_version:
-            return None
-        targets = list(transaction.partitions)
-        if transaction.groups:
-            topic = internal_topic(image, GROUPS_TOPIC)
+    def _left(self, transaction: Transaction, settling: _Settling) -> set[Target] | None:
+        """The partitions that may not have been told; None: this broker's metadata is too old to say."""
+        if settling.left is None and self.host.metadata.image.applied_index >= transaction.topics_version:
+            ended = transaction.ended
+            assert ended is not None, transaction
+            settling.left = set(self._targets(ended.partitions, ended.groups))
+        return settling.left
+
+    def _targets(self, partitions: Iterable[Target], groups: Sequence[str]) -> list[Target]:
+        """The partitions, and those of ``__groups`` that the groups are in."""
+        targets = list(partitions)
+        if groups:
+            topic = internal_topic(self.host.metadata.image, GROUPS_TOPIC)
             assert topic is not None, "it was there when the group was enlisted, and is never deleted"
             count = len(topic.partitions)
-            targets += dict.fromkeys(
-                (topic.topic_id, partition_of(each, count)) for each in transaction.groups
-            )
+            targets += dict.fromkeys((topic.topic_id, partition_of(each, count)) for each in groups)
         return targets
+
+    def _is_settled(
+        self, staged: TransactionsState, identity: Identity, request: EndTransactionRequest
+    ) -> bool:
+        """Whether all know of the end before this one: also those, as its producer says, to which it has
+        written in this transaction, for they took nothing of it before they knew."""
+        name = request.transactional_id
+        settling, present = self._settling.get(name), staged.transactions.get(name)
+        if settling is None or present is None or present.identity != identity:
+            return False
+        if present.ended is None or present.ended.identity != settling.identity:
+            return False
+        left = self._left(present, settling)
+        if left is None:
+            return False
+        left.difference_update(self._targets(request.partitions, request.groups))
+        return not left
 
     def _send(
         self,
@@ -310,21 +404,20 @@ class TransactionReplica(CoordinatorReplica[TransactionsState]):
         row = MarkerRow(*target, marker.producer_id, marker.epoch, marker.coordinator_epoch, marker.commit)
         self.host.markers.send(row, landed, lambda: self._coordinator is coordinator)
 
-    def _complete_transaction(self, coordinator: TransactionCoordinator, transaction: Transaction) -> None:
+    def _complete_transaction(
+        self, coordinator: TransactionCoordinator, name: str, identity: Identity
+    ) -> None:
         if self._coordinator is not coordinator:
             return
-        assert transaction.ended is not None
         try:
             staged = self.check_serving()
-            command = coordinator.complete(
-                staged, self.leader_time_ms(), transaction.transactional_id, transaction.ended.identity
-            )
+            command = coordinator.complete(staged, self.leader_time_ms(), name, identity)
             if command is not None:
                 self.log_command(staged, command, nobody_waits)
-                self._ended(transaction.transactional_id)
+                self._ended(name)
         except RaftlogError as error:
-            logger.debug("%s completes %r later: %s", self.name, transaction.transactional_id, error)
-            again = partial(self._complete_transaction, coordinator, transaction)
+            logger.debug("%s completes %r later: %s", self.name, name, error)
+            again = partial(self._complete_transaction, coordinator, name, identity)
             asyncio.get_running_loop().call_later(_AGAIN_S, again)
 
     # -- time ------------------------------------------------------------------------------------------------
@@ -390,7 +483,22 @@ def _landed(done: Done, error: RaftlogError | None) -> None:
     done(None if error is not None else _EMPTY, error)
 
 
+def _check_places(image: MetadataState, partitions: Iterable[Target], groups: Sequence[str]) -> None:
+    """Raise unless all these can take part in a transaction."""
+    for topic_id, partition in partitions:
+        topic = image.topic_by_id(topic_id)
+        if topic is None or not 0 <= partition < len(topic.partitions):
+            raise UnknownReplica(f"no partition {partition} of a topic {topic_id.hex()} is known here")
+        if topic.internal:
+            raise InvalidTopic(f"topic {topic.name!r} is internal: it takes no transactions")
+    if groups and internal_topic(image, GROUPS_TOPIC) is None:
+        raise UnknownReplica(f"{GROUPS_TOPIC} is not known here yet")
+
+
 def _row(transaction: Transaction) -> TransactionRow:
+    present: Transaction | Ended = transaction
+    if transaction.ended is not None and transaction.phase is not Phase.ONGOING:
+        present = transaction.ended
     return TransactionRow(
         transaction.transactional_id,
         *transaction.identity,
@@ -398,7 +506,7 @@ def _row(transaction: Transaction) -> TransactionRow:
         transaction.timeout_ms,
         transaction.start_ms if transaction.phase in _OPEN else 0,
         transaction.update_ms,
-        list(transaction.partitions),
-        list(transaction.groups),
+        list(present.partitions),
+        list(present.groups),
         transaction.coordinator_epoch,
     )

@@ -27,6 +27,21 @@ coordinator, P a partition of a topic, G a partition of ``__groups``::
        | Enlist (7, 1): P            |                                        |              |
        |---------------------------->| ONGOING (7, 1) [P]      ...
 
+A producer whose transactions follow each other asks for the next one with the commit. Then the decision and
+the next enlistment are one command, and until the next commit two rounds are enough::
+
+       | EndTransaction (7, 1) commit, written: P; begin again             |
+       |---------------------------->| ONGOING (7, 2) [P], ended (7, 1) [P]   |
+       |<-- (7, 2), begun ---------- |                                        |
+       | Produce (7, 2), "(7, 1) was committed, says coordinator epoch 3"     |
+       |--------------------------------------------------------------------->| ends (7, 1), opens (7, 2)
+       | EndTransaction (7, 2) commit, written: P; begin again             |
+       |---------------------------->| ONGOING (7, 3) [P], ended (7, 2) [P]  ...
+
+The producer carries the decision to where it goes on writing, and there the marker goes into the log just
+before its records. What it has written in epoch 2 needs no other marker of epoch 1: so says the next end.
+Where it does not come by the coordinator sends the marker, when a moment has passed.
+
 Why it holds:
 
 - *One outcome.* PREPARE_COMMIT or PREPARE_ABORT is one entry of a Raft log, and :data:`TRANSITIONS` knows no
@@ -34,8 +49,11 @@ Why it holds:
   old leader that does not know it yet, and a new one) can only send the same; the older one's are refused all
   the same, by their term.
 - *Nothing late.* A transaction has an identity of its own (KIP-890). Its marker ends that identity at every
-  partition that was enlisted, also where nothing was written, before the next one may be enlisted: data,
-  enlistments and ends that come later name an identity that is over.
+  partition that was enlisted, also where nothing was written, before the next but one begins: data,
+  enlistments and ends that come later name an identity that is over. Where the next one writes before the
+  marker is there, its epoch ends the one before as well; and while that is open, no record of the next is
+  taken without the word that it has ended. So nothing is ever a part of two transactions.
+- *The word of a producer* is as good as the coordinator's: it has it from there, after it was committed.
 - *Nothing hangs.* A partition is enlisted durably before the producer may write to it, so whoever leads knows
   where markers are due.
 - *No fence is handed out.* Init on an open transaction moves the id to an epoch that nobody is given, aborts,
@@ -96,8 +114,17 @@ class Decision(NamedTuple):
 
     command: Command | None = None
     answer: Identity | None = None
+    begun: bool = False
+    """A transaction has begun under the answer."""
     error: RaftlogError | None = None
     """Instead of an answer, although there is a command."""
+
+
+class Enlisted(NamedTuple):
+    """What takes part in a transaction: at least one of something."""
+
+    partitions: tuple[Target, ...]
+    groups: tuple[str, ...]
 
 
 class TransactionCoordinator:
@@ -168,7 +195,7 @@ class TransactionCoordinator:
             return Decision(PutTransaction(first), first.identity)
         if holder is not None:
             _check_holder(old, holder)
-        if old.phase.is_ending:
+        if old.is_ending:
             raise _ending(old)
         if old.phase is Phase.ONGOING:
             cause = Cause.FENCED if holder is None else Cause.PRODUCER
@@ -180,7 +207,7 @@ class TransactionCoordinator:
         elif holder == old.identity:
             ended = Ended(holder, commit=False)
         new = self._changed(
-            old, now_ms, identity=identity, phase=Phase.EMPTY, timeout_ms=timeout_ms, ended=ended
+            old, now_ms, identity=identity, phase=Phase.EMPTY, timeout_ms=timeout_ms, ended=ended, before=None
         )
         return Decision(PutTransaction(new), identity)
 
@@ -211,9 +238,9 @@ class TransactionCoordinator:
             ProducerFenced, UnknownTransactionalId.
         """
         old = _held(state, transactional_id, identity)
-        if old.phase.is_ending:
-            raise _ending(old)
         begun = old.phase is Phase.ONGOING
+        if old.is_ending and not begun:
+            raise _ending(old)
         all_partitions = tuple(dict.fromkeys((*old.partitions, *partitions)))
         all_groups = tuple(dict.fromkeys((*old.groups, *groups)))
         if (all_partitions, all_groups) == (old.partitions, old.groups):
@@ -237,8 +264,17 @@ class TransactionCoordinator:
         identity: Identity,
         commit: bool,
         fresh: int | None = None,
+        *,
+        settled: bool = False,
+        again: Enlisted | None = None,
+        topics_version: int = 0,
     ) -> Decision:
         """The producer ends the transaction of this identity. May be asked again, with the same answer.
+
+        Args:
+            settled: all who were to be told of the end of the one before have been, as far as the host knows.
+            again: begin the next one with these, if it commits.
+            topics_version: of metadata that has all of them.
 
         Returns:
             With the identity for the next transaction.
@@ -250,15 +286,17 @@ class TransactionCoordinator:
             ProducerFenced, UnknownTransactionalId, NeedsProducerId.
         """
         old = state.transaction(transactional_id)
-        ended = old.ended
-        if ended is not None and identity == ended.identity and ended.cause is not Cause.FENCED:
-            if commit != ended.commit:
-                raise _over(old, ended)
-            return Decision(None, old.identity)
+        for ended in (old.ended, old.before):
+            if ended is not None and identity == ended.identity and not _is_fence(old):
+                if commit != ended.commit:
+                    raise _over(old, ended)
+                return Decision(None, old.identity, old.phase is Phase.ONGOING)
         _held(state, transactional_id, identity)
-        if old.phase.is_ending:
+        if old.is_ending and not (settled and old.phase is Phase.ONGOING):
             raise _ending(old)
         if old.phase is Phase.ONGOING:
+            if commit and again is not None and identity.epoch < EPOCH_MAX:
+                return self._commit_and_begin(old, now_ms, again, topics_version)
             prepare = self._prepare(old, now_ms, commit, Cause.PRODUCER, fresh)
             return Decision(prepare, prepare.transaction.identity)
         if commit:
@@ -270,7 +308,9 @@ class TransactionCoordinator:
         """End an identity under which nothing has begun."""
         ended = Ended(old.identity, False, cause)
         identity = _next(old.identity, fresh)
-        new = self._changed(old, now_ms, identity=identity, phase=Phase.COMPLETE_ABORT, ended=ended)
+        new = self._changed(
+            old, now_ms, identity=identity, phase=Phase.COMPLETE_ABORT, ended=ended, before=None
+        )
         return Decision(PutTransaction(new), identity)
 
     def _prepare(
@@ -283,8 +323,36 @@ class TransactionCoordinator:
         else:
             identity = _next(old.identity, fresh)
         phase = Phase.PREPARE_COMMIT if commit else Phase.PREPARE_ABORT
-        ended = Ended(old.identity, commit, cause)
-        return PutTransaction(self._changed(old, now_ms, identity=identity, phase=phase, ended=ended))
+        return PutTransaction(
+            self._changed(
+                old,
+                now_ms,
+                identity=identity,
+                phase=phase,
+                partitions=(),
+                groups=(),
+                ended=_end(old, commit, cause),
+                before=_remembered(old.ended),
+            )
+        )
+
+    def _commit_and_begin(
+        self, old: Transaction, now_ms: int, again: Enlisted, topics_version: int
+    ) -> Decision:
+        """The decision that what is open has committed, and its next begins."""
+        identity = Identity(old.identity.producer_id, old.identity.epoch + 1)
+        new = self._changed(
+            old,
+            now_ms,
+            identity=identity,
+            start_ms=now_ms,
+            partitions=again.partitions,
+            groups=again.groups,
+            ended=_end(old, True, Cause.PRODUCER),
+            before=_remembered(old.ended),
+            topics_version=max(topics_version, old.topics_version),
+        )
+        return Decision(PutTransaction(new), identity, begun=True)
 
     def _changed(self, old: Transaction, now_ms: int, **fields: object) -> Transaction:
         return replace(old, update_ms=max(now_ms, old.update_ms), coordinator_epoch=self.term, **fields)
@@ -295,8 +363,8 @@ class TransactionCoordinator:
         """What every partition and group of a transaction that is ending has to be told. Only of what is
         applied, never of what is merely staged."""
         ended = transaction.ended
-        assert transaction.phase.is_ending, transaction
         assert ended is not None, transaction
+        assert not ended.is_complete, transaction
         return Marker(ended.identity.producer_id, ended.identity.epoch, self.term, ended.commit)
 
     def complete(
@@ -308,10 +376,13 @@ class TransactionCoordinator:
             The command to propose; None if somebody has completed it before.
         """
         old = state.transactions.get(transactional_id)
-        if old is None or not old.phase.is_ending or old.ended is None or old.ended.identity != identity:
+        ended = None if old is None else old.ended
+        if old is None or ended is None or ended.identity != identity or ended.is_complete:
             return None
-        phase = Phase.COMPLETE_COMMIT if old.ended.commit else Phase.COMPLETE_ABORT
-        return PutTransaction(self._changed(old, now_ms, phase=phase, partitions=(), groups=()))
+        phase = old.phase
+        if phase is not Phase.ONGOING:
+            phase = Phase.COMPLETE_COMMIT if ended.commit else Phase.COMPLETE_ABORT
+        return PutTransaction(self._changed(old, now_ms, phase=phase, ended=_remembered(ended)))
 
     # -- time and operators ----------------------------------------------------------------------------------
 
@@ -340,7 +411,7 @@ class TransactionCoordinator:
             UnknownTransactionalId, NeedsProducerId.
         """
         old = state.transaction(transactional_id)
-        if old.phase.is_ending:
+        if old.is_ending:
             raise _ending(old)
         if old.phase is Phase.ONGOING:
             return Decision(self._prepare(old, now_ms, False, cause, fresh))
@@ -384,9 +455,19 @@ class TransactionCoordinator:
             RemoveTransaction(each.transactional_id)
             for each in state.transactions.values()
             if each.phase is not Phase.ONGOING
-            and not each.phase.is_ending
+            and not each.is_ending
             and now_ms - max(each.update_ms, self._since_ms) >= self._expiry_ms
         ]
+
+
+def _end(transaction: Transaction, commit: bool, cause: Cause) -> Ended:
+    """The end of what is open, which all that is enlisted has to be told."""
+    return Ended(transaction.identity, commit, cause, transaction.partitions, transaction.groups)
+
+
+def _remembered(ended: Ended | None) -> Ended | None:
+    """An end that is complete."""
+    return None if ended is None else replace(ended, partitions=(), groups=())
 
 
 def has_landed(error: RaftlogError | None) -> bool:
@@ -438,12 +519,7 @@ def _check_hanging(transaction: Transaction, identity: Identity, target: Target)
             f"{tuple(identity)} is the present identity of {transaction.transactional_id!r}: abort that"
         )
     ended = transaction.ended
-    if (
-        transaction.phase.is_ending
-        and ended is not None
-        and identity == ended.identity
-        and target in transaction.partitions
-    ):
+    if ended is not None and identity == ended.identity and target in ended.partitions:
         raise _ending(transaction)
 
 

@@ -128,6 +128,8 @@ class Producer(Handle):
         try:
             if self._transaction is not None:
                 await self._transaction._abort_quietly()
+            if self._core.transactions is not None:
+                await self._core.transactions.leave()
             self._core.accumulator.close()
             if self._core.transactions is None:
                 await self._flush(timeout)

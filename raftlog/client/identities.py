@@ -15,7 +15,7 @@ from raftlog.client.identity_pool import Lease, Place
 from raftlog.client.metadata import PartitionView
 from raftlog.client.window import Identity
 from raftlog.errors import RaftlogError
-from raftlog.net.rpc import InitProducerRequest
+from raftlog.net.rpc import CommittedBefore, InitProducerRequest
 
 Obtained: TypeAlias = Callable[[RaftlogError | None], None]
 """Told on the loop that there is an identity now, or why there is none."""
@@ -26,6 +26,8 @@ class Identities(Protocol):
 
     transactional: bool
     """Batches are parts of transactions: what fails, fails all of it."""
+    before: CommittedBefore | None
+    """What batches of the present identity bring along."""
 
     def begin_window(self, view: PartitionView) -> tuple[Identity, int] | None:
         """Identity and first sequence with which a partition goes on; None: :meth:`obtain` comes first."""
@@ -62,6 +64,7 @@ class OwnIdentity:
     """
 
     transactional = False
+    before: CommittedBefore | None = None
 
     def __init__(self, cluster: ClusterClient, timeout_s: float) -> None:
         self._cluster = cluster

@@ -264,7 +264,8 @@ class Sender:
         self, queue: PartitionQueue, batch: ProducerBatch, connection: RpcConnection, now: float
     ) -> None:
         if queue.request is None:
-            queue.request = ProduceRequest(queue.view.topic_id, queue.view.index)
+            before = None if self._identities is None else self._identities.before
+            queue.request = ProduceRequest(queue.view.topic_id, queue.view.index, before=before)
         assert batch.encoded, "a batch that is sent was encoded"
         queue.connection = connection
         batch.sent_at = now
@@ -396,6 +397,8 @@ class Sender:
             )
             return False
         window.begin(*begun)
+        if self._transactional:
+            queue.request = None  # what it brings along changes with the transaction
         return True
 
     def _obtained(self, queue: PartitionQueue, error: RaftlogError | None) -> None:

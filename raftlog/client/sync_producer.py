@@ -209,6 +209,8 @@ class Producer(Handle):
         try:
             if self._transaction is not None:
                 self._transaction._abort_quietly()
+            if self._core.transactions is not None:
+                self._io.call(self._core.transactions.leave())
             self._core.accumulator.close()
             if self._core.transactions is None:
                 self._flush(timeout)

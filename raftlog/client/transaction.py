@@ -16,6 +16,9 @@ The protocol is drawn in ``raftlog.broker.transactions``. The rules of this side
 
 - Nothing is sent to a partition before the coordinator has made it a part of the transaction. What has to be
   enlisted while a request is under way goes with the next one, and records gather in their batches meanwhile.
+- Where transactions follow each other, the commit of one begins the next, with the partitions and groups that
+  the one before has used. So that its records need not wait for those to hear of the commit, they bring the
+  word along. A transaction that is begun and not wanted after all is given back.
 - Every transaction is written under an identity of its own, which its end hands out. So a batch that fails
   fails its transaction and nothing else, and nothing is ever sent again under another identity (rp#3039): all
   that is not settled is given up, the transaction is aborted, and whatever of it arrives late is refused.
@@ -30,6 +33,7 @@ import enum
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from math import inf
 from typing import Final, Protocol, TypeAlias, TypeVar
 
 import msgspec
@@ -52,7 +56,7 @@ from raftlog.errors import (
     TransactionAborted,
     UnknownReplica,
 )
-from raftlog.net.rpc import GroupOffset, Request, StageOffsetsRequest
+from raftlog.net.rpc import CommittedBefore, GroupOffset, Request, StageOffsetsRequest
 from raftlog.net.rpc_transactions import EndTransactionRequest, EnlistRequest, InitTransactionsRequest
 from raftlog.record.types import TopicPartition
 
@@ -61,6 +65,11 @@ Positions: TypeAlias = Mapping[TopicPartition, tuple[int, int]]
 
 ABORT_TIMEOUT_S: Final = 10.0
 """How long to wait for the coordinator to abort what it aborts anyway when its time is over."""
+LEAVE_TIMEOUT_S: Final = 1.0
+"""The same, when the producer is closed and nothing was written."""
+FOLLOWS_S: Final = 1.0
+"""A transaction that ends so soon after the one before is expected to be followed by the next as soon; it has
+that long to. A tenth of the transaction's timeout, if that is less: it runs from when the next has begun."""
 
 
 class State(enum.Enum):
@@ -78,7 +87,7 @@ class State(enum.Enum):
 
 TRANSITIONS: Final[Mapping[State, frozenset[State]]] = {
     State.NEW: frozenset({State.READY, State.DEAD}),
-    State.READY: frozenset({State.OPEN, State.DEAD}),
+    State.READY: frozenset({State.OPEN, State.FAILED, State.DEAD}),
     State.OPEN: frozenset({State.COMMITTING, State.ABORTING, State.FAILED, State.DEAD}),
     State.FAILED: frozenset({State.ABORTING, State.DEAD}),
     State.COMMITTING: frozenset({State.READY, State.FAILED, State.IN_DOUBT, State.DEAD}),
@@ -128,11 +137,17 @@ class TransactionManager:
         """Of the coordinator."""
         self._identity = Identity(-1, -1)
         self._begun = False
-        """The coordinator may know that the transaction is open."""
+        """The coordinator may know that the transaction is open. If this is READY, it has begun the next."""
+        self.before: CommittedBefore | None = None
+        """The end with which this one has begun: see :class:`raftlog.client.identities.Identities`."""
+        self._follows_s = min(FOLLOWS_S, timeout_ms / 10_000)
+        self._ended_at = -inf
+        self._giving_back: asyncio.Task[None] | None = None
         self._members: set[PartitionView] = set()
         self._groups: set[str] = set()
         self._written: dict[PartitionView, None] = {}
         """What this transaction writes to."""
+        self._staged_groups: dict[str, None] = {}
         self._usual: dict[PartitionView, None] = {}
         """What the one before has written to."""
         self._wanted: dict[PartitionView, Obtained] = {}
@@ -188,14 +203,18 @@ class TransactionManager:
             InvalidTransaction: there is one.
             RaftlogError: why this producer is dead.
         """
-        if self.state in (State.NEW, State.FAILED):
-            return False
-        self._move(State.OPEN, State.READY)
+        with self._lock:
+            if self.state in (State.NEW, State.FAILED) or self._giving_back is not None:
+                return False
+            if self.state is not State.READY:
+                raise self._refusal()
+            self.state = State.OPEN
         self._sender.accumulator.reopen()
         return True
 
     async def recover(self, timeout: float) -> None:
-        """Open the transactional id, or abort what failed, so that a transaction can begin.
+        """Open the transactional id, or have aborted what failed or was not wanted, so that a transaction can
+        begin.
 
         Args:
             timeout: seconds.
@@ -204,6 +223,8 @@ class TransactionManager:
             ProducerFenced, ConfigError: for good.
             ConnectionLost, RequestTimeout, ConcurrentTransactions: not in time; try again.
         """
+        if self._giving_back is not None:
+            await asyncio.wait([self._giving_back], timeout=timeout)
         if self.state is State.FAILED:
             await self.abort(timeout)
         elif self.state is State.NEW:
@@ -284,7 +305,7 @@ class TransactionManager:
         """Enlist what is wanted, and what comes to be wanted meanwhile. With the first goes what the
         transaction before has written to: most likely this one does so, too, and then it costs one round trip
         instead of two; if not, a marker too many."""
-        usual = [view for view in self._usual if not view.deleted]
+        usual = [view for view in self._usual if not view.deleted and view not in self._members]
         while self._wanted or self._wanted_groups:
             wanted, groups = dict(self._wanted), dict(self._wanted_groups)
             views = list(dict.fromkeys([*wanted, *usual]))
@@ -373,7 +394,7 @@ class TransactionManager:
         self.raise_failure()
 
     async def _stage(self, seat: OffsetsOwner, positions: Positions) -> None:
-        identity, timeout = self._identity, self._request_timeout_s
+        identity, before, timeout = self._identity, self.before, self._request_timeout_s
         offsets = []
         for (topic, partition), (offset, leader_epoch) in positions.items():
             view = await self._cluster.partition(topic, partition, timeout=timeout)
@@ -387,10 +408,11 @@ class TransactionManager:
 
         def request(place: PartitionView, member_id: str, epoch: int) -> StageOffsetsRequest:
             return StageOffsetsRequest(
-                place.topic_id, place.index, seat.group, member_id, epoch, *identity, offsets
+                place.topic_id, place.index, seat.group, member_id, epoch, *identity, offsets, before
             )
 
         await seat.call(request, timeout=timeout)
+        self._staged_groups[seat.group] = None
 
     def _staged(self, task: asyncio.Task[None]) -> None:
         self._staging.discard(task)
@@ -488,22 +510,70 @@ class TransactionManager:
         self._over(State.READY)
 
     async def _end(self, commit: bool, timeout: float, retriable: Callable[[BaseException], bool]) -> None:
+        loop = asyncio.get_running_loop()
         request = EndTransactionRequest(
             self._place.topic_id, self._place.index, self.transactional_id, *self._identity, commit
         )
+        if commit:
+            request = msgspec.structs.replace(
+                request,
+                partitions=[(view.topic_id, view.index) for view in self._written],
+                groups=list(self._staged_groups),
+                again=loop.time() - self._ended_at < self._follows_s,
+            )
         answer, _ = await self._cluster.call_leader(
             self._place, request, timeout=timeout, retriable=retriable
         )
+        self.before = (
+            CommittedBefore(self._identity.epoch, answer.coordinator_epoch) if answer.begun else None
+        )
         self._identity = Identity(answer.producer_id, answer.epoch)
+        self._ended_at = loop.time()
 
     def _over(self, to: State) -> None:
+        """The transaction has ended; the next has begun if ``before`` says so."""
         self._sender.end_windows()
-        self._members.clear()
-        self._groups.clear()
-        self._usual, self._written = self._written, {}
-        self._begun = False
+        self._begun = self.before is not None
+        self._members = set(self._written) if self._begun else set()
+        self._groups = set(self._staged_groups) if self._begun else set()
+        self._usual, self._written, self._staged_groups = self._written, {}, {}
         self.error = None
         self._move(to, State.COMMITTING, State.ABORTING)
+        if self._begun:
+            asyncio.get_running_loop().call_later(self._follows_s, self._give_back, self._identity)
+
+    # -- a transaction that nobody wants ---------------------------------------------------------------------
+
+    def _give_back(self, identity: Identity) -> None:
+        """Have the transaction aborted that has begun with the end of the one before, if it has not begun
+        here: operators should not see it open, nor the coordinator wait for it."""
+        with self._lock:
+            if self.state is State.READY and self._begun and self._identity == identity:
+                self._giving_back = self._cluster.spawn(self._abort_unused(ABORT_TIMEOUT_S))
+
+    async def _abort_unused(self, timeout: float) -> None:
+        try:
+            await self._end(False, timeout, is_retriable)
+        except RaftlogError as error:
+            if not error.retriable:
+                self._die(error)
+            elif self.state is State.READY:
+                self.error = TransactionAborted(
+                    "the abort of a transaction that was not used was not finished"
+                )
+                self._move(State.FAILED, State.READY)
+        else:
+            self._begun = False
+            self._members, self._groups = set(), set()
+        finally:
+            self._giving_back = None
+
+    async def leave(self) -> None:
+        """The producer is about to be closed: leave nothing open that was not used."""
+        if self._giving_back is not None:
+            await asyncio.wait([self._giving_back])
+        elif self.state is State.READY and self._begun:
+            await self._abort_unused(LEAVE_TIMEOUT_S)
 
     def _die(self, error: RaftlogError) -> None:
         with self._lock:

@@ -1,10 +1,8 @@
-"""The rpcs: every request and response, with its api number (those of transactions are in
-``rpc_transactions``; ``catalogue`` lists all).
+"""The rpcs: requests and responses, with api numbers (all are in ``catalogue``).
 
 A request is a msgspec struct (the *header*) and, where bytes move in bulk, a *payload* behind it that is
 never decoded on the way: record batches in Produce, contiguous log frames in Fetch and Raft. Structs travel
-as msgpack arrays: new fields are added at the end with defaults, so that an older peer's message still
-decodes.
+as msgpack arrays: new fields come last and have defaults, so that an older peer's message still decodes.
 """
 
 from __future__ import annotations
@@ -52,12 +50,20 @@ class ProduceResponse(Struct, frozen=True):
     log_start: int = 0
 
 
+class CommittedBefore(Struct, frozen=True):
+    """The producer's transaction before has committed (see ``raftlog.broker.transactions``)."""
+
+    epoch: int
+    coordinator_epoch: int
+
+
 class ProduceRequest(Request[ProduceResponse], frozen=True):
     """Payload: one record batch. Sent one-way for acks=0."""
 
     topic_id: bytes
     partition: int
     acks: int = -1
+    before: CommittedBefore | None = None
 
     api = 10
     response = ProduceResponse
@@ -493,6 +499,7 @@ class StageOffsetsRequest(Request[Empty], frozen=True):
     producer_id: int
     producer_epoch: int
     offsets: list[GroupOffset]
+    before: CommittedBefore | None = None
 
     api = 45
     response = Empty

@@ -7,6 +7,8 @@ may be sent again when the answer is lost.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from raftlog.net.rpc import Empty, Request, Struct, WireError
 
 
@@ -15,6 +17,10 @@ class ProducerIdentity(Struct, frozen=True):
 
     producer_id: int
     epoch: int
+    coordinator_epoch: int = -1
+    """Of the coordinator that says so: what an end is carried with (see ``rpc.CommittedBefore``)."""
+    begun: bool = False
+    """The next transaction has begun under it, as EndTransaction asked."""
 
 
 class InitTransactionsRequest(Request[ProducerIdentity], frozen=True):
@@ -61,6 +67,12 @@ class EndTransactionRequest(Request[ProducerIdentity], frozen=True):
     producer_id: int
     epoch: int
     commit: bool
+    partitions: Sequence[tuple[bytes, int]] = ()
+    """Of a commit: what this transaction has written to, all of it acknowledged. So these know how the one
+    before has ended, if this one has begun with that."""
+    groups: Sequence[str] = ()
+    again: bool = False
+    """Begin the next transaction, with the same partitions and groups."""
 
     api = 62
     response = ProducerIdentity

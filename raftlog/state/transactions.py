@@ -10,9 +10,16 @@ PREPARE_COMMIT and PREPARE_ABORT are the decision: once one of them is committed
 Committing takes the coordinator's word to every partition that is enlisted; when all have it the transaction
 is complete (KIP-98).
 
+One command may commit a transaction and begin the next of the same producer::
+
+    ONGOING, epoch n  -->  ONGOING, epoch n + 1; ``ended``: n, committed, and who is to be told
+
+So a transactional id has at most two transactions: the present one, and the last that ended, which is
+complete when nobody is left to be told. The present one cannot end before that.
+
 Every end leaves the id with another (producer id, epoch) than the ended transaction had (KIP-890), and
-remembers how that ended, until the next end, whatever happens in between: so the retry of an end is answered
-as the first try was, and can never be taken for the end of the next transaction.
+remembers how the last two ended, whatever happens in between: so the retry of an end is answered as the first
+try was, and can never be taken for the end of the next transaction.
 """
 
 from __future__ import annotations
@@ -34,7 +41,7 @@ from raftlog.state.command import (
     decode_snapshot,
 )
 
-_SNAPSHOT_VERSION: Final = 1
+_SNAPSHOT_VERSION: Final = 2
 
 
 class Identity(NamedTuple):
@@ -49,12 +56,13 @@ Target: TypeAlias = tuple[bytes, int]
 
 
 class Phase(IntEnum):
-    """Where a transaction stands (Kafka's names)."""
+    """Where the present transaction stands (Kafka's names)."""
 
     EMPTY = 0
     """The id has a producer, which has not begun a transaction."""
     ONGOING = 1
     PREPARE_COMMIT = 2
+    """Decided, and not known everywhere yet; no other has begun."""
     PREPARE_ABORT = 3
     COMPLETE_COMMIT = 4
     COMPLETE_ABORT = 5
@@ -63,14 +71,14 @@ class Phase(IntEnum):
 
     @property
     def is_ending(self) -> bool:
-        """Decided, and not yet known everywhere."""
+        """Decided, and not known everywhere; nothing else is open."""
         return self in (Phase.PREPARE_COMMIT, Phase.PREPARE_ABORT)
 
 
 TRANSITIONS: Final[dict[Phase, frozenset[Phase]]] = {
     # a new producer takes over; a transaction begins; an abort of one that never began; the id expires
     Phase.EMPTY: frozenset({Phase.EMPTY, Phase.ONGOING, Phase.COMPLETE_ABORT, Phase.DEAD}),
-    # another partition is enlisted; it ends
+    # another partition is enlisted, or it commits and the next begins; it ends
     Phase.ONGOING: frozenset({Phase.ONGOING, Phase.PREPARE_COMMIT, Phase.PREPARE_ABORT}),
     Phase.PREPARE_COMMIT: frozenset({Phase.COMPLETE_COMMIT}),
     Phase.PREPARE_ABORT: frozenset({Phase.COMPLETE_ABORT}),
@@ -99,6 +107,15 @@ class Ended(msgspec.Struct, frozen=True, array_like=True):
     """It ran under this: what its markers name."""
     commit: bool
     cause: Cause = Cause.PRODUCER
+    partitions: tuple[Target, ...] = ()
+    """Each gets a marker. Empty, like ``groups``, when it is complete."""
+    groups: tuple[str, ...] = ()
+    """Consumer groups: the ``__groups`` partition of each gets a marker."""
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all that took part in it have been told."""
+        return not self.partitions and not self.groups
 
 
 class Transaction(msgspec.Struct, frozen=True, array_like=True):
@@ -111,21 +128,30 @@ class Transaction(msgspec.Struct, frozen=True, array_like=True):
     phase: Phase
     timeout_ms: int
     start_ms: int
-    """When the transaction began, by the clock of the leader that enlisted its first partition; in other
-    phases than ONGOING and the two that follow it, no meaning."""
+    """When the transaction began, by the clock of the leader that enlisted its first partition; if it was
+    begun with the end of the one before, then. In other phases than ONGOING and the two that follow it, no
+    meaning."""
     update_ms: int
     """When the last change was decided: what expiry goes by."""
     coordinator_epoch: int
     """Term of the leader that decided the last change."""
     partitions: tuple[Target, ...] = ()
-    """Enlisted: each gets a marker. Like ``groups`` empty when nothing is open or ending."""
+    """Enlisted in what is ongoing."""
     groups: tuple[str, ...] = ()
-    """Enlisted consumer groups: the ``__groups`` partition of each gets a marker."""
+    """Enlisted consumer groups."""
     ended: Ended | None = None
     """None: none has ended since the present producer opened the id."""
+    before: Ended | None = None
+    """The end before that: the transaction after it may have been begun with it, and be aborted, before its
+    producer has heard of either."""
     topics_version: int = 0
     """A version of the metadata that has, or had, all that is enlisted: what one as new as this does not know
     was deleted."""
+
+    @property
+    def is_ending(self) -> bool:
+        """Whether one is decided, and not yet known everywhere."""
+        return self.ended is not None and not self.ended.is_complete
 
 
 class PutTransaction(CommandStruct, frozen=True):
@@ -164,9 +190,23 @@ class _Snapshot(SnapshotStruct, frozen=True):
 
 def _follows(old: Transaction, new: Transaction) -> bool:
     """Identities only move on: with a transaction's end or a new producer, not in between."""
-    if new.phase is Phase.ONGOING or old.phase.is_ending:
+    moves_on = new.identity.producer_id != old.identity.producer_id or new.identity.epoch > old.identity.epoch
+    if old.phase is Phase.ONGOING:
+        enlists = new.phase is Phase.ONGOING and new.identity == old.identity
+        return enlists or (moves_on and new.ended is not None and new.ended.identity == old.identity)
+    if new.phase is Phase.ONGOING or old.is_ending:
         return new.identity == old.identity
-    return new.identity.producer_id != old.identity.producer_id or new.identity.epoch > old.identity.epoch
+    return moves_on
+
+
+def _is_consistent(transaction: Transaction) -> bool:
+    """Whether the phase says what the rest does."""
+    phase, ended = transaction.phase, transaction.ended
+    if phase is Phase.ONGOING:
+        return bool(transaction.partitions or transaction.groups)
+    if transaction.partitions or transaction.groups or transaction.is_ending is not phase.is_ending:
+        return False
+    return not phase.is_ending or (ended is not None and ended.commit is (phase is Phase.PREPARE_COMMIT))
 
 
 class TransactionsState:
@@ -190,7 +230,7 @@ class TransactionsState:
 
     def ending(self) -> list[Transaction]:
         """Those that are decided but not complete: a new leader sends their markers (again)."""
-        return [each for each in self.transactions.values() if each.phase.is_ending]
+        return [each for each in self.transactions.values() if each.is_ending]
 
     # -- decide (leader, on its staged state) ----------------------------------------------------------------
 
@@ -206,6 +246,8 @@ class TransactionsState:
             return InvalidTransaction(f"{before.name} cannot become {after.name}")
         if new is not None and old is not None and not _follows(old, new):
             return InvalidTransaction(f"{tuple(new.identity)} cannot follow {tuple(old.identity)}")
+        if new is not None and not _is_consistent(new):
+            return InvalidTransaction(f"{after.name} contradicts what it is said of: {new}")
         return None
 
     # -- apply (every replica) -------------------------------------------------------------------------------

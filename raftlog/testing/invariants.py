@@ -314,10 +314,10 @@ class Watch:
         if produce is None:
             return
 
-        def counted(batch: Any, done: Any) -> None:
-            before = replica.node.last_index
-            produce(batch, done)
-            if replica.node.last_index == before:
+        def counted(*args: Any) -> None:
+            last_index = replica.node.last_index
+            produce(*args)
+            if replica.node.last_index == last_index:
                 self.counts["duplicates recognised"] += 1
 
         setattr(replica, "produce", counted)  # noqa: B010 - a method, to type checkers

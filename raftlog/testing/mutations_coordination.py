@@ -117,16 +117,44 @@ COORDINATION: Final = (
     _planted(
         "a late end meets the next transaction",
         "broker.transactions",
-        "        _held(state, transactional_id, identity)\n        if old.phase.is_ending:\n"
-        "            raise _ending(old)\n        if old.phase is Phase.ONGOING:\n            prepare",
-        "        if old.phase.is_ending:\n"
-        "            raise _ending(old)\n        if old.phase is Phase.ONGOING:\n            prepare",
+        "        _held(state, transactional_id, identity)\n        if old.is_ending and not (settled",
+        "        if old.is_ending and not (settled",
     ),
     _planted(
         "a transaction's end hands out its own epoch again",
         "broker.transactions",
         "        return Identity(identity.producer_id, identity.epoch + 1)\n    if fresh",
         "        return identity\n    if fresh",
+    ),
+    _planted(
+        "records of the next transaction are taken without the marker that they bring along",
+        "broker.partition",
+        "            self.write_marker(marker, _nobody_waits)",
+        "            del staged.open[header.producer_id]",
+    ),
+    _planted(
+        "a producer's word counts for partitions to which it has not written",
+        "broker.transaction_replica",
+        "left.difference_update(self._targets(request.partitions, request.groups))",
+        "left.clear()",
+    ),
+    _planted(
+        "a late end speaks for the transaction after its own",
+        "broker.transaction_replica",
+        "if settling is None or present is None or present.identity != identity:",
+        "if settling is None or present is None:",
+    ),
+    _planted(
+        "what is enlisted is lost when the transaction before is complete",
+        "broker.transactions",
+        "phase=phase, ended=_remembered(ended)",
+        "phase=phase, ended=_remembered(ended), partitions=old.partitions[:1]",
+    ),
+    _planted(
+        "a transaction that is begun with a commit counts as told of it",
+        "broker.transactions",
+        "            ended=_end(old, True, Cause.PRODUCER),",
+        "            ended=_remembered(_end(old, True, Cause.PRODUCER)),",
     ),
     _planted(
         "a new producer leaves the transaction of the last one open",

@@ -247,7 +247,7 @@ def test_a_delayed_end_does_not_touch_the_next_transaction() -> None:
         after = world.end(me)
         world.enlist(after)
         world.write(after, b"b")
-        assert world.end(me) == after, "the late copy is answered as the first"
+        assert world.end(me).epoch == after.epoch, "the late copy is answered as the first"
         with pytest.raises(InvalidTransaction):
             world.end(me, commit=False)
         assert world.transaction().state == "ongoing"

@@ -60,7 +60,8 @@ def test_a_transaction_from_init_to_the_next_one(at: Coordinated) -> None:
     second = at.end(first, commit=True)
     assert second == Identity(7, 1)
     assert at.coordinator.marker(at.transaction) == Marker(7, 0, 1, True)
-    assert at.transaction.partitions == (P0, P1, P2), "markers are due there"
+    assert at.transaction.ended is not None
+    assert at.transaction.ended.partitions == (P0, P1, P2), "markers are due there"
     at.complete()
     assert (at.transaction.partitions, at.transaction.groups) == ((), ())
     at.now_ms += 100
@@ -80,7 +81,8 @@ def test_mistake_12_enlistment_only_in_memory(at: Coordinated) -> None:
     at.end(identity, commit=True)
     at.move(term=4)
     (ending,) = at.state.ending()
-    assert (ending.partitions, ending.groups) == ((P0, P1), ("g",))
+    assert ending.ended is not None
+    assert (ending.ended.partitions, ending.ended.groups) == ((P0, P1), ("g",))
     assert at.coordinator.marker(ending) == Marker(7, 0, 4, True)
 
 
@@ -98,6 +100,10 @@ def test_mistake_14_a_delayed_end_hits_the_next_transaction(at: Coordinated) -> 
     third = at.end(second, commit=True)
     at.complete()
     at.enlist(third, P1)
+    assert at.end(first, commit=True) == third, "the second may have begun with it, and its answer be lost"
+    fourth = at.end(third, commit=True)
+    at.complete()
+    at.enlist(fourth, P1)
     before = at.transaction
     for commit in (True, False):
         with pytest.raises(ProducerFenced):

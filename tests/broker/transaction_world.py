@@ -213,7 +213,7 @@ class World:
             assert transaction.ended is not None
             key = (leader.term, transaction.transactional_id, transaction.ended.identity)
             marker = self.coordinator(leader).marker(transaction)
-            due = {partition for _, partition in transaction.partitions}
+            due = {partition for _, partition in transaction.ended.partitions}
             landed = self._landed.setdefault(key, set())
             for partition in due - landed:
                 self.send(Request("marker", (marker,), partition, self._on_marker(leader, key, partition)))
@@ -266,14 +266,9 @@ class World:
         found: dict[Identity, bool] = {}
         for entry in self.coordination.log:
             command = decode_command(entry.payload)
-            if isinstance(command, PutTransaction) and command.transaction.phase in (
-                Phase.PREPARE_COMMIT,
-                Phase.PREPARE_ABORT,
-            ):
-                ended = command.transaction.ended
-                assert ended is not None
-                assert ended.identity not in found, "decided twice"
-                found[ended.identity] = ended.commit
+            ended = command.transaction.ended if isinstance(command, PutTransaction) else None
+            if ended is not None and not ended.is_complete:
+                assert found.setdefault(ended.identity, ended.commit) == ended.commit, "decided otherwise"
         return found
 
     def check(self) -> None:

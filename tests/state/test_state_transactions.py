@@ -53,8 +53,10 @@ LEGAL = {
 
 
 def transaction(phase: Phase, epoch: int = 0, pid: int = 7, name: str = "x", term: int = 1) -> Transaction:
-    open_ = phase is Phase.ONGOING or phase.is_ending
-    ended = Ended(Identity(pid, 0), phase in (Phase.PREPARE_COMMIT, Phase.COMPLETE_COMMIT), Cause.TIMEOUT)
+    who = (((TOPIC, 0), (TOPIC, 3)), ("g",))
+    nobody: tuple[tuple[()], tuple[()]] = ((), ())
+    commit = phase in (Phase.PREPARE_COMMIT, Phase.COMPLETE_COMMIT)
+    ended = Ended(Identity(pid, 0), commit, Cause.TIMEOUT, *(who if phase.is_ending else nobody))
     return Transaction(
         name,
         Identity(pid, epoch),
@@ -63,8 +65,7 @@ def transaction(phase: Phase, epoch: int = 0, pid: int = 7, name: str = "x", ter
         1000,
         2000,
         term,
-        ((TOPIC, 0), (TOPIC, 3)) if open_ else (),
-        ("g",) if open_ else (),
+        *(who if phase is Phase.ONGOING else nobody),
         None if phase in (Phase.EMPTY, Phase.ONGOING) else ended,
     )
 
