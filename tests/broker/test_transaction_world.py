@@ -53,7 +53,7 @@ class Walk:
         elif what % 8 == 7 and partition % 4 == 0:
             producer.init(recover=True)
         else:
-            producer.end(commit=what % 8 < 7)
+            producer.end(commit=what % 8 < 7, again=partition % 8 > 0)
 
     def reopen(self, which: int) -> None:
         """A producer dies, and its successor opens the id."""
@@ -188,3 +188,4 @@ def test_long_walks(seed: int) -> None:
     decided = walk.world.decisions()
     assert sum(decided.values()) > 5
     assert len(decided) - sum(decided.values()) > 5
+    assert walk.world.begun > 0

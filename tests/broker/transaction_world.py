@@ -14,6 +14,7 @@ from typing import Any, Generic, TypeVar
 
 from raftlog.broker.transactions import (
     Decision,
+    Enlisted,
     NeedsProducerId,
     TransactionCoordinator,
     has_landed,
@@ -22,7 +23,7 @@ from raftlog.errors import ConcurrentTransactions, RaftlogError
 from raftlog.raft.types import Entry
 from raftlog.record.batch import BatchHeader, check_batch, stamped
 from raftlog.record.codec import decode_batch, encode_batch
-from raftlog.record.control import encode_marker
+from raftlog.record.control import Marker, encode_marker
 from raftlog.record.frame import FrameKind
 from raftlog.state.partition import PartitionState
 from raftlog.state.transactions import (
@@ -139,6 +140,8 @@ class World:
         self.books: dict[Identity, Book] = {}
         self.given: dict[Identity, str] = {}
         """Identity -> the producer that was told to write under it."""
+        self.begun = 0
+        """Transactions that began with the end of the one before."""
         self._next_producer_id = 100
         self._coordinators: dict[int, TransactionCoordinator] = {}
         self._landed: dict[tuple[int, str, Identity], set[int]] = {}
@@ -186,6 +189,8 @@ class World:
         try:
             if request.what == "enlist":
                 decision = method(state, self.now_ms, *request.fields)
+            elif request.what == "end":
+                decision = self._end(leader, *request.fields)
             else:
                 decision = self.decide(lambda fresh: method(state, self.now_ms, *request.fields, fresh=fresh))
         except RaftlogError as error:
@@ -193,10 +198,43 @@ class World:
             return
         self.carry_out(leader, decision, reply)
 
+    def _end(
+        self,
+        leader: Leader[TransactionsState],
+        name: str,
+        identity: Identity,
+        commit: bool,
+        written: frozenset[int],
+        again: bool,
+    ) -> Decision:
+        coordinator, state = self.coordinator(leader), leader.staged
+        settled = self._is_settled(leader, name, identity, written)
+        targets = tuple((TOPIC, each) for each in sorted(written))
+        begin = Enlisted(targets, ()) if again and written else None
+        return self.decide(
+            lambda fresh: coordinator.end(
+                state, self.now_ms, name, identity, commit, fresh, settled=settled, again=begin
+            )
+        )
+
+    def _is_settled(
+        self, leader: Leader[TransactionsState], name: str, identity: Identity, written: frozenset[int]
+    ) -> bool:
+        """As a broker knows it: of what is applied, by answers to markers and by the word of the producer."""
+        present, applied = (each.transactions.get(name) for each in (leader.staged, leader.machine))
+        if present is None or applied is None or present.identity != identity:
+            return False
+        ended = present.ended
+        if ended is None or applied.ended is None or applied.ended.identity != ended.identity:
+            return False
+        landed = self._landed.setdefault((leader.term, name, ended.identity), set())
+        landed |= written
+        return {partition for _, partition in ended.partitions} <= landed
+
     def carry_out(self, leader: Leader[TransactionsState], decision: Decision, reply: Answer) -> None:
         def done(_: Any, error: RaftlogError | None) -> None:
             assert error is None
-            reply(decision.answer, decision.error)
+            reply((decision.answer, leader.term, decision.begun), decision.error)
 
         if decision.command is None:
             leader.when_committed(done)
@@ -235,9 +273,12 @@ class World:
         leader = self.coordination.leader
         coordinator, state = self.coordinator(leader), leader.staged
         for name in coordinator.overdue(state, self.now_ms):
-            decision = self.decide(
-                lambda fresh, name=name: coordinator.abort(state, self.now_ms, name, cause, fresh)  # type: ignore[misc]
-            )
+            try:
+                decision = self.decide(
+                    lambda fresh, name=name: coordinator.abort(state, self.now_ms, name, cause, fresh)  # type: ignore[misc]
+                )
+            except ConcurrentTransactions:
+                continue  # the one before comes first
             self.carry_out(leader, decision, _ignore)
 
     # -- partitions ------------------------------------------------------------------------------------------
@@ -248,16 +289,24 @@ class World:
                 due = leader.staged.check_marker(*request.fields)
                 batch = encode_marker(request.fields[0], self.now_ms)
             else:
-                (batch,) = request.fields
-                due = leader.staged.check(check_batch(batch)) is None
+                batch, before = request.fields
+                header = check_batch(batch)
+                opened = leader.staged.open.get(header.producer_id)
+                if before is not None and opened is not None and opened.epoch == before.epoch:
+                    word = encode_marker(before, self.now_ms)
+                    self._append(leader, word, _ignore)
+                due = leader.staged.check(header) is None
         except RaftlogError as error:
             reply(None, error)
             return
         if due:
-            payload = stamped(batch, leader.staged.next_offset, leader.term)
-            leader.propose(FrameKind.BATCH, payload, self.now_ms, reply)
+            self._append(leader, batch, reply)
         else:
             leader.when_committed(reply)
+
+    def _append(self, leader: Leader[PartitionState], batch: bytes, reply: Answer) -> None:
+        payload = stamped(batch, leader.staged.next_offset, leader.term)
+        leader.propose(FrameKind.BATCH, payload, self.now_ms, reply)
 
     # -- what must hold --------------------------------------------------------------------------------------
 
@@ -369,6 +418,8 @@ class Producer:
         self.identity: Identity | None = None
         self.enlisted: set[int] = set()
         self.sequences: dict[int, int] = {}
+        self.before: Marker | None = None
+        """The end with which the transaction has begun."""
         self.failed = False
         """The transaction cannot commit: only an abort is left."""
         self.fenced = False
@@ -408,12 +459,12 @@ class Producer:
         owner = self.world.given.setdefault(identity, self.name)
         assert owner == self.name, f"{identity} was given to {owner} and to {self.name}"
         self.identity = identity
-        self.enlisted, self.sequences, self.failed = set(), {}, False
+        self.enlisted, self.sequences, self.before, self.failed = set(), {}, None, False
 
     def init(self, recover: bool = False) -> None:
         holder = self.identity if recover else None
         fields = (self.transactional_id, self.world.timeout_ms, holder)
-        self.ask("init", fields, -1, self.begin_writing)
+        self.ask("init", fields, -1, lambda answer: self.begin_writing(answer[0]))
 
     def enlist(self, *partitions: int) -> None:
         targets = [(TOPIC, each) for each in partitions]
@@ -442,17 +493,23 @@ class Producer:
             self.sequences[partition] = sequence + 1
             book.acknowledged.add((partition, value))
 
-        self.ask("produce", (batch,), partition, took)
+        self.ask("produce", (batch, self.before), partition, took)
 
-    def end(self, commit: bool) -> None:
+    def end(self, commit: bool, again: bool = False) -> None:
         assert self.identity is not None
         ended = self.identity
+        written = frozenset(self.sequences) if commit else frozenset()
 
-        def took(following: Identity) -> None:
+        def took(answer: tuple[Identity, int, bool]) -> None:
+            following, term, begun = answer
             self.world.books.setdefault(ended, Book()).told = commit
             self.begin_writing(following)
+            if begun:
+                self.world.begun += 1
+                self.enlisted = set(written)
+                self.before = Marker(*ended, term, commit=True)
 
-        self.ask("end", (self.transactional_id, self.identity, commit), -1, took)
+        self.ask("end", (self.transactional_id, self.identity, commit, written, again), -1, took)
 
 
 def _ignore(result: Any, error: RaftlogError | None) -> None:
