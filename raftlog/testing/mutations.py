@@ -276,6 +276,14 @@ MUTATIONS: Final = (
         {"large_values": 0.4},
     ),
     Mutation(
+        "repair takes for proved what nothing proves",
+        "raftlog.storage.repair",
+        "        if self._proved_size:\n            return True\n",
+        "        return True\n",
+        ("rot", "misdirected write"),
+        {"large_values": 0.4},
+    ),
+    Mutation(
         "a consumer passes over a record between two fetches",
         "raftlog.client.fetcher",
         "each.fetch_offset, each.last_term = end\n",

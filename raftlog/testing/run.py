@@ -19,7 +19,7 @@ from raftlog.testing.swarm import Profile
 from raftlog.testing.workload import Workload
 
 SHRINK_RUNS_MAX: Final = 40
-CPU_SECONDS_MAX: Final = 60.0
+CPU_SECONDS_MAX: Final = 30.0
 """A run takes a few; one that goes round for ever would never come to its next step."""
 
 
