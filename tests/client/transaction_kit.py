@@ -8,6 +8,7 @@ from typing import Any, Self, TypeVar
 from raftlog import aio
 from raftlog.broker.internal_topics import partition_of
 from raftlog.broker.transaction_replica import TransactionReplica
+from raftlog.state.transactions import Phase
 from raftlog.testing.sim_cluster import SimCluster
 
 T = TypeVar("T")
@@ -90,6 +91,10 @@ class TransactionWorld:
         """Wait until a broker coordinates that transactional id; returns its id."""
         self.loop.run_until(lambda: self._replica(name) is not None, TIMEOUT_S)
         return self._found(name)[0]
+
+    def phase(self, name: str = TXN) -> Phase:
+        """Of its transaction, as its coordinator has it."""
+        return self._found(name)[1].machine.transactions[name].phase
 
     def until_scan(self, name: str = TXN) -> float:
         """Seconds until the coordinator aborts what is overdue in 5 seconds from now."""
