@@ -204,7 +204,8 @@ class ProducerConfig(Settings):
     linger_ms: Annotated[int, Field(ge=0, le=60_000)] = 5
     """How long a batch that is not full waits for more records."""
     batch_bytes: _BatchBytes = 256 * KIB
-    """A batch is sent when it has reached this size, uncompressed; a larger record travels alone."""
+    """A batch is sent when it has reached this size, uncompressed; a larger record travels alone. What
+    ``send_batch`` is given travels in batches of up to 1 MiB, unless this is set."""
     buffer_bytes: Annotated[int, Field(ge=64 * KIB)] = 64 * MIB
     """Records not yet acknowledged, of all partitions; ``send`` blocks above."""
     compression: _Compression = "lz4"

@@ -116,6 +116,7 @@ class PartitionQueue:
 
     __slots__ = (
         "batch_bytes",
+        "bulk_bytes",
         "connection",
         "dirty",
         "failures",
@@ -136,12 +137,16 @@ class PartitionQueue:
         topic: TopicView,
         partitioner: DefaultPartitioner,
         batch_bytes: int,
+        bulk_bytes: int,
         window_size: int,
     ) -> None:
         self.view = view
         self.topic = topic
         self.partitioner = partitioner
         self.batch_bytes = batch_bytes
+        """Of batches that records are gathered in."""
+        self.bulk_bytes = bulk_bytes
+        """Of batches that come as such."""
         # what follows is the sender's, touched on the loop only
         self.request: ProduceRequest | None = None
         self.connection: RpcConnection | None = None

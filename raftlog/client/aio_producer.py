@@ -27,6 +27,7 @@ from raftlog.errors import (
 
 if TYPE_CHECKING:
     from raftlog.client.aio_consumer import Consumer
+    from raftlog.record.arrow import Column
 
 log = logging.getLogger("raftlog.client")
 
@@ -76,8 +77,8 @@ class Producer(Handle):
     async def send_batch(
         self,
         topic: str,
-        values: Sequence[Any],
-        keys: Sequence[Any] | None = None,
+        values: Sequence[Any] | Column,
+        keys: Sequence[Any] | Column | None = None,
         partition: int | None = None,
         timestamp_ms: int | None = None,
     ) -> BatchDelivery:
@@ -183,8 +184,8 @@ class Transaction:
     async def send_batch(
         self,
         topic: str,
-        values: Sequence[Any],
-        keys: Sequence[Any] | None = None,
+        values: Sequence[Any] | Column,
+        keys: Sequence[Any] | Column | None = None,
         partition: int | None = None,
         timestamp_ms: int | None = None,
     ) -> BatchDelivery:

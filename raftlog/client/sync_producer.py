@@ -36,6 +36,7 @@ from raftlog.errors import (
 
 if TYPE_CHECKING:
     from raftlog.client.sync import Consumer
+    from raftlog.record.arrow import Column
 
 log = logging.getLogger("raftlog.client")
 
@@ -113,8 +114,8 @@ class Producer(Handle):
     def send_batch(
         self,
         topic: str,
-        values: Sequence[Any],
-        keys: Sequence[Any] | None = None,
+        values: Sequence[Any] | Column,
+        keys: Sequence[Any] | Column | None = None,
         partition: int | None = None,
         timestamp_ms: int | None = None,
     ) -> BatchDelivery:
@@ -122,6 +123,15 @@ class Producer(Handle):
 
         Without keys whole batches go to one partition after another; with keys each record goes where its key
         belongs. All get the same timestamp, and no headers.
+
+        Args:
+            topic: must exist.
+            values: a list, as of ``send``; or a column: an Arrow array or chunked array of binary or text
+                (null is a tombstone), or a numpy array, of which ``values[i].tobytes()`` is a record's value.
+                Columns need ``raftlog[data]``, are not serialised, and cost no Python call a row.
+            keys: as many, in either form; None: no record has one.
+            partition: of all of them.
+            timestamp_ms: milliseconds since the epoch; default: now.
 
         Raises:
             As :meth:`send`. Where the buffer is full part of the batches may have been sent before
@@ -294,8 +304,8 @@ class Transaction:
     def send_batch(
         self,
         topic: str,
-        values: Sequence[Any],
-        keys: Sequence[Any] | None = None,
+        values: Sequence[Any] | Column,
+        keys: Sequence[Any] | Column | None = None,
         partition: int | None = None,
         timestamp_ms: int | None = None,
     ) -> BatchDelivery:

@@ -14,9 +14,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, Final, NamedTuple, TypeAlias
+from typing import Any, Final, NamedTuple
 
-from raftlog.errors import ConfigError, CorruptBatch
+from raftlog.errors import CorruptBatch
+from raftlog.record.arrow import Booleans, Bytes, Integers, np, npt, pa
 from raftlog.record.batch import (
     BATCH_HEADER_BYTES,
     COMPRESSION_MASK,
@@ -29,19 +30,6 @@ from raftlog.record.codec import decode_batch
 from raftlog.record.compression import UNCOMPRESSED_BYTES_MAX, decompress
 from raftlog.record.frame import Buffer
 from raftlog.record.types import Record
-
-try:
-    import numpy as np
-    import numpy.typing as npt
-    import pyarrow as pa
-except ImportError as error:
-    raise ConfigError(
-        f"Arrow columns need pyarrow and numpy ({error}): pip install 'raftlog[data]'"
-    ) from error
-
-Integers: TypeAlias = npt.NDArray[np.int64]
-Bytes: TypeAlias = npt.NDArray[np.uint8]
-Booleans: TypeAlias = npt.NDArray[np.bool_]
 
 SCHEMA: Final = pa.schema(
     [

@@ -23,13 +23,15 @@ from raftlog.record.batch import BATCH_HEADER_BYTES, Compression, Unsealed
 from raftlog.record.codec import BatchBuilder, check_timestamp, compressed
 from raftlog.record.frame import Buffer
 
-_NULL: Final = -1
+NULL: Final = -1
 """The length of a key or value that is not there."""
-_BODY_BYTES: Final = 3
+BODY_BYTES: Final = 3
 """Of a record, beside offset delta, key and value: attributes, timestamp delta, number of headers."""
-_NARROW: Final = 64
-"""Offset deltas below this take one byte, below _WIDE two."""
-_WIDE: Final = 8_192
+RECORD_BYTES_MIN: Final = 7
+DELTA_WIDTHS: Final = ((0, 64, 1), (64, 8_192, 2), (8_192, 1_048_576, 3))
+"""(from, to, bytes) of offset deltas; no batch made here holds more records."""
+_HEADS_MAX: Final = 16_384
+"""So many heads are kept, enough for a batch of 1 MiB with records of 64 bytes."""
 
 
 def as_bytes(given: Any, what: str) -> bytes:
@@ -103,13 +105,13 @@ class ListRows:
         self._timestamp_ms = timestamp_ms
         self._values, value_lengths = _checked(values, "value")
         self._keys: Sequence[bytes | None] | None = None
-        key_lengths = {_NULL}
+        key_lengths = {NULL}
         if keys is not None:
             self._keys, key_lengths = _checked(keys, "key")
         self.longest = max(*value_lengths, *key_lengths, 0)
         self._shape: tuple[int, int] | None = None
-        """(length of each key, or _NULL if there are none; length of each value), where that can be said."""
-        has_nulls = _NULL in value_lengths or (keys is not None and _NULL in key_lengths)
+        """(length of each key, or NULL if there are none; length of each value), where that can be said."""
+        has_nulls = NULL in value_lengths or (keys is not None and NULL in key_lengths)
         if len(value_lengths) == len(key_lengths) == 1 and not has_nulls:
             self._shape = key_lengths.pop(), value_lengths.pop()
 
@@ -161,31 +163,37 @@ def _checked(given: Sequence[Buffer | None], what: str) -> tuple[Sequence[bytes 
     if types == {bytes}:
         return given, set(map(len, given))  # type: ignore[return-value, arg-type]  # as their types say
     checked = [None if each is None else as_bytes(each, what) for each in given]
-    return checked, {_NULL if each is None else len(each) for each in checked}
+    return checked, {NULL if each is None else len(each) for each in checked}
 
 
 def _record_bytes(key_length: int, value_length: int, delta_bytes: int) -> tuple[int, int]:
     """(what the length of such a record says, bytes that it takes)"""
     key_bytes = len(varint(key_length)) + max(key_length, 0)
-    body = _BODY_BYTES + delta_bytes + key_bytes + len(varint(value_length)) + value_length
+    body = BODY_BYTES + delta_bytes + key_bytes + len(varint(value_length)) + value_length
     return body, len(varint(body)) + body
 
 
 def _fitting(key_length: int, value_length: int, room: int) -> int:
     """How many such records ``room`` bytes hold, one at least."""
-    narrow = _record_bytes(key_length, value_length, 1)[1]
-    if room < _NARROW * narrow:
-        return max(room // narrow, 1)
-    wide = _record_bytes(key_length, value_length, 2)[1]
-    return min(_NARROW + (room - _NARROW * narrow) // wide, _WIDE)
+    count = 0
+    for first, last, width in DELTA_WIDTHS:
+        size = _record_bytes(key_length, value_length, width)[1]
+        count = first + min(room // size, last - first)
+        room -= (last - first) * size
+        if room < 0:
+            break
+    return max(min(count, _HEADS_MAX), 1)
 
 
 @lru_cache(maxsize=8)
 def _heads(key_length: int, value_length: int) -> Sequence[bytes]:
     """What goes between the value before and the key, or the value where there are no keys; by offset delta.
     It begins with the number of headers (0) of the record before."""
-    before = [b"\0" + varint(_record_bytes(key_length, value_length, each)[0]) + b"\0\0" for each in (1, 2)]
     after = varint(key_length)
-    if key_length == _NULL:
+    if key_length == NULL:
         after += varint(value_length)
-    return [before[delta >= _NARROW] + varint(delta) + after for delta in range(_WIDE)]
+    heads: list[bytes] = []
+    for first, last, width in DELTA_WIDTHS:
+        before = b"\0" + varint(_record_bytes(key_length, value_length, width)[0]) + b"\0\0"
+        heads += [before + varint(delta) + after for delta in range(first, min(last, _HEADS_MAX))]
+    return heads

@@ -1,16 +1,18 @@
-"""Polling columns: the same records as polling records, in turns with it, in a group and under the limits."""
+"""Columns: polling them gives the same records, sending them writes the same."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import pytest
 from fake_cluster import FakePartition, SimWorld
 from group_kit import GROUP, GroupWorld
 from group_kit import TOPIC as GROUP_TOPIC
 
 from raftlog import aio
-from raftlog.errors import ConfigError, CorruptFrame, StaleMember
+from raftlog.errors import ConfigError, CorruptFrame, InvalidRecord, RecordTooLarge, StaleMember
 from raftlog.record.codec import encode_batch
 from raftlog.record.types import TopicPartition
 
@@ -160,3 +162,84 @@ def test_with_auto_commit_rows_are_committed_before_they_are_seen(
                 assert [row["offset"] for row in await rows(consumer, 50)] == [*range(150, 200)]
 
         world.run(work())
+
+
+# -- the other way -------------------------------------------------------------------------------------------
+
+
+def produce(world: SimWorld, work: Any, **settings: Any) -> None:
+    async def inside() -> None:
+        async with world.log() as log, log.producer(**settings) as producer:
+            await work(producer)
+
+    world.run(inside())
+
+
+def test_columns_go_where_lists_go(world: SimWorld) -> None:
+    partitions = world.cluster.create(TOPIC, 4)
+    keys = [b"%d" % (number % 7) if number % 5 else None for number in range(200)]
+    values = [b"%d" % number if number % 9 else None for number in range(200)]
+
+    async def work(producer: aio.Producer) -> None:
+        ranges = await (await producer.send_batch(TOPIC, values, keys, timestamp_ms=5))
+        columns = pa.array(values, pa.binary()), pa.chunked_array([keys[:50], keys[50:]], pa.binary())
+        again = await (await producer.send_batch(TOPIC, *columns, timestamp_ms=5))
+        assert {each.partition: each.count for each in again} == {
+            each.partition: each.count for each in ranges
+        }
+
+    produce(world, work)
+    for partition in partitions:
+        found = [(record.key, record.value) for record in partition.records()]
+        assert found[: len(found) // 2] == found[len(found) // 2 :]
+    assert sum(len(partition.records()) for partition in partitions) == 400
+
+
+def test_arrays_are_sent_row_by_row_in_batches_of_a_megabyte(world: SimWorld) -> None:
+    (partition,) = world.cluster.create(TOPIC)
+    rows = np.arange(300_000, dtype=np.float32).reshape(3_000, 100)
+
+    async def work(producer: aio.Producer) -> None:
+        ranges = await (await producer.send_batch(TOPIC, rows, partition=0))
+        assert [each.count for each in ranges] == [2_557, 443]
+
+    produce(world, work)
+    assert [record.value for record in partition.records()] == [row.tobytes() for row in rows]
+
+
+@pytest.mark.parametrize("as_column", [list, pa.array])
+def test_who_sets_the_size_of_batches_gets_it(world: SimWorld, as_column: Any) -> None:
+    (partition,) = world.cluster.create(TOPIC)
+
+    async def work(producer: aio.Producer) -> None:
+        ranges = await (await producer.send_batch(TOPIC, as_column([b"v" * 1_000] * 40)))
+        assert len(ranges) == 3
+
+    produce(world, work, batch_bytes=16_384)
+    assert len(partition.records()) == 40
+
+
+def test_columns_are_refused_before_anything_is_sent(world: SimWorld) -> None:
+    (partition,) = world.cluster.create(TOPIC, max_message_bytes=100_000)
+
+    async def work(producer: aio.Producer) -> None:
+        for values, keys, kind in (
+            (pa.array([b"a", b"x" * 100_000]), None, RecordTooLarge),
+            (np.zeros((2, 100_000), np.uint8), None, RecordTooLarge),
+            (pa.array([b"a"]), pa.array([b"k" * 100_000]), RecordTooLarge),
+            (pa.array([1]), None, InvalidRecord),
+            (np.array(["text"]), None, InvalidRecord),
+            (pa.array([b"a"]), [b"k", b"k"], InvalidRecord),
+        ):
+            with pytest.raises(kind):
+                await producer.send_batch(TOPIC, values, keys)
+        assert await (await producer.send_batch(TOPIC, pa.array([], pa.binary()))) == []
+
+    produce(world, work)
+
+    async def with_serializer(producer: aio.Producer) -> None:
+        with pytest.raises(InvalidRecord, match="serializer"):
+            await producer.send_batch(TOPIC, pa.array([b"a"]))
+
+    produce(world, with_serializer, value_serializer=str.encode)
+    assert partition.records() == []

@@ -48,7 +48,7 @@ def test_records_of_one_shape_are_the_codecs_batches(
     assert packed(values, keys, bytes_max)
 
 
-@pytest.mark.parametrize("count", [63, 64, 65, 8_191, 8_192])
+@pytest.mark.parametrize("count", [63, 64, 65, 8_191, 8_192, 8_193, 16_384])
 @pytest.mark.parametrize("keys", [False, True])
 def test_offset_deltas_grow_by_a_byte(count: int, keys: bool) -> None:
     values: list[Bytes] = [b"%05d" % number for number in range(count)]
@@ -58,10 +58,10 @@ def test_offset_deltas_grow_by_a_byte(count: int, keys: bool) -> None:
 
 
 def test_a_batch_of_small_records_ends_where_the_table_does() -> None:
-    batches = packed([b"x"] * 10_000, None, 1 << 20)
-    assert [check_batch(each).record_count for each in batches] == [8_192, 1_808]
+    batches = packed([b"x"] * 20_000, None, 1 << 20)
+    assert [check_batch(each).record_count for each in batches] == [16_384, 3_616]
     decoded = [each.value for batch in batches for each in decode_batch(batch, "t", 0)]
-    assert decoded == [b"x"] * 10_000
+    assert decoded == [b"x"] * 20_000
 
 
 @settings(deadline=None)

@@ -1,0 +1,272 @@
+"""Many records at once, from Arrow columns and numpy arrays, without Python objects for rows.
+
+Keys and values become columns of ``large_binary``, without a copy where they are contiguous. Rows of one
+shape are laid out by numpy, a batch as few rectangles of bytes; others are joined by Arrow, field by field.
+The layout of a record is in ``rows``.
+
+Importing this module imports numpy and pyarrow (the extra ``raftlog[data]``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any, Final
+
+from raftlog.errors import InvalidRecord
+from raftlog.record.arrow import Bytes, Integers, np, pa
+from raftlog.record.batch import BATCH_HEADER_BYTES, Compression, Unsealed
+from raftlog.record.codec import check_timestamp, compressed
+from raftlog.record.frame import Buffer
+from raftlog.record.rows import BODY_BYTES, DELTA_WIDTHS, NULL, RECORD_BYTES_MIN, Rows, varint
+
+_COLUMN: Final = pa.large_binary()
+_END_OF_RECORD: Final = b"\0"
+"""No headers."""
+
+
+class ArrowRows:
+    """Rows of columns.
+
+    Args:
+        values: an Arrow array or chunked array of binary or text, of whatever width (null: no value), or a
+            numpy array, of which ``values[i].tobytes()`` is the value of record i. Or a list.
+        keys: the same; None when no record has one.
+        timestamp_ms: of all of them.
+
+    Raises:
+        InvalidRecord: columns of something else, more of one than of the other, or a timestamp that is none.
+    """
+
+    __slots__ = ("_keys", "_shortest", "_timestamp_ms", "_values")
+
+    def __init__(self, values: Any, keys: Any, timestamp_ms: int) -> None:
+        check_timestamp(timestamp_ms)
+        self._timestamp_ms = timestamp_ms
+        self._values = _Column(as_column(values, "value"))
+        self._keys = None if keys is None else _Column(as_column(keys, "key"))
+        if self._keys is not None and len(self._keys.array) != len(self._values.array):
+            raise InvalidRecord(f"{len(self._values.array)} values and {len(self._keys.array)} keys")
+        self._shortest = RECORD_BYTES_MIN + max(int(self._values.lengths.min(initial=2**31)), 0)
+
+    @property
+    def longest(self) -> int:
+        """See :attr:`Rows.longest`."""
+        return max(self._values.longest, 0 if self._keys is None else self._keys.longest)
+
+    def __len__(self) -> int:
+        return len(self._values.array)
+
+    def by_partition(self, choose: Callable[[bytes | None], int]) -> Sequence[tuple[int, Rows]] | None:
+        """See :meth:`Rows.by_partition`; each key is asked for once."""
+        if self._keys is None:
+            return None
+        keys = self._keys.array.dictionary_encode(null_encoding="encode")
+        choices = np.array([choose(key) for key in keys.dictionary.to_pylist()], np.int64)
+        chosen = choices[keys.indices.to_numpy(zero_copy_only=False)]
+        groups = []
+        for index in dict.fromkeys(choices.tolist()):
+            rows = pa.array(np.flatnonzero(chosen == index))
+            some = self._values.array.take(rows), self._keys.array.take(rows)
+            groups.append((index, ArrowRows(*some, self._timestamp_ms)))
+        return groups
+
+    def pack(self, start: int, bytes_max: int, compression: Compression) -> tuple[Unsealed, int]:
+        """See :meth:`Rows.pack`."""
+        room = bytes_max - BATCH_HEADER_BYTES
+        most = min(len(self) - start, room // self._shortest + 1, DELTA_WIDTHS[-1][1])
+        bodies = self._bodies(start, most)
+        ends = np.cumsum(_taken(bodies))
+        count = max(int(np.searchsorted(ends, room, "right")), 1)
+        is_uniform = self._values.uniform is not None and (
+            self._keys is None or self._keys.uniform is not None
+        )
+        if is_uniform:
+            records = self._laid_out(start, count, int(ends[count - 1]))
+        else:
+            records = self._joined(start, count, bodies[:count])
+        at = self._timestamp_ms
+        return compressed(compression, records, count, at, at), start + count
+
+    def _bodies(self, start: int, count: int) -> Integers:
+        """The lengths of these records, as the first ones of a batch."""
+        rows = slice(start, start + count)
+        deltas = np.arange(count)
+        bodies = _taken(self._values.lengths[rows]) + BODY_BYTES
+        bodies += 1 if self._keys is None else _taken(self._keys.lengths[rows])
+        for first, _, _ in DELTA_WIDTHS:
+            bodies += deltas >= first
+        return bodies
+
+    def _laid_out(self, start: int, count: int, size: int) -> Buffer:
+        """Records of one shape: rectangles, one for each width of the offset deltas."""
+        keys, values = self._keys, self._values
+        assert values.uniform is not None, "records of one shape"
+        before_key = varint(NULL if keys is None else keys.uniform or 0)
+        before_value = varint(values.uniform)
+        key_length = 0 if keys is None else keys.uniform or 0
+        records = np.empty(size, np.uint8)
+        at = 0
+        for first, last, width in DELTA_WIDTHS:
+            rows = min(count, last) - first
+            if rows <= 0:
+                break
+            body = BODY_BYTES + width + len(before_key) + key_length + len(before_value) + values.uniform
+            head = varint(body) + b"\0\0"
+            template = b"".join(
+                (
+                    head,
+                    bytes(width),
+                    before_key,
+                    bytes(key_length),
+                    before_value,
+                    bytes(values.uniform),
+                    b"\0",
+                )
+            )
+            block = records[at : at + rows * len(template)].reshape(rows, len(template))
+            block[:] = np.frombuffer(template, np.uint8)
+            place = len(head)
+            zigzag = np.arange(first, first + rows) << 1
+            for byte in range(width):
+                more = 0x80 if byte + 1 < width else 0
+                block[:, place + byte] = (zigzag >> 7 * byte) & 0x7F | more
+            place += width + len(before_key)
+            if keys is not None:
+                block[:, place : place + key_length] = keys.rectangle(start + first, rows)
+            place += key_length + len(before_value)
+            block[:, place : place + values.uniform] = values.rectangle(start + first, rows)
+            at += block.size
+        return records.data
+
+    def _joined(self, start: int, count: int, bodies: Integers) -> Buffer:
+        """Records of any shape."""
+        import pyarrow.compute as pc
+
+        pieces = [_varints(bodies), pa.scalar(b"\0\0", _COLUMN), _offset_deltas(count)]
+        if self._keys is None:
+            pieces.append(pa.scalar(varint(NULL), _COLUMN))
+        else:
+            pieces += self._keys.pieces(start, count)
+        pieces += self._values.pieces(start, count)
+        pieces += (pa.scalar(_END_OF_RECORD, _COLUMN), pa.scalar(b"", _COLUMN))
+        joined = pc.binary_join_element_wise(*pieces)
+        return memoryview(joined.buffers()[2])[: int(_offsets(joined)[-1])]
+
+
+class _Column:
+    """The keys, or the values."""
+
+    __slots__ = ("array", "lengths", "longest", "uniform")
+
+    def __init__(self, array: pa.LargeBinaryArray) -> None:
+        self.array = array
+        self.lengths: Integers = np.diff(_offsets(array))
+        self.longest = int(self.lengths.max()) if len(array) else 0
+        self.uniform: int | None = None
+        """The length of all of them, if it is the same and none is null."""
+        if array.null_count:
+            self.lengths = np.where(array.is_null().to_numpy(zero_copy_only=False), NULL, self.lengths)
+        elif len(array) and (self.lengths == self.longest).all():
+            self.uniform = self.longest
+
+    def rectangle(self, start: int, count: int) -> Bytes:
+        """These, where all are of one length: a row each."""
+        assert self.uniform is not None, "a rectangle has one width"
+        if not self.uniform:
+            return np.empty((count, 0), np.uint8)
+        data = np.frombuffer(self.array.buffers()[2], np.uint8)
+        at = int(_offsets(self.array)[start])
+        return data[at : at + count * self.uniform].reshape(count, self.uniform)
+
+    def pieces(self, start: int, count: int) -> tuple[pa.Array, pa.Array]:
+        """(their lengths as varints, themselves), null as empty."""
+        import pyarrow.compute as pc
+
+        array = self.array.slice(start, count)
+        filled = pc.fill_null(array, b"") if array.null_count else array
+        return _varints(self.lengths[start : start + count]), filled
+
+
+def as_column(given: Any, what: str) -> pa.LargeBinaryArray:
+    """A column of bytes, nothing of it copied where it is contiguous.
+
+    Raises:
+        InvalidRecord: it holds something else, or is no column.
+    """
+    if isinstance(given, np.ndarray):
+        return _of_rows(given, what)
+    if isinstance(given, (list, tuple)):
+        try:
+            return pa.array(given, _COLUMN)
+        except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+            raise InvalidRecord(f"a record's {what} is bytes or None: {error}") from error
+    if not isinstance(given, (pa.Array, pa.ChunkedArray)):
+        raise InvalidRecord(
+            f"{what}s are a list, a numpy array or one Arrow column, not a {type(given).__name__}"
+        )
+    if pa.types.is_dictionary(given.type):
+        given = given.cast(given.type.value_type)
+    kind = given.type
+    kinds = pa.types
+    if not (
+        kinds.is_binary(kind)
+        or kinds.is_large_binary(kind)
+        or kinds.is_fixed_size_binary(kind)
+        or kinds.is_string(kind)
+        or kinds.is_large_string(kind)
+        or kinds.is_null(kind)
+    ):
+        raise InvalidRecord(f"a record's {what} is bytes, and this column holds {kind}")
+    column = given.cast(_COLUMN)
+    if isinstance(column, pa.ChunkedArray):
+        column = (
+            column.chunk(0)
+            if column.num_chunks == 1
+            else pa.concat_arrays([pa.array([], _COLUMN), *column.chunks])
+        )
+    return column
+
+
+def _of_rows(given: Any, what: str) -> pa.LargeBinaryArray:
+    if given.ndim == 0 or given.dtype.hasobject or given.dtype.kind == "U":
+        shape = f"{given.dtype} of shape {given.shape}"
+        raise InvalidRecord(f"an array of {what}s has a row of numbers or bytes for each record, not {shape}")
+    if given.dtype.kind == "S" and given.ndim == 1:  # an item is without its padding
+        return pa.array(given.tolist(), _COLUMN)
+    rows = np.ascontiguousarray(given)
+    count = len(rows)
+    width = rows.nbytes // count if count else 0
+    bounds = np.arange(count + 1, dtype=np.int64) * width
+    return pa.Array.from_buffers(_COLUMN, count, [None, pa.py_buffer(bounds), pa.py_buffer(rows)])
+
+
+def _offsets(array: pa.LargeBinaryArray) -> Integers:
+    """Where the items of an array begin in its data, and where the last one ends."""
+    bounds = array.buffers()[1]
+    if not len(array) or bounds is None:
+        return np.zeros(1, np.int64)
+    return np.frombuffer(bounds, np.int64)[array.offset : array.offset + len(array) + 1]
+
+
+def _taken(lengths: Integers) -> Integers:
+    """Bytes that lengths and what they count take together."""
+    zigzag = np.maximum(lengths, 0) << 1
+    taken = np.maximum(lengths, 0) + 1
+    for bits in (7, 14, 21, 28):
+        taken += zigzag >= 1 << bits
+    return taken
+
+
+def _varints(numbers: Integers) -> pa.LargeBinaryArray:
+    distinct, which = np.unique(numbers, return_inverse=True)
+    return pa.array([varint(each) for each in distinct.tolist()], _COLUMN).take(pa.array(which))
+
+
+def _offset_deltas(count: int) -> pa.LargeBinaryArray:
+    return _delta_table(1 << (count - 1).bit_length()).slice(0, count)
+
+
+@lru_cache(maxsize=4)
+def _delta_table(count: int) -> pa.LargeBinaryArray:
+    return pa.array([varint(delta) for delta in range(count)], _COLUMN)
