@@ -7,6 +7,7 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from math import inf
 from typing import Literal, TypeAlias, TypeVar
 
 import msgspec
@@ -18,7 +19,7 @@ from raftlog.client.metadata import PartitionView
 from raftlog.client.offsets import Offset, OffsetFinder, Place, row_of, to_ms
 from raftlog.client.retry import is_retriable
 from raftlog.config import validate_topic_name
-from raftlog.errors import ConfigError, OffsetOutOfRange, RaftlogError, UnknownGroup
+from raftlog.errors import ConfigError, OffsetOutOfRange, RaftlogError, UnknownGroup, UnstableOffsets
 from raftlog.net.rpc import (
     LEAVE_EPOCH,
     NO_MEMBER,
@@ -133,20 +134,37 @@ class GroupAdmin:
             timeout=timeout,
         )
 
-    async def committed(self, group: str, places: Sequence[Place], timeout: float) -> dict[Place, int]:
+    async def committed(
+        self, group: str, places: Sequence[Place], timeout: float, patience: float = inf
+    ) -> dict[Place, int]:
         """What a group has committed of these partitions; those without are left out. Waits while a
         transaction is about to commit.
 
+        Args:
+            timeout: seconds for everything.
+            patience: seconds for that transaction.
+
         Raises:
-            UnstableOffsets: that takes longer than ``timeout`` seconds.
+            UnstableOffsets: it takes longer.
             UnknownTopic, UnknownPartition, ConfigError, ConnectionLost, RequestTimeout.
         """
         views = [await self._partition(place) for place in places]
         by_key = {(view.topic_id, view.index): place for view, place in zip(views, places, strict=True)}
+        loop = asyncio.get_running_loop()
+        unstable_since: float | None = None
+
+        def worth_it(error: BaseException) -> bool:
+            nonlocal unstable_since
+            if isinstance(error, UnstableOffsets):
+                unstable_since = loop.time() if unstable_since is None else unstable_since
+                return loop.time() - unstable_since < patience
+            return is_retriable(error)
+
         answer = await self._call(
             group,
             lambda topic, index: OffsetFetchRequest(topic, index, group, list(by_key)),
             timeout=timeout,
+            retriable=worth_it,
         )
         return {by_key[each.topic_id, each.partition]: each.offset for each in answer.offsets}
 

@@ -42,7 +42,7 @@ def committed_offsets(log: Log, group: str, places: Sequence[Place]) -> dict[Pla
     """
     runtime = log._connected()
     try:
-        return runtime.io.call(runtime.groups.committed(group, places, PATIENCE_S))
+        return runtime.io.call(runtime.groups.committed(group, places, LOOKUP_TIMEOUT_S, PATIENCE_S))
     except UnstableOffsets as error:
         logger.warning("%s: taken for a driver that died", error.message)
     with log.producer(transactional_id=transactional_id(group)):
