@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Coroutine
 from typing import Any, Self, TypeVar
 
+import pytest
+
 from raftlog import aio
 from raftlog.broker.internal_topics import partition_of
 from raftlog.broker.transaction_replica import TransactionReplica
+from raftlog.client.cluster import ClusterClient
 from raftlog.state.transactions import Phase
 from raftlog.testing.sim_cluster import SimCluster
 
@@ -115,3 +118,16 @@ class TransactionWorld:
                 if replica.log.spec.partition == index:
                     return broker_id, replica
         return None
+
+
+def spy_on_calls(world: TransactionWorld, patch: pytest.MonkeyPatch) -> list[Any]:
+    """Everything that clients ask leaders, in order."""
+    asked: list[Any] = []
+    original = ClusterClient.call_leader
+
+    async def call_leader(self: ClusterClient, view: Any, request: Any, *args: Any, **options: Any) -> Any:
+        asked.append(request)
+        return await original(self, view, request, *args, **options)
+
+    patch.setattr(ClusterClient, "call_leader", call_leader)
+    return asked
