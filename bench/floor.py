@@ -5,14 +5,13 @@ a file that is fully written beforehand (so that a sync never has to grow it). T
 the leader; the leader hands it to its writer thread and, in parallel, to both followers; a follower answers
 once it has synced; the leader answers as soon as two of the three have it durably. Whatever waits while a
 sync is under way goes into the next one (group commit). It is as lean as pure Python gets, and the
-yardstick of ``latency.py`` and ``throughput.py``.
+yardstick that ``regress.py`` holds raftlog against.
 
-    python bench/floor.py [--json PATH]  # sequential 100 B, then batches of 100 KB and 1 MB, pipelined
+The module run as a program is one of the three processes: ``floor.py FILE [PORT OF A FOLLOWER ...]``.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import os
 import select
@@ -20,7 +19,6 @@ import socket
 import struct
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -28,20 +26,16 @@ from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from types import TracebackType
-from typing import Any, Final, Self, cast
+from typing import Final, Self, cast
 
 import uvloop
-from _report import arguments, console, machine, percentile, show, spread, write
 
-RECORD_BYTES: Final = 100
 _HEAD: Final = struct.Struct(">II")  # length of the payload, sequence
 _ACK: Final = struct.Struct(">I")  # everything up to this sequence
 _FILE_BYTES: Final = 64 << 20
 _GROUP_MAX: Final = 512
 _BUFFER_BYTES: Final = 4 << 20
 _SWITCH_INTERVAL_S: Final = 0.0002
-_WINDOW: Final = 8
-"""Batches under way in the pipelined test."""
 
 
 # -- one of the three processes ------------------------------------------------------------------------------
@@ -219,7 +213,7 @@ class Floor:
         self.close()
 
     def _start(self, name: str, followers: list[int]) -> int:
-        command = [sys.executable, __file__, "--node", str(self._directory / name), *map(str, followers)]
+        command = [sys.executable, __file__, str(self._directory / name), *map(str, followers)]
         node = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self._nodes.append(node)
         assert node.stdout is not None
@@ -255,7 +249,7 @@ class Floor:
             assert acknowledged == self._sequence
         return times
 
-    def pipelined(self, payload: bytes, seconds: float, window: int = _WINDOW) -> float:
+    def pipelined(self, payload: bytes, seconds: float, window: int) -> float:
         """Keep ``window`` frames under way for a while; bytes per second acknowledged."""
         connection = self._socket
         assert connection is not None
@@ -276,42 +270,5 @@ class Floor:
         return (acknowledged - first) * size / (time.perf_counter() - begin)
 
 
-def main() -> None:
-    """Measure the floor alone."""
-    parser = arguments("The floor: three bare processes that replicate and sync.", "floor")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--count", type=int, default=400, help="sequential frames per round")
-    parser.add_argument("--seconds", type=float, default=1.0, help="of each pipelined round")
-    parser.add_argument("--node", nargs="+", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.node:
-        uvloop.run(run_node(Path(options.node[0]), list(map(int, options.node[1:]))))
-        return
-    result: dict[str, Any] = {"benchmark": "floor", "machine": machine()}
-    p50s, p99s, small, big = [], [], [], []
-    with tempfile.TemporaryDirectory(prefix="raftlog-bench-") as directory, Floor(Path(directory)) as floor:
-        floor.sequential(options.count, os.urandom(RECORD_BYTES))  # warm
-        for _ in range(options.rounds):
-            times = floor.sequential(options.count, os.urandom(RECORD_BYTES))
-            p50s.append(percentile(times, 50) * 1e3)
-            p99s.append(percentile(times, 99) * 1e3)
-            small.append(floor.pipelined(os.urandom(100_000), options.seconds) / 1e6)
-            big.append(floor.pipelined(os.urandom(1_000_000), options.seconds) / 1e6)
-    numbers = {
-        "sequential 100 B, p50 ms": p50s,
-        "sequential 100 B, p99 ms": p99s,
-        "pipelined 100 KB batches, MB/s": small,
-        "pipelined 1 MB batches, MB/s": big,
-    }
-    result["floor"] = {name: spread(values) for name, values in numbers.items()}
-    rows = []
-    for name, values in numbers.items():
-        one = spread(values)
-        rows.append([name, f"{one['median']:.3g}", f"{one['min']:.3g}", f"{one['max']:.3g}"])
-    show(f"the floor, {options.rounds} rounds", ["", "median", "least", "greatest"], rows)
-    write(options.json, result)
-    console.print(f"written: {options.json.name}")
-
-
 if __name__ == "__main__":
-    main()
+    uvloop.run(run_node(Path(sys.argv[1]), list(map(int, sys.argv[2:]))))
