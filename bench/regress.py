@@ -11,6 +11,7 @@ believing it.
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from typing import Final
 
 from _ray import own_ray
 from _report import console, show
-from run import compare
+from run import compare, on_terminate
 from store import Results, ratio, read
 from works import SIZES, WORKS
 
@@ -94,6 +95,7 @@ def main() -> int:
         console.print("nothing to compare with: the kept results have none of these works")
         return 2
     with own_ray():
+        signal.signal(signal.SIGTERM, on_terminate)
         for _ in range(TRIES):
             found = changes(kept, measure(names))
             rows = [[each.work, f"{each.kept:.2f}", f"{each.now:.2f}", f"{each.loss:+.0%}"] for each in found]

@@ -228,7 +228,8 @@ def parse() -> argparse.Namespace:
 
 
 def on_terminate(_number: int, _frame: object) -> Never:
-    """End as Ctrl-C does: whatever was started is stopped."""
+    """End as Ctrl-C does: whatever was started is stopped, and once is enough."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     raise SystemExit(143)
 
 
@@ -237,7 +238,6 @@ def main() -> int:
     options = parse()
     failed: list[str] = []
     if not options.page:
-        signal.signal(signal.SIGTERM, on_terminate)
         wanted = set(options.contenders or names_of(KINDS))
 
         def chosen(name: str) -> bool:
@@ -246,6 +246,9 @@ def main() -> int:
         works = [work for work in WORKS if chosen(work.name)]
         solo = [work for work in SOLO if chosen(work.name)] if "raftlog" in wanted else []
         with own_ray():
+            signal.signal(
+                signal.SIGTERM, on_terminate
+            )  # after Ray, which has one that ends the process at once
             if works:
                 failed = compare(works, wanted, SIZES[options.size], options.json)
             alone(solo, options.size, options.json)

@@ -7,6 +7,7 @@ topic's settings and a client. Contenders of one system share its servers.
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import subprocess
 import time
@@ -114,11 +115,13 @@ class System:
         self.processes.clear()
 
     def spawn(self, command: Sequence[str | Path], output: Path, **options: Any) -> None:
-        """Start one server in a session of its own (so that Ctrl-C reaches it through :meth:`stop` only)."""
+        """Start one server in a session of its own: Ctrl-C reaches it through :meth:`stop` only. Where there
+        is setpriv, it ends also if this process is killed."""
+        bound = ["setpriv", "--pdeathsig", "TERM", "--"] if shutil.which("setpriv") else []
         with output.open("wb") as file:
             self.processes.append(
                 subprocess.Popen(
-                    list(map(str, command)),
+                    [*bound, *map(str, command)],
                     stdin=subprocess.DEVNULL,
                     stdout=file,
                     stderr=subprocess.STDOUT,
