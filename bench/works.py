@@ -44,7 +44,7 @@ class Size:
 
 SIZES: Final = {
     "tiny": Size(rounds=1, calls=30, seconds=0.2, warm_s=0.2),
-    "quick": Size(rounds=3, calls=250, seconds=1.0, warm_s=2.0),
+    "quick": Size(rounds=3, calls=200, seconds=0.5, warm_s=2.0),
     "full": Size(rounds=7, calls=600, seconds=3.0, warm_s=10.0),
 }
 
