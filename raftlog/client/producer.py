@@ -253,7 +253,7 @@ class ProducerCore:
         count, partitioner = route.count, route.partitioner
         groups: Sequence[tuple[int | None, Rows]] | None = None
         if partition is None:
-            groups = rows.by_partition(lambda key: partitioner.partition(key, count))
+            groups = rows.by_partition(partitioner, count)
         for index, some in groups or [(partition, rows)]:
             start = 0
             while start < len(some):

@@ -9,15 +9,17 @@ Importing this module imports numpy and pyarrow (the extra ``raftlog[data]``).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, Final
 
 from raftlog.errors import InvalidRecord
 from raftlog.record.arrow import Bytes, Integers, np, pa
+from raftlog.record.arrow_murmur2 import Hashes, murmur2_of
 from raftlog.record.batch import BATCH_HEADER_BYTES, Compression, Unsealed
 from raftlog.record.codec import check_timestamp, compressed
 from raftlog.record.frame import Buffer
+from raftlog.record.partitioner import DefaultPartitioner, murmur2
 from raftlog.record.rows import BODY_BYTES, DELTA_WIDTHS, NULL, RECORD_BYTES_MIN, Rows, varint
 
 _COLUMN: Final = pa.large_binary()
@@ -57,15 +59,16 @@ class ArrowRows:
     def __len__(self) -> int:
         return len(self._values.array)
 
-    def by_partition(self, choose: Callable[[bytes | None], int]) -> Sequence[tuple[int, Rows]] | None:
-        """See :meth:`Rows.by_partition`; each key is asked for once."""
+    def by_partition(self, partitioner: DefaultPartitioner, count: int) -> Sequence[tuple[int, Rows]] | None:
+        """See :meth:`Rows.by_partition`."""
         if self._keys is None:
             return None
-        keys = self._keys.array.dictionary_encode(null_encoding="encode")
-        choices = np.array([choose(key) for key in keys.dictionary.to_pylist()], np.int64)
-        chosen = choices[keys.indices.to_numpy(zero_copy_only=False)]
+        chosen = (self._keys.murmur2() & np.uint32(0x7FFFFFFF)) % np.uint32(count)
+        nulls = self._keys.lengths == NULL
+        if nulls.any():
+            chosen[nulls] = partitioner.partition(None, count)
         groups = []
-        for index in dict.fromkeys(choices.tolist()):
+        for index in np.unique(chosen).tolist():
             rows = pa.array(np.flatnonzero(chosen == index))
             some = self._values.array.take(rows), self._keys.array.take(rows)
             groups.append((index, ArrowRows(*some, self._timestamp_ms)))
@@ -178,6 +181,15 @@ class _Column:
         data = np.frombuffer(self.array.buffers()[2], np.uint8)
         at = int(_offsets(self.array)[start])
         return data[at : at + count * self.uniform].reshape(count, self.uniform)
+
+    def murmur2(self) -> Hashes:
+        """Their hashes; that of null means nothing."""
+        data = self.array.buffers()[2]
+        if data is None:
+            return np.full(len(self.array), murmur2(b""), np.uint32)
+        return murmur2_of(
+            np.frombuffer(data, np.uint8), _offsets(self.array)[:-1], np.maximum(self.lengths, 0)
+        )
 
     def pieces(self, start: int, count: int) -> tuple[pa.Array, pa.Array]:
         """(their lengths as varints, themselves), null as empty."""

@@ -11,8 +11,8 @@ import random as random_module
 import struct
 from typing import Final
 
-_SEED: Final = 0x9747B28C
-_M: Final = 0x5BD1E995
+MURMUR2_SEED: Final = 0x9747B28C
+MURMUR2_M: Final = 0x5BD1E995
 _MASK: Final = 0xFFFFFFFF
 _CACHE_KEYS_MAX: Final = 65_536
 
@@ -21,16 +21,16 @@ def murmur2(data: bytes) -> int:
     """Kafka's variant of MurmurHash2 (``org.apache.kafka.common.utils.Utils.murmur2``), as an unsigned
     int32."""
     length = len(data)
-    h = _SEED ^ length
+    h = MURMUR2_SEED ^ length
     whole = length & ~3
     for k in struct.unpack_from(f"<{whole >> 2}I", data):
-        k = k * _M & _MASK
+        k = k * MURMUR2_M & _MASK
         k ^= k >> 24
-        h = (h * _M & _MASK) ^ (k * _M & _MASK)
+        h = (h * MURMUR2_M & _MASK) ^ (k * MURMUR2_M & _MASK)
     if whole != length:
-        h = (h ^ int.from_bytes(data[whole:], "little")) * _M & _MASK
+        h = (h ^ int.from_bytes(data[whole:], "little")) * MURMUR2_M & _MASK
     h ^= h >> 13
-    h = h * _M & _MASK
+    h = h * MURMUR2_M & _MASK
     return h ^ (h >> 15)
 
 

@@ -14,7 +14,7 @@ Source: Kafka's documentation, "Record".
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, Final, Protocol
 
@@ -22,6 +22,7 @@ from raftlog.errors import InvalidRecord
 from raftlog.record.batch import BATCH_HEADER_BYTES, Compression, Unsealed
 from raftlog.record.codec import BatchBuilder, check_timestamp, compressed
 from raftlog.record.frame import Buffer
+from raftlog.record.partitioner import DefaultPartitioner
 
 NULL: Final = -1
 """The length of a key or value that is not there."""
@@ -62,9 +63,9 @@ class Rows(Protocol):
 
     def __len__(self) -> int: ...
 
-    def by_partition(self, choose: Callable[[bytes | None], int]) -> Sequence[tuple[int, Rows]] | None:
-        """(partition, its records in order) for each partition that ``choose`` gives for a key; None: there
-        are no keys."""
+    def by_partition(self, partitioner: DefaultPartitioner, count: int) -> Sequence[tuple[int, Rows]] | None:
+        """(partition, its records in order) for each of ``count`` partitions that some key belongs to; None:
+        there are no keys."""
         ...
 
     def pack(self, start: int, bytes_max: int, compression: Compression) -> tuple[Unsealed, int]:
@@ -118,13 +119,14 @@ class ListRows:
     def __len__(self) -> int:
         return len(self._values)
 
-    def by_partition(self, choose: Callable[[bytes | None], int]) -> Sequence[tuple[int, Rows]] | None:
+    def by_partition(self, partitioner: DefaultPartitioner, count: int) -> Sequence[tuple[int, Rows]] | None:
         """See :meth:`Rows.by_partition`."""
         if self._keys is None:
             return None
+        choose = partitioner.partition
         groups: dict[int, tuple[list[bytes | None], list[bytes | None]]] = {}
         for key, value in zip(self._keys, self._values, strict=True):
-            index = choose(key)
+            index = choose(key, count)
             group = groups.get(index)
             if group is None:
                 group = groups[index] = ([], [])

@@ -12,9 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raftlog.errors import InvalidRecord
+from raftlog.record.arrow_murmur2 import murmur2_of
 from raftlog.record.arrow_rows import ArrowRows, as_column
 from raftlog.record.batch import Compression
 from raftlog.record.codec import decode_batch, encode_batch
+from raftlog.record.partitioner import DefaultPartitioner, murmur2
 
 Bytes = bytes | None
 payloads = st.none() | st.binary(max_size=80)
@@ -120,32 +122,35 @@ def test_nothing_is_copied_of_what_is_contiguous() -> None:
     assert as_column(column, "value").buffers()[2].address == column.buffers()[2].address
 
 
-def test_keys_choose_partitions_and_keep_their_order() -> None:
-    keys = [None if number % 5 == 0 else b"%d" % (number % 3) for number in range(30)]
-    values = [b"%d" % number for number in range(30)]
-    asked: list[Bytes] = []
+def test_keys_choose_partitions_as_those_of_lists_do() -> None:
+    keys = [None if number % 5 == 0 else b"%d" % (number % 70) for number in range(300)]
+    values = [b"%d" % number for number in range(300)]
+    partitioner = DefaultPartitioner(random.Random(1))
+    for column in (pa.array(keys, pa.binary()), pa.array([b"cut", *keys], pa.binary())[1:]):
+        groups = ArrowRows(pa.array(values, pa.binary()), column, 17).by_partition(partitioner, 4)
+        assert groups is not None
+        for index, some in groups:
+            batch, end = some.pack(0, 1 << 20, Compression.NONE)
+            assert end == len(some)
+            found = [(each.key, each.value) for each in decode_batch(b"".join(batch.seal()), "t", 0)]
+            pairs = list(zip(keys, values, strict=True))
+            assert found == [pair for pair in pairs if partitioner.partition(pair[0], 4) == index]
+        assert sum(len(some) for _, some in groups) == 300
+    assert ArrowRows(pa.array(values), None, 17).by_partition(partitioner, 4) is None
+    ((index, some),) = ArrowRows(pa.nulls(3), pa.nulls(3), 17).by_partition(partitioner, 4) or ()
+    assert (index, len(some)) == (partitioner.partition(None, 4), 3)
 
-    def choose(key: Bytes) -> int:
-        asked.append(key)
-        return 0 if key is None else int(key)
 
-    rows = ArrowRows(pa.array(values, pa.binary()), pa.array(keys, pa.binary()), 17)
-    groups = rows.by_partition(choose)
-    assert groups is not None
-    assert sorted(asked, key=repr) == [None, b"0", b"1", b"2"] or sorted(asked, key=repr) == [
-        b"0",
-        b"1",
-        b"2",
-        None,
-    ]
-    for index, some in groups:
-        batch, end = some.pack(0, 1 << 20, Compression.NONE)
-        assert end == len(some)
-        found = [(each.key, each.value) for each in decode_batch(b"".join(batch.seal()), "t", 0)]
-        pairs = list(zip(keys, values, strict=True))
-        assert found == [pair for pair in pairs if (0 if pair[0] is None else int(pair[0])) == index]
-    assert sum(len(some) for _, some in groups) == 30
-    assert ArrowRows(pa.array(values), None, 17).by_partition(choose) is None
+@settings(deadline=None, max_examples=60)
+@given(lengths=st.lists(st.integers(0, 40), min_size=1, max_size=4), many=st.integers(1, 40))
+def test_hashes_of_many_keys_are_those_of_each(lengths: list[int], many: int) -> None:
+    source = random.Random(many)
+    keys = [source.randbytes(length) for length in lengths for _ in range(many)]
+    column = as_column(keys, "key")
+    bounds = np.cumsum([0, *map(len, keys)])
+    data = np.frombuffer(column.buffers()[2] or b"", np.uint8)
+    found = murmur2_of(data, bounds[:-1], np.diff(bounds))
+    assert found.tolist() == [murmur2(key) for key in keys]
 
 
 def test_what_is_no_column_of_bytes_is_refused() -> None:

@@ -12,6 +12,7 @@ from kafka_oracle import TheirBatch
 from raftlog.errors import InvalidRecord
 from raftlog.record.batch import BATCH_HEADER_BYTES, Compression, check_batch
 from raftlog.record.codec import decode_batch, encode_batch
+from raftlog.record.partitioner import DefaultPartitioner
 from raftlog.record.rows import ListRows, varint
 
 Bytes = bytes | None
@@ -89,21 +90,19 @@ def test_a_batch_stays_within_its_limit_and_takes_one_record_whatever_it_is() ->
 
 
 def test_keys_choose_partitions_and_keep_their_order() -> None:
-    values: list[Bytes] = [b"%d" % number for number in range(9)]
-    keys: list[Bytes] = [b"%d" % (number % 3) for number in range(9)]
-    groups = ListRows(values, keys, 17).by_partition(lambda key: int(key or b"0") % 2)
+    values: list[Bytes] = [b"%d" % number for number in range(30)]
+    keys: list[Bytes] = [None if number % 5 == 0 else b"%d" % (number % 7) for number in range(30)]
+    partitioner = DefaultPartitioner(random.Random(1))
+    groups = ListRows(values, keys, 17).by_partition(partitioner, 4)
     assert groups is not None
-    found = {}
     for index, rows in groups:
         batch, end = rows.pack(0, 1 << 20, Compression.NONE)
         assert end == len(rows)
-        found[index] = [(each.key, each.value) for each in decode_batch(b"".join(batch.seal()), "t", 0)]
-    pairs = list(zip(keys, values, strict=True))
-    assert found == {
-        0: [pair for pair in pairs if pair[0] != b"1"],
-        1: [pair for pair in pairs if pair[0] == b"1"],
-    }
-    assert ListRows(values, None, 17).by_partition(lambda key: 0) is None
+        found = [(each.key, each.value) for each in decode_batch(b"".join(batch.seal()), "t", 0)]
+        pairs = list(zip(keys, values, strict=True))
+        assert found == [pair for pair in pairs if partitioner.partition(pair[0], 4) == index]
+    assert sum(len(rows) for _, rows in groups) == 30
+    assert ListRows(values, None, 17).by_partition(partitioner, 4) is None
 
 
 def test_what_is_no_record_is_refused() -> None:
