@@ -331,13 +331,18 @@ class Broker:
         self._pump_due = True
 
     def pump(self) -> None:
-        """Carry out what the marked replicas want, and send what that brings about."""
+        """Let the marked replicas do what they want. First what others wait for: messages leave, and the
+        journal begins to write."""
         self._pump_due = True
         try:
             while self._dirty:
                 dirty, self._dirty = self._dirty, []
                 for replica in dirty:
-                    replica.pump()
+                    replica.hand_out()
+                self.peers.flush()
+                self.store.begin()
+                for replica in dirty:
+                    replica.follow_up()
                     self.pulse.pumped(replica)
         finally:
             self._pump_due = False

@@ -1,8 +1,9 @@
 """A replica: drives one RawNode and the state machine behind it.
 
-The host's whole part in Raft is :meth:`Replica.pump`: what the core says must become durable goes to the
-store, messages go to the peers, committed entries are applied; and what comes back (a sync that is done, a
-message, time) goes into the core. Everything here is synchronous and runs on the broker's loop.
+The host's whole part in Raft is a cycle of two halves. :meth:`Replica.hand_out`: what the core says must
+become durable goes to the store, messages go to the peers. :meth:`Replica.follow_up`, when that is under way
+for all replicas: committed entries are applied. What comes back (a sync that is done, a message, time) goes
+into the core. Everything here is synchronous and runs on the broker's loop.
 
 On a leader there are two machines: ``machine`` is the applied state; ``staged`` is the applied state plus
 every entry above it in the log. Decisions (which offset, is it a duplicate, may the topic be created) are
@@ -32,6 +33,7 @@ from raftlog.raft.types import (
     InstallSnapshotResponse,
     LoadRequest,
     Message,
+    Ready,
     Role,
     Snapshot,
     SoftState,
@@ -97,7 +99,7 @@ class Host(Protocol):
     def random_for(self, replica_id: int) -> Any: ...
 
     def mark(self, replica: Replica[Any]) -> None:
-        """The replica has something to do: pump it soon."""
+        """The replica has something to do: have it :meth:`hand_out` and :meth:`follow_up` soon."""
 
     def send(self, broker_id: int, message: Message) -> None: ...
 
@@ -145,6 +147,8 @@ class Replica(Generic[M]):
         self._reads: dict[int, asyncio.Future[None]] = {}
         self._reads_asked = 0
         self._soft: SoftState | None = None
+        self._ready: Ready | None = None
+        """What of it was handed out and is to be followed up."""
         self._campaign_at = 0
         self._hurt_since_ms = -1
         self._gave_up = False
@@ -355,41 +359,57 @@ class Replica(Generic[M]):
 
     # -- the cycle -------------------------------------------------------------------------------------------
 
-    def pump(self) -> None:
-        """Carry out what the core asks for, until it asks for nothing more."""
+    def hand_out(self) -> None:
+        """First half: give the core's next Append to the store and its messages to the peers."""
         self.dirty = False
+        node = self.node
+        if self.fault is not None or self._exchange.installing or not node.has_ready():
+            return
+        host, hosts = self.host, self.hosts
+        ready = self._ready = node.ready()
+        append = ready.append
+        if append is not None:
+            host.store.append(self.log, append, partial(self._durable, append.sequence))
+            if self.staged is not None:
+                _stage(self.staged, append.entries)
+        for message in ready.messages:
+            broker_id = hosts.get(message.to)
+            if broker_id is not None:
+                host.send(broker_id, message)
+
+    def follow_up(self) -> None:
+        """Second half: everything else that it asks for. If there is more then, the replica is marked
+        again."""
+        ready, self._ready = self._ready, None
         if self.fault is not None or self._exchange.installing:
             return
         node, host = self.node, self.host
-        while node.has_ready():
-            ready = node.ready()
-            if ready.append is not None:
-                host.store.append(self.log, ready.append, partial(self._durable, ready.append.sequence))
-                if self.staged is not None:
-                    _stage(self.staged, ready.append.entries)
-            hosts = self.hosts
-            for message in ready.messages:
-                broker_id = hosts.get(message.to)
-                if broker_id is not None:
-                    host.send(broker_id, message)
+        if ready is not None:
             if ready.committed and not self._apply(ready.committed):
                 return
-            for context, index in ready.reads:
-                assert index <= node.applied, (index, node.applied)
-                confirmed = self._reads.pop(context)
-                if not confirmed.done():
-                    confirmed.set_result(None)
+            if ready.reads:
+                self._confirm_reads(ready.reads)
             if ready.soft_state is not None:
                 self._leadership(ready.soft_state)
             for load in ready.loads:
                 host.spawn(self._load(load))
             for follower in ready.snapshots:
                 self._exchange.begin(follower)
+            if node.has_ready():
+                host.mark(self)
+                return
         if self.staged is None and node.serving:
             self._begin_serving()
         if self.log.amnesiac and not node.amnesiac:
             self.log.amnesiac = False
             host.spawn(self._cured())
+
+    def _confirm_reads(self, reads: tuple[tuple[int, int], ...]) -> None:
+        for context, index in reads:
+            assert index <= self.node.applied, (index, self.node.applied)
+            confirmed = self._reads.pop(context)
+            if not confirmed.done():
+                confirmed.set_result(None)
 
     def _durable(self, sequence: int, error: BaseException | None) -> None:
         if error is not None:

@@ -146,9 +146,9 @@ class Journal:
         self._wake_up()
         self._mark_timer = self._loop.call_later(self._config.idle_mark_seconds, self._idle)
 
-    def submit(self, log: ReplicaLog, append: Append, direct: dict[int, Segment] | None, done: Done) -> None:
-        """Queue an append whose entries ``log`` has taken; ``done`` is called once it is durable (written,
-        for a replica with ``flush_interval_ms``)."""
+    def submit(self, log: ReplicaLog, append: Append, direct: dict[int, Segment] | None, done: Done) -> int:
+        """Queue an append whose entries ``log`` has taken, for :meth:`begin`; ``done`` is called once it is
+        durable (written, for a replica with ``flush_interval_ms``). Returns the bytes of its frames."""
         size = 0
         for entry in append.entries:
             size += len(entry.frame)
@@ -157,7 +157,12 @@ class Journal:
             written += ENTRY_REF_BYTES - len(log.memory.at(index).frame)
         self._queue.append(_Item(log, append, direct, done, size, written, self._loop.time()))
         self.pending_bytes += size
-        self._wake_up()
+        return size
+
+    def begin(self) -> None:
+        """Write what is queued, unless a group is under way: then it goes into the next."""
+        if self._queue and not self._busy:
+            self._advance()
 
     def checkpoint_due(self, log: ReplicaLog) -> None:
         """The replica's flushed index has grown: say so in the next group (at once if old files wait for
@@ -258,8 +263,7 @@ class Journal:
     # -- one group after another -----------------------------------------------------------------------------
 
     def _wake_up(self) -> None:
-        """There is something to write: begin with it at the end of this turn of the loop, when all that came
-        in it is there."""
+        """There is something to write: begin with it at the end of this turn of the loop."""
         if not self._busy and not self._due_soon:
             self._due_soon = True
             self._loop.call_soon(self._advance)
@@ -397,15 +401,15 @@ class Journal:
             counts.clear()
             self._unsynced.clear()
             self._on_durable()
-        self._busy = False
-        self.on_settling()
-        for item in items:
-            self._tell(item.done, None)
-        self.on_settled()
         waiters, self._running_waiters = self._running_waiters, []
         for waiter in waiters:
             if not waiter.done():
                 waiter.set_result(None)
+        self._busy = False
+        self.on_settling()
+        for item in items:
+            self._tell(item.done, None)
+        self.on_settled()  # which may begin the next group
         if self._queue or self._due_now() or self._mark_due or self._closing:
             self._wake_up()
 

@@ -173,7 +173,7 @@ class BrokerStore:
     # -- append ----------------------------------------------------------------------------------------------
 
     def append(self, log: ReplicaLog, append: Append, done: Done) -> None:
-        """Take the entries into the log now and make them durable; never blocks.
+        """Take the entries into the log now, to be made durable after :meth:`begin`; never blocks.
 
         Args:
             done: called on the loop with None once durable, in order per replica; with StorageFailed if they
@@ -186,11 +186,12 @@ class BrokerStore:
             asyncio.get_running_loop().call_soon(done, error)
             return
         dropped, direct = log.take(append.entries)
-        size = -dropped
-        for entry in append.entries:
-            size += len(entry.frame)
-        self._flusher.added(log, size)
-        self._journal.submit(log, append, direct, done)
+        self._flusher.added(log, self._journal.submit(log, append, direct, done) - dropped)
+
+    def begin(self) -> None:
+        """Begin to write what was appended since the last call, as one group. If one is under way, this will
+        be the next."""
+        self._journal.begin()
 
     def settle_with(self, settling: Callable[[], None], settled: Callable[[], None]) -> None:
         """From now on call ``settling`` before, and ``settled`` after, all ``done`` of appends that became

@@ -129,6 +129,7 @@ def submit(
             future.set_exception(error)
 
     store.append(log, Append(0, hard_state, tuple(entries)), done)
+    asyncio.get_running_loop().call_soon(store.begin)  # what is submitted together is one group
     future.add_done_callback(lambda told: told.cancelled() or told.exception())  # nobody need ask
     return future
 

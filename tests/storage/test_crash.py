@@ -61,6 +61,7 @@ class Recorder:
             future.set_result(None)
 
         self.store.append(log, Append(number, state, tuple(entries)), done)
+        asyncio.get_running_loop().call_soon(self.store.begin)
         return future
 
     def allowed(self, trace: list[Step]) -> dict[int, tuple[int, int]]:
@@ -296,6 +297,7 @@ def test_large_frame_never_overwrites_one_that_a_crash_would_bring_back() -> Non
         disk.stall(10.0)
         store.append(log, Append(0, HardState(2, 0, 0), (new,)), lambda error: None)
         store.append(log, Append(0, None, (Writer(log).entry(2, size=4000),)), lambda error: None)
+        store.begin()
         for _ in range(50):
             await asyncio.sleep(0)
         segments = [p for p in disk.paths() if p.endswith(".seg")]

@@ -112,6 +112,7 @@ def test_callbacks_come_in_order_and_only_after_the_sync() -> None:
             entry = Writer(log).entry(1)
             syncs = disk.syncs
             store.append(log, Append(n, None, (entry,)), lambda error, n=n: order.append(n))
+            store.begin()
             assert log.last_index == n + 1, "readable at once"
             assert log.durable_index <= n
             if n % 7 == 0:
@@ -120,6 +121,32 @@ def test_callbacks_come_in_order_and_only_after_the_sync() -> None:
         await append(store, log)
         assert order == list(range(20))
         assert log.durable_index == 20
+
+    run(main())
+
+
+def test_who_waits_for_the_next_group_is_not_told_with_this_one() -> None:
+    """The host begins the next group as soon as this one is settled: what waits for that is not durable."""
+
+    async def main() -> None:
+        disk = SimDisk(latency=0.01)
+        store = await BrokerStore.open(disk, SMALL, disk_id=DISK_ID)
+        log = await store.create(spec(1))
+        settled: list[int] = []
+
+        def go_on() -> None:
+            settled.append(disk.commits_done)
+            store.begin()
+
+        store.settle_with(lambda: None, go_on)
+        before = disk.commits
+        submit(store, log, [Writer(log).entry(1)])
+        store.begin()
+        submit(store, log, [Writer(log).entry(1)])
+        await store._journal.checkpoint([log])
+        assert settled[0] == before + 1
+        assert disk.commits_done == before + 2
+        await store.close()
 
     run(main())
 
@@ -137,6 +164,7 @@ def test_a_callback_that_raises_stops_nothing() -> None:
             raise ValueError("the host's bug")
 
         store.append(log, Append(1, None, (Writer(log).entry(1),)), bad)
+        store.begin()
         await append(store, log, [Writer(log).entry(1)])
         assert [type(error) for error in raised] == [ValueError]
 
