@@ -59,4 +59,4 @@ def ratio(results: Results, work: str, name: str, one: str, other: str) -> float
     a, b = metric(results, work, one, name), metric(results, work, other, name)
     if a is None or b is None or len(a["rounds"]) != len(b["rounds"]):
         return None
-    return median(x / y for x, y in zip(a["rounds"], b["rounds"], strict=True))
+    return float(median(x / y for x, y in zip(a["rounds"], b["rounds"], strict=True)))
