@@ -130,7 +130,7 @@ def test_who_waits_for_the_next_group_is_not_told_with_this_one() -> None:
 
     async def main() -> None:
         disk = SimDisk(latency=0.01)
-        store = await BrokerStore.open(disk, SMALL, disk_id=DISK_ID)
+        store = await BrokerStore.open(disk, StorageConfig(idle_mark_seconds=60.0), disk_id=DISK_ID)
         log = await store.create(spec(1))
         settled: list[int] = []
 
