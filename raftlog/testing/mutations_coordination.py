@@ -139,12 +139,6 @@ COORDINATION: Final = (
         "left.clear()",
     ),
     _planted(
-        "a late end speaks for the transaction after its own",
-        "broker.transaction_replica",
-        "if settling is None or present is None or present.identity != identity:",
-        "if settling is None or present is None:",
-    ),
-    _planted(
         "what is enlisted is lost when the transaction before is complete",
         "broker.transactions",
         "phase=phase, ended=_remembered(ended)",
