@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
+from raftlog.client import handle
 from raftlog.testing.history import Outcome
+from raftlog.testing.pipeline_profile import PipelineProfile
 from raftlog.testing.swarm import Profile
 from raftlog.testing.workload import Workload
 
@@ -22,3 +26,22 @@ def test_failed_disks_end_no_client(seed: int) -> None:
     assert workload.nemesis.fired["failed sync"] == 3
     assert any("Input/output error" in line for line in workload.nemesis.log), "nothing was written to it"
     assert history.count(Outcome.FAILED) == 0
+
+
+def test_what_is_on_the_disks_is_the_same_in_every_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found by seed 100184. Clients of pipelines had the name of the process that ran the simulation, which
+    their groups write down: a longer or shorter one put what follows at another place."""
+
+    def contents(pid: int) -> dict[tuple[int, str], bytes]:
+        monkeypatch.setattr(os, "getpid", lambda: pid)
+        monkeypatch.setattr(handle, "_client_ids", {})
+        pipeline = PipelineProfile(partitions=1, feeders=1, transactions=2, workers=1)
+        workload = Workload(Profile(7, fault_count=0, values=5, partitions=1, pipeline=pipeline))
+        try:
+            workload.run()
+            disks = workload.cluster.disks
+            return {(each, path): disks[each].content(path) for each in disks for path in disks[each].paths()}
+        finally:
+            workload.close()
+
+    assert contents(7) == contents(1_234_567)
