@@ -6,20 +6,20 @@ partition: whoever sends it adds both.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from random import Random
 from time import time_ns
-from typing import Any, Final, NamedTuple
-
-import pyarrow as pa
+from typing import Final, NamedTuple
 
 from raftlog.client.accumulator import RECORD_OVERHEAD
-from raftlog.client.producer import group_by_partition, too_large
+from raftlog.client.producer import too_large
 from raftlog.errors import ConfigError, InvalidRecord, UnknownPartition
+from raftlog.record.arrow import Integers, np, pa
+from raftlog.record.arrow_rows import ArrowRows, as_column
 from raftlog.record.batch import BATCH_HEADER_BYTES, compression_named
-from raftlog.record.codec import BatchBuilder
 from raftlog.record.partitioner import DefaultPartitioner
+from raftlog.record.rows import Rows
 
 ANY_PARTITION: Final = -1
 BATCH_BYTES: Final = 1024 * 1024
@@ -73,80 +73,58 @@ def encode(table: pa.Table, layout: Layout) -> Iterator[Batch]:
         InvalidRecord: a column holds something else than bytes or text.
         RecordTooLarge, UnknownPartition: about one of the rows.
     """
-    values = _bytes_of(table, layout.value, "value")
-    longest = max((len(each) for each in values if each is not None), default=0)
+    values = _column(table, layout.value, "value")
+    keys = None if layout.key is None else _column(table, layout.key, "key")
+    now_ms = time_ns() // 1_000_000
+    longest = ArrowRows(values, keys, now_ms).longest
     if longest + RECORD_OVERHEAD + BATCH_HEADER_BYTES > layout.bytes_max:
         raise too_large(longest, layout.bytes_max, layout.topic)
-    keys = None if layout.key is None else _bytes_of(table, layout.key, "key")
     compression = compression_named(layout.compression)
-    now_ms = time_ns() // 1_000_000
-    for partition, some_values, some_keys in _by_partition(table, layout, values, keys):
+    for partition, some in _by_partition(table, layout, values, keys, now_ms):
         start = 0
-        while start < len(some_values):
-            builder = BatchBuilder(min(BATCH_BYTES, layout.bytes_max))
-            end = builder.extend(some_values, some_keys, now_ms, start)
-            yield Batch(partition, end - start, builder.build(compression))
+        while start < len(some):
+            batch, end = some.pack(start, min(BATCH_BYTES, layout.bytes_max), compression)
+            yield Batch(partition, end - start, b"".join(batch.seal()))
             start = end
 
 
-def _bytes_of(table: pa.Table, name: str, what: str) -> list[bytes | None]:
-    column = _column(table, name, what)
-    kind = column.type
-    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
-        column = column.cast(pa.large_binary())
-    elif pa.types.is_null(kind):
-        return [None] * len(column)
-    elif not (
-        pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind)
-    ):
-        raise InvalidRecord(
-            f"column {name!r} holds {kind}, and a record's {what} is bytes: make them with map_batches"
-        )
-    found: list[bytes | None] = column.to_pylist()
-    return found
-
-
-def _column(table: pa.Table, name: str, what: str) -> Any:
+def _column(table: pa.Table, name: str, what: str) -> pa.LargeBinaryArray:
     if name not in table.column_names:
         raise ConfigError(f"{what}={name!r}: there are the columns {', '.join(table.column_names)}")
-    return table.column(name)
+    return as_column(table.column(name), what)
 
 
 def _by_partition(
-    table: pa.Table, layout: Layout, values: Sequence[bytes | None], keys: Sequence[bytes | None] | None
-) -> Iterator[tuple[int, Sequence[bytes | None], Sequence[bytes | None] | None]]:
-    if layout.partition is not None:
-        yield from _by_column(_column(table, layout.partition, "partition").to_pylist(), layout, values, keys)
-        return
-    if keys is not None and None not in keys:
-        partitioner = DefaultPartitioner(Random(0))  # only keys are asked for, and they leave no choice
-        groups = group_by_partition(partitioner, layout.partitions, values, keys, None)
-        for chosen, some_values, some_keys in groups:
-            assert chosen is not None, "a key belongs to a partition"
-            yield chosen, some_values, some_keys
-        return
-    if keys is None:
-        yield ANY_PARTITION, values, None
-        return
-    keyless = [value for value, key in zip(values, keys, strict=True) if key is None]
-    yield ANY_PARTITION, keyless, None
-    keyed = [(value, key) for value, key in zip(values, keys, strict=True) if key is not None]
-    if keyed:
-        yield from _by_partition(table, layout, *zip(*keyed, strict=True))
-
-
-def _by_column(
-    chosen: Sequence[int | None],
+    table: pa.Table,
     layout: Layout,
-    values: Sequence[bytes | None],
-    keys: Sequence[bytes | None] | None,
-) -> Iterator[tuple[int, Sequence[bytes | None], Sequence[bytes | None] | None]]:
-    rows: dict[int, list[int]] = {}
-    for row, index in enumerate(chosen):
-        if not isinstance(index, int) or not 0 <= index < layout.partitions:
-            raise UnknownPartition(
-                f"row {row} says partition {index!r}: topic {layout.topic!r} has 0 to {layout.partitions - 1}"
-            )
-        rows.setdefault(index, []).append(row)
-    for index, some in rows.items():
-        yield index, [values[row] for row in some], None if keys is None else [keys[row] for row in some]
+    values: pa.LargeBinaryArray,
+    keys: pa.LargeBinaryArray | None,
+    timestamp_ms: int,
+) -> Iterator[tuple[int, Rows]]:
+    if layout.partition is not None:
+        chosen = _chosen(table, layout, layout.partition)
+        for index in np.unique(chosen).tolist():
+            some = pa.array(np.flatnonzero(chosen == index))
+            some_keys = None if keys is None else keys.take(some)
+            yield index, ArrowRows(values.take(some), some_keys, timestamp_ms)
+        return
+    rows = ArrowRows(values, keys, timestamp_ms)
+    by_key = rows.by_partition(DefaultPartitioner(Random()), layout.partitions)
+    yield from [(ANY_PARTITION, rows)] if by_key is None else by_key
+
+
+def _chosen(table: pa.Table, layout: Layout, name: str) -> Integers:
+    """The partition of each row, as a column says."""
+    if name not in table.column_names:
+        raise ConfigError(f"partition={name!r}: there are the columns {', '.join(table.column_names)}")
+    column = table.column(name)
+    if not pa.types.is_integer(column.type):
+        raise InvalidRecord(f"column {name!r} holds {column.type}, and a partition is an integer")
+    chosen: Integers = column.fill_null(-1).to_numpy()
+    wrong = (chosen < 0) | (chosen >= layout.partitions)
+    if wrong.any():
+        raise UnknownPartition(
+            f"row {int(wrong.argmax())} says partition {column[int(wrong.argmax())]}: topic {layout.topic!r} "
+            f"has 0 to {layout.partitions - 1}"
+        )
+    return chosen

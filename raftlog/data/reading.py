@@ -9,44 +9,29 @@ import asyncio
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-import pyarrow as pa
-
 from raftlog.client.assigned import Aborted, end_of, is_hidden
 from raftlog.client.metadata import PartitionView
 from raftlog.client.offsets import ISOLATIONS, LOOKUP_TIMEOUT_S, UNKNOWN_TERM
 from raftlog.client.retry import retry
 from raftlog.errors import NotLeader, RequestTimeout, UnknownReplica, UnknownTopic, from_wire
 from raftlog.net.rpc import FetchPartition, FetchRequest
+from raftlog.record.arrow import pa
 from raftlog.record.batch import BatchHeader
-from raftlog.record.codec import decode_batch
+from raftlog.record.columns import SCHEMA, decode_columns
 from raftlog.record.frame import FRAME_HEADER_BYTES, FrameKind, iter_frames
-from raftlog.record.types import Record
 
 if TYPE_CHECKING:
     from raftlog.client.cluster import ClusterClient
     from raftlog.client.log import Log
     from raftlog.data.spans import Span
 
-SCHEMA: Final = pa.schema(
-    [
-        pa.field("key", pa.binary()),
-        pa.field("value", pa.binary()),
-        pa.field("topic", pa.string()),
-        pa.field("partition", pa.int32()),
-        pa.field("offset", pa.int64()),
-        pa.field("timestamp", pa.timestamp("ms", tz="UTC")),
-        pa.field("headers", pa.list_(pa.struct([("key", pa.string()), ("value", pa.binary())]))),
-    ]
-)
-"""All columns of a topic that is read."""
-
 FETCH_BYTES: Final = 4 * 1024 * 1024
 FETCH_BYTES_MIN: Final = 64 * 1024
 WAIT_MS: Final = 500
 STALLED_S: Final = 60.0
 """A range that was there when it was resolved is there: who cannot read on for so long gives up."""
-COLUMN_OVERHEAD_BYTES: Final = 48
-"""What a record takes beside key, value and headers, about."""
+SMALL_BATCH: Final = 1_000
+"""Records; a table of smaller batches is made one piece."""
 
 
 class Fetched(NamedTuple):
@@ -99,13 +84,12 @@ async def fetch(
     return await retry(attempt, random=cluster.seams.random, deadline=deadline)
 
 
-def records_of(topic: str, partition: int, fetched: Fetched, end: int) -> list[Record]:
-    """The records that may be seen, below offset ``end``.
+def batches_of(topic: str, partition: int, fetched: Fetched, end: int) -> Iterator[pa.RecordBatch]:
+    """The records that may be seen, below offset ``end``, as columns of :data:`SCHEMA`.
 
     Raises:
         CorruptFrame, CorruptBatch: what was fetched does not check.
     """
-    records: list[Record] = []
     start = fetched.start
     for header, at in iter_frames(fetched.chunk):
         if header.kind != FrameKind.BATCH:
@@ -115,20 +99,17 @@ def records_of(topic: str, partition: int, fetched: Fetched, end: int) -> list[R
         if parsed.next_offset <= start or parsed.is_control or is_hidden(parsed, fetched.aborted):
             continue
         if parsed.base_offset >= end:
-            break
-        decoded = decode_batch(batch, topic, partition, check=False)  # the frame's crc has covered it
-        if parsed.base_offset < start or parsed.next_offset > end:
-            decoded = [record for record in decoded if start <= record.offset < end]
-        records += decoded
-    return records
+            return
+        decoded = decode_columns(batch, topic, partition, check=False)  # the frame's crc has covered it
+        first = max(start - parsed.base_offset, 0)
+        yield decoded.slice(first, min(end, parsed.next_offset) - parsed.base_offset - first)
 
 
 def measure(fetched: Fetched) -> tuple[float, float]:
     """(bytes in the log, bytes as columns) that one offset takes."""
-    records = records_of("", 0, fetched, fetched.end)
     offsets = fetched.end - fetched.start
-    content = sum(len(each.key or b"") + len(each.value or b"") for each in records)
-    return len(fetched.chunk) / offsets, (content + COLUMN_OVERHEAD_BYTES * len(records)) / offsets
+    size = sum(batch.nbytes for batch in batches_of("", 0, fetched, fetched.end))
+    return len(fetched.chunk) / offsets, size / offsets
 
 
 def read_span(log: Log, span: Span, columns: Sequence[str], isolation: str) -> Iterator[pa.Table]:
@@ -136,7 +117,7 @@ def read_span(log: Log, span: Span, columns: Sequence[str], isolation: str) -> I
 
     Raises:
         UnknownTopic: the topic is not the one that was resolved.
-        And what :func:`fetch` and :func:`records_of` raise.
+        And what :func:`fetch` and :func:`batches_of` raise.
     """
     runtime = log._connected()
     cluster, loop = runtime.cluster, runtime.io.loop
@@ -159,51 +140,21 @@ def read_span(log: Log, span: Span, columns: Sequence[str], isolation: str) -> I
             more = fetched.end < span.end
             if more:
                 pending = ask(fetched.end, fetched.term)
-            records = records_of(span.topic, span.partition, fetched, span.end)
-            if records:
-                yield to_table(records, columns)
+            batches = list(batches_of(span.topic, span.partition, fetched, span.end))
+            if batches:
+                yield _table(batches, columns)
             if not more:
                 return
     finally:
         pending.cancel()
 
 
-def to_table(records: Sequence[Record], columns: Sequence[str]) -> pa.Table:
-    """Records as columns of :data:`SCHEMA`, those that are wanted."""
-    arrays = [_COLUMNS[name](records) for name in columns]
-    return pa.Table.from_arrays(arrays, schema=schema_of(columns))
+def _table(batches: Sequence[pa.RecordBatch], columns: Sequence[str]) -> pa.Table:
+    """One table, of few pieces."""
+    table = pa.Table.from_batches(batches).select(columns)
+    return table.combine_chunks() if table.num_rows < SMALL_BATCH * len(batches) else table
 
 
 def schema_of(columns: Sequence[str]) -> pa.Schema:
     """Those columns of :data:`SCHEMA`."""
     return pa.schema([SCHEMA.field(name) for name in columns])
-
-
-def _headers(records: Sequence[Record]) -> pa.Array:
-    """Lists of pairs: a map could hold neither their order nor a name twice."""
-    ends = [0]
-    names: list[str] = []
-    values: list[bytes | None] = []
-    for record in records:
-        for name, value in record.headers:
-            names.append(name)
-            values.append(value)
-        ends.append(len(names))
-    fields = SCHEMA.field("headers").type.value_type
-    pairs = pa.StructArray.from_arrays(
-        [pa.array(names, pa.string()), pa.array(values, pa.binary())], fields=list(fields)
-    )
-    return pa.ListArray.from_arrays(pa.array(ends, pa.int32()), pairs)
-
-
-_COLUMNS: Final = {
-    "key": lambda records: pa.array([each.key for each in records], pa.binary()),
-    "value": lambda records: pa.array([each.value for each in records], pa.binary()),
-    "topic": lambda records: pa.array([each.topic for each in records], pa.string()),
-    "partition": lambda records: pa.array([each.partition for each in records], pa.int32()),
-    "offset": lambda records: pa.array([each.offset for each in records], pa.int64()),
-    "timestamp": lambda records: pa.array(
-        [each.timestamp_ms for each in records], SCHEMA.field("timestamp").type
-    ),
-    "headers": _headers,
-}

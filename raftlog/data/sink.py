@@ -208,7 +208,8 @@ def _send_block(producer: Producer, topic: str, block: pa.Table) -> None:
     )
     for partition, records, batch in rows:
         where = None if partition == ANY_PARTITION else partition
-        producer._send_encoded(topic, where, batch.as_py(), records)
+        encoded: Any = memoryview(batch.as_buffer())  # where Ray has put it: nothing is copied
+        producer._send_encoded(topic, where, encoded, records)
 
 
 def _stage(log: Log, producer: Producer, group: str, offsets: Mapping[Any, int]) -> None:

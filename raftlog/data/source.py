@@ -11,9 +11,10 @@ from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 
 from raftlog.client import attach
-from raftlog.data.reading import SCHEMA, read_span, schema_of
+from raftlog.data.reading import read_span, schema_of
 from raftlog.data.spans import Offsets, Span, Where, cut, find_spans, offsets_of_spans, weigh
 from raftlog.errors import ConfigError
+from raftlog.record.columns import SCHEMA
 
 if TYPE_CHECKING:
     import pyarrow as pa

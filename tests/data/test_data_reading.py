@@ -11,8 +11,9 @@ from data_kit import abort, fill, spans_of
 
 import raftlog
 from raftlog.data import reading
-from raftlog.data.reading import SCHEMA, read_span
+from raftlog.data.reading import read_span
 from raftlog.errors import OffsetOutOfRange, UnknownTopic
+from raftlog.record.columns import SCHEMA
 
 
 def read(

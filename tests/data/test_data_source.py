@@ -9,8 +9,8 @@ import pytest
 from data_kit import abort, dies_once, fill, positions, rows
 
 import raftlog
-from raftlog.data.reading import SCHEMA
 from raftlog.errors import ConfigError
+from raftlog.record.columns import SCHEMA
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_data")]
 
