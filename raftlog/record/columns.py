@@ -4,8 +4,8 @@ Records that look alike, as those of a batch often do, lie at a fixed distance: 
 lengths were compared with those of the first record, everything is known of all of them. Of others the
 beginnings are found by hopping from length to length; then every field of all of them is decoded at once, a
 varint of all taking a few numpy operations. Keys and values are taken out of the batch by Arrow, which is
-told that what lies between them are values too, and which ones are wanted. Batches with headers go through
-the compiled codec.
+told that what lies between them are values too, and which ones are wanted. Batches with headers, or with
+attributes that mean nothing yet, go through the compiled codec.
 
 Importing this module imports numpy and pyarrow (the extra ``raftlog[data]``).
 """
@@ -173,7 +173,7 @@ class _Fields(NamedTuple):
 
 
 def _decode(records: Buffer, count: int) -> _Fields | None:
-    """All records of a section; None if some have headers.
+    """All records of a section; None if some are for the codec.
 
     Raises:
         CorruptBatch, IndexError: this is not ``count`` records.
@@ -211,12 +211,17 @@ def _alike(view: memoryview, data: Bytes, at: int, count: int) -> tuple[_Fields,
     value_length, value_at = _varint(view, key_end)
     value_end = value_at + max(value_length, 0)
     size = value_end + 1 - at
-    if body + length != value_end + 1 or min(key_length, value_length) < _NULL or view[value_end]:
+    if (
+        body + length != value_end + 1
+        or min(key_length, value_length) < _NULL
+        or view[value_end]
+        or view[body]
+    ):
         return None
     count = min(count, (len(data) - at) // size)
     rows = np.lib.stride_tricks.as_strided(data[at:], (count, size), (size, 1), writeable=False)
     same = np.ones(count, np.bool_)
-    for place in (*range(at, body), *range(key_length_at, key_at), *range(key_end, value_at), value_end):
+    for place in (*range(at, body + 1), *range(key_length_at, key_at), *range(key_end, value_at), value_end):
         same &= rows[:, place - at] == view[place]
     for place in range(body + 1, key_length_at):  # timestamp and offset deltas: as long, whatever they say
         same &= (rows[:, place - at] ^ np.uint8(view[place])) < 0x80
@@ -252,12 +257,14 @@ def _varint(view: memoryview, at: int) -> tuple[int, int]:
 
 
 def _various(view: memoryview, data: Bytes, at: int, count: int) -> _Fields | None:
-    """The last ``count`` records of a section; None if some have headers."""
+    """The last ``count`` records of a section; None if some are for the codec."""
     starts = np.array(_hops(view, at, count), np.int64)
     lengths, places = _varints(data, starts)
     ends = places + lengths
     if not np.array_equal(ends[:-1], starts[1:]) or ends[-1] != len(data):
         raise CorruptBatch("the lengths of the records do not add up")
+    if data[places].any():
+        return None
     deltas, places = _varints(data, places + 1)  # behind the attributes
     _, places = _varints(data, places)  # offset deltas count from 0
     key = _field(data, places)

@@ -180,7 +180,7 @@ def _fitting(key_length: int, value_length: int, room: int) -> int:
     count = 0
     for first, last, width in DELTA_WIDTHS:
         size = _record_bytes(key_length, value_length, width)[1]
-        count = first + min(room // size, last - first)
+        count = first + room // size
         room -= (last - first) * size
         if room < 0:
             break

@@ -68,6 +68,19 @@ def test_all_rows_of_all_partitions_in_the_order_of_each(world: SimWorld, per_ba
     run(world, work)
 
 
+def test_small_batches_between_large_ones_keep_their_place(world: SimWorld) -> None:
+    (partition,) = world.cluster.create(TOPIC)
+    for start, end in ((0, 100), (100, 110), (110, 120), (120, 220), (220, 221)):
+        fill(partition, start, end)
+
+    async def work(consumer: aio.Consumer) -> None:
+        table = await consumer.poll_arrow(timeout=60)
+        assert table.column("value").to_pylist() == numbered(0, 221)
+        assert table.column("value").num_chunks == 4
+
+    run(world, work)
+
+
 @pytest.mark.parametrize("per_batch", [7, 100])
 def test_records_and_columns_in_turns_miss_and_repeat_nothing(world: SimWorld, per_batch: int) -> None:
     (partition,) = world.cluster.create(TOPIC)

@@ -96,6 +96,25 @@ def test_where_deltas_grow_by_a_byte(count: int) -> None:
     assert found.column("offset").to_pylist() == list(range(2**40, 2**40 + count))
 
 
+def test_a_record_that_only_looks_alike_is_told_apart() -> None:
+    builder = BatchBuilder(1 << 20)
+    for _ in range(20):
+        builder.append(0, b"k" * 20, b"v" * 6)
+    # as long; where their key's length is it has its offset delta, which says the same, and so on: but its
+    # timestamp takes a byte more
+    builder.append(100, None, b"w" * 18 + varint(6) + b"w" * 6)
+    for _ in range(20):
+        builder.append(0, b"k" * 20, b"v" * 6)
+    assert same(builder.build()).column("key")[20].as_py() is None
+
+
+def test_attributes_that_mean_nothing_yet_do_not_matter() -> None:
+    records = bytearray(encode_batch([b"value"] * 20, None, 5)[61:])
+    records[1 + 12 * 7] = 1
+    found = decode_columns(batch_of(bytes(records), 20), "t", 0)
+    assert found.column("value").to_pylist() == [b"value"] * 20
+
+
 def test_columns_are_what_the_names_say() -> None:
     found = same(encode_batch([b"v", None], [None, b"k"], 1_700_000_000_123)).to_pylist()
     when = datetime.fromtimestamp(1_700_000_000, UTC).replace(microsecond=123_000)
