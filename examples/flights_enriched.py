@@ -48,7 +48,11 @@ class Enricher:
 
     def __call__(self, record: Record) -> bytes:
         """The value that is written for it."""
-        flight = msgspec.json.decode(record.value or b"", type=Flight)
+        return self.enrich(record.value or b"")
+
+    def enrich(self, value: bytes) -> bytes:
+        """The same, of a record's value."""
+        flight = msgspec.json.decode(value, type=Flight)
         return msgspec.json.encode(
             Enriched(
                 row=flight.row,
