@@ -178,7 +178,7 @@ def machine_text(results: Results) -> str:
     text = (
         f"{machine['cores']} cores ({machine['processor']}, {machine['system']}), "
         f"Python {machine['python']}; {versions}. {' and '.join(dates)}; {' or '.join(map(str, rounds))} "
-        f"rounds; load average between {min(loads):.1f} and {max(loads):.1f}, most of it the bench itself."
+        f"rounds; load average at the end of a work between {min(loads):.1f} and {max(loads):.1f}."
     )
     idle = next((section["idle_cores"] for section in sections if "idle_cores" in section), None)
     if idle is None:

@@ -96,7 +96,9 @@ def warm(field: Field, size: Size) -> None:
         topic = f"warm-{name}"
         contender.create(topic, 1)
         try:
-            contender.sequential(topic, b"x" * 100, size.calls)
+            end = time.perf_counter() + size.warm_s
+            while time.perf_counter() < end:
+                contender.sequential(topic, b"x" * 100, UNCOUNTED)
             contender.send(topic, values_of(100), size.warm_s)
         except NotOffered as why:
             _report.console.print(f"{name}: {why}")

@@ -33,7 +33,8 @@ class Size:
         rounds: turns of each contender.
         calls: sequential calls in a turn.
         seconds: of a turn that is bounded by time.
-        warm_s: for which every contender sends once before anything counts.
+        warm_s: for which every contender sends one record after another, and again as many as it can, before
+            anything counts.
     """
 
     rounds: int
@@ -44,7 +45,7 @@ class Size:
 
 SIZES: Final = {
     "tiny": Size(rounds=1, calls=30, seconds=0.2, warm_s=0.2),
-    "quick": Size(rounds=3, calls=200, seconds=0.5, warm_s=2.0),
+    "quick": Size(rounds=3, calls=200, seconds=0.5, warm_s=1.5),
     "full": Size(rounds=7, calls=600, seconds=3.0, warm_s=10.0),
 }
 
