@@ -16,12 +16,13 @@ from __future__ import annotations
 
 import argparse
 import gc
+import math
 import os
 import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
@@ -39,6 +40,10 @@ from works import SIZES, WORKS, Size, Work, values_of
 
 SHOWN: Final = ("p99_ms", "ratio_to_ack", "mb_per_s", "server_cpu_s_per_million")
 """Beside a work's own metric, on the terminal."""
+WARM_CALLS: Final = 50
+QUICKER: Final = 0.95
+SETTLED: Final = 3
+"""So many steps in a row that were not quicker than the quickest before."""
 IDLE_S: Final = 3.0
 """For which the servers' processor time is looked at while nobody does anything."""
 
@@ -90,20 +95,44 @@ def idle(field: Field) -> dict[str, float]:
     return {name: (cpu_seconds(pids) - before[name]) / IDLE_S for name, pids in field.pids().items()}
 
 
+def settle(step: Callable[[], float], seconds: float) -> None:
+    """Repeat until it gets no quicker, for so long at least and ten times as long at most.
+
+    Args:
+        step: something to do; how long it took.
+        seconds: the least time.
+    """
+    best, since, begin = math.inf, 0, time.perf_counter()
+    while True:
+        took = step()
+        since = 0 if took < best * QUICKER else since + 1
+        best = min(best, took)
+        elapsed = time.perf_counter() - begin
+        if elapsed >= 10 * seconds or (elapsed >= seconds and since >= SETTLED):
+            return
+
+
 def warm(field: Field, size: Size) -> None:
     """Let everybody send for a while: what compiles itself at run time has done so before anything counts."""
     for name, contender in field.contenders.items():
-        topic = f"warm-{name}"
-        contender.create(topic, 1)
         try:
-            end = time.perf_counter() + size.warm_s
-            while time.perf_counter() < end:
-                contender.sequential(topic, b"x" * 100, UNCOUNTED)
-            contender.send(topic, values_of(100), size.warm_s)
+            warm_one(contender, f"warm-{name}", size)
         except NotOffered as why:
             _report.console.print(f"{name}: {why}")
-        finally:
-            contender.delete(topic)
+
+
+def warm_one(contender: Contender, topic: str, size: Size) -> None:
+    """One record after another until that is as quick as it gets, then as many as it can."""
+
+    def p50() -> float:
+        return _report.percentile(contender.sequential(topic, b"x" * 100, WARM_CALLS), 50)
+
+    contender.create(topic, 1)
+    try:
+        settle(p50, size.warm_s)
+        contender.send(topic, values_of(100), size.warm_s)
+    finally:
+        contender.delete(topic)
 
 
 def take_turn(work: Work, contender: Contender, topic: str, size: Size) -> dict[str, float]:

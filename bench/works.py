@@ -29,12 +29,9 @@ Metrics = dict[str, float]
 class Size:
     """How long each turn takes.
 
-    Args:
-        rounds: turns of each contender.
-        calls: sequential calls in a turn.
-        seconds: of a turn that is bounded by time.
-        warm_s: for which every contender sends one record after another, and again as many as it can, before
-            anything counts.
+    Args: rounds: turns of each contender. calls: sequential calls in a turn. seconds: of a turn that is
+        bounded by time. warm_s: for which every contender sends one record after another, up to ten times
+        as long if it still gets quicker, and then as many as it can, before anything counts.
     """
 
     rounds: int

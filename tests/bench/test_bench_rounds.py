@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 from contenders.base import UNCOUNTED, Contender, NotOffered, System, Turn, cpu_seconds, free_ports, pace
 from contenders.listing import KINDS
-from run import Field, Rounds
+from run import Field, Rounds, settle
 from works import SIZES, WORKS, Work
 
 TWO_ROUNDS = replace(SIZES["tiny"], rounds=2)
@@ -126,6 +126,22 @@ def test_pace_keeps_its_rate_and_counts_from_when_a_record_was_due() -> None:
     assert sent == len(fired)
     assert 150 <= sent <= 300
     assert max(times) > 0.04, "the stall of the sender is part of a latency"
+
+
+def test_warming_goes_on_while_it_gets_quicker(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(100))
+    monkeypatch.setattr("run.time.perf_counter", lambda: next(clock))
+    taken = iter([8.0, 4.0, 2.0, 1.0, 1.0, 0.99, 1.0, 0.1])
+    settle(lambda: next(taken), seconds=2)
+    assert list(taken) == [0.1]
+
+
+def test_warming_ends_also_where_it_always_gets_quicker(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(100))
+    monkeypatch.setattr("run.time.perf_counter", lambda: next(clock))
+    taken = iter([2.0**-each for each in range(50)])
+    settle(lambda: next(taken), seconds=2)
+    assert len(list(taken)) == 30
 
 
 @pytest.mark.parametrize("work", WORKS, ids=lambda work: work.name)
