@@ -91,14 +91,18 @@ $(BENCH): $(READY)
 	@touch $@
 
 bench: $(BENCH)  ## Side by side with NATS, Kafka and Ray, some minutes; writes docs/PERFORMANCE.md
+	$(SAY) "bench: transactions"
+	@$(BIN)/python bench/transactions.py --rounds 3
 	$(SAY) "bench: side by side"
 	@$(BIN)/python bench/run.py $(ARGS)
 
 bench-full: $(BENCH)  ## The same with longer turns and more rounds; and failover
-	$(SAY) "bench: side by side, in full"
-	@$(BIN)/python bench/run.py --size full $(ARGS)
+	$(SAY) "bench: transactions"
+	@$(BIN)/python bench/transactions.py
 	$(SAY) "bench: failover"
 	@$(BIN)/python bench/failover.py
+	$(SAY) "bench: side by side, in full"
+	@$(BIN)/python bench/run.py --size full $(ARGS)
 
 bench-check: $(BENCH)  ## Fails if raftlog has lost ground against the floor since the kept results
 	$(SAY) "bench: against the kept results"
