@@ -97,6 +97,8 @@ def start(
     brokers: int | None = None,
     data_dir: str | Path | None = None,
     ephemeral: bool = False,
+    brokers_per_node: int = 1,
+    replace_after: float = 30.0,
 ) -> Log:
     """Start a cluster on Ray, recover it from its data, or attach to it if it runs.
 
@@ -104,17 +106,28 @@ def start(
 
     Args:
         name: of the cluster.
-        brokers: how many to found it with; default: one per node of the Ray cluster.
-        data_dir: where brokers keep their data, on every node; default: the environment's RAFTLOG_DATA_DIR,
-            or the user's data folder.
+        brokers: how many there are; default: one on every node of the Ray cluster, also on those that are
+            added later.
+        data_dir: where brokers keep their data, on every node (``~`` and ``$VARIABLES`` are the node's own);
+            default: the environment's RAFTLOG_DATA_DIR, or the user's data folder.
         ephemeral: keep the data in a temporary folder that goes with the cluster.
+        brokers_per_node: for nodes with many cores.
+        replace_after: seconds that a broker may be away before others get copies of what it holds; at once
+            where its node was drained.
 
     Raises:
         DataDirError, ConfigError, IncompatibleVersion: why it cannot be started, and what to do.
     """
     from raftlog.client import attach
 
-    return attach.start(name, brokers, data_dir, ephemeral)
+    return attach.start(
+        name,
+        brokers,
+        data_dir,
+        ephemeral,
+        brokers_per_node=brokers_per_node,
+        replace_after=replace_after,
+    )
 
 
 def connect(name: str | None = None, timeout: float = 30.0) -> Log:

@@ -208,6 +208,26 @@ class Log:
         """As :meth:`raftlog.Log.abort_hanging_transaction`."""
         await self._transactions().abort_hanging(topic, partition, producer_id, epoch, timeout)
 
+    async def add_partitions(
+        self, name: str, n: int, allow_key_reorder: bool = False, timeout: float = CALL_TIMEOUT_S
+    ) -> int:
+        """As :meth:`raftlog.Log.add_partitions`."""
+        return await self._admin().alter_topic(
+            name, timeout, more_partitions=n, allow_key_reorder=allow_key_reorder
+        )
+
+    async def set_replication(
+        self, name: str, replication_factor: int | str, timeout: float = CALL_TIMEOUT_S
+    ) -> None:
+        """As :meth:`raftlog.Log.set_replication`."""
+        await self._admin().alter_topic(name, timeout, replication_factor=replication_factor)
+
+    async def drain(
+        self, brokers: Sequence[int], undo: bool = False, timeout: float = CALL_TIMEOUT_S
+    ) -> None:
+        """As :meth:`raftlog.Log.drain`."""
+        await self._admin().drain(brokers, not undo, timeout)
+
     async def upgrade(self, level: int = 0, timeout: float = CALL_TIMEOUT_S) -> int:
         """As :meth:`raftlog.Log.upgrade`."""
         return (await self._admin().upgrade(level, timeout)).level

@@ -24,7 +24,6 @@ from raftlog.broker.founding import FoundingPlan, found
 from raftlog.broker.joining import JoiningPlan, join
 from raftlog.broker.peers import Address
 from raftlog.config import BrokerConfig
-from raftlog.controller.replacing import replace_lost
 from raftlog.errors import ForeignDataDir
 from raftlog.net.network import real_seams
 from raftlog.storage.identity import Identity, find_identity
@@ -82,7 +81,12 @@ class NodeProbe(msgspec.Struct, frozen=True):
 
 def broker_folder(data_dir: str, broker_id: int) -> Path:
     """The directory of one broker's data below the cluster's."""
-    return Path(data_dir).expanduser() / f"broker-{broker_id}"
+    return here(data_dir) / f"broker-{broker_id}"
+
+
+def here(data_dir: str) -> Path:
+    """The cluster's data directory on this node."""
+    return Path(os.path.expandvars(data_dir)).expanduser()
 
 
 async def _identities(folders: list[Path]) -> dict[int, Identity]:
@@ -100,7 +104,7 @@ async def _identities(folders: list[Path]) -> dict[int, Identity]:
 @ray.remote
 def probe_node(data_dir: str) -> NodeProbe:
     """Run on a node: its version of raftlog, and whose data it holds."""
-    folders = sorted(Path(data_dir).expanduser().glob("broker-*"))
+    folders = sorted(here(data_dir).glob("broker-*"))
     node_id = ray.get_runtime_context().get_node_id()
     return NodeProbe(node_id, software_version(), asyncio.run(_identities(folders)))
 
@@ -117,7 +121,7 @@ async def _join(folder: Path, plan: JoiningPlan, node_id: str, zone: str) -> int
 @ray.remote
 def join_cluster(data_dir: str, plan: JoiningPlan, zone: str) -> int:
     """Run on a node: make a data directory there for a new broker of a running cluster; returns its id."""
-    folder = Path(data_dir).expanduser() / "joining"
+    folder = here(data_dir) / "joining"
     broker_id = asyncio.run(_join(folder, plan, ray.get_runtime_context().get_node_id(), zone))
     folder.rename(broker_folder(data_dir, broker_id))
     return broker_id
@@ -126,7 +130,7 @@ def join_cluster(data_dir: str, plan: JoiningPlan, zone: str) -> int:
 @ray.remote
 def remove_data(data_dir: str) -> None:
     """Run on a node: remove what an ephemeral cluster kept there."""
-    shutil.rmtree(Path(data_dir).expanduser(), ignore_errors=True)
+    shutil.rmtree(here(data_dir), ignore_errors=True)
 
 
 class BrokerHost:
@@ -213,16 +217,6 @@ class BrokerHost:
         """Wait until the broker is registered with the metadata group."""
         assert self._broker is not None, "start() comes first"
         await self._broker.ready()
-
-    async def replace_lost(self, known: list[int]) -> None:
-        """Let others take the place of brokers whose data are gone, in the background.
-
-        Args:
-            known: broker ids whose data are there.
-        """
-        broker = self._broker
-        assert broker is not None, "start() comes first"
-        broker.spawn(replace_lost(broker.metadata.call, lambda: broker.metadata.image, known))
 
     async def watch(self) -> tuple[str, bool]:
         """Return only when the broker cannot go on: the reason, and whether it was removed from the cluster

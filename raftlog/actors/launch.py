@@ -13,10 +13,12 @@ import ray
 from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError, RayError, RayTaskError
 
 from raftlog.actors.broker import find_broker
-from raftlog.actors.metadata import ClusterSpec, MetadataActor
+from raftlog.actors.hands import ClusterSpec
+from raftlog.actors.metadata import MetadataActor
 from raftlog.actors.options import NAMESPACE, Actor, metadata_name, metadata_options
 from raftlog.client.cluster import Bootstrap
 from raftlog.config import Environment, default_data_dir
+from raftlog.controller.controller import PlannedMove
 from raftlog.errors import NoRay, NotRunning, RaftlogError
 
 logger = logging.getLogger("raftlog.actors")
@@ -34,6 +36,8 @@ def start(
     ephemeral: bool = False,
     *,
     config: dict[str, object] | None = None,
+    brokers_per_node: int = 1,
+    replace_after: float = 30.0,
 ) -> Bootstrap:
     """Attach to the cluster if it runs; else recover it from its data, or found it.
 
@@ -41,11 +45,13 @@ def start(
 
     Args:
         name: of the cluster.
-        brokers: how many to found it with; None: one per node of the Ray cluster.
+        brokers: how many there are; None: as many as the nodes of the Ray cluster have.
         data_dir: the cluster's data directory on every node; None: RAFTLOG_DATA_DIR or the user's data
             folder.
         ephemeral: keep the data in a temporary folder, removed at shutdown.
         config: settings of the brokers (``raftlog.config.BrokerConfig``).
+        brokers_per_node: for nodes with many cores.
+        replace_after: seconds that a broker may be away before it is replaced.
 
     Returns:
         How to reach it.
@@ -64,6 +70,8 @@ def start(
         ephemeral=ephemeral,
         config=config or {},
         host=_LOOPBACK if _is_ray_of_this_process() else None,
+        brokers_per_node=brokers_per_node,
+        replace_after_s=replace_after,
     )
     actor = MetadataActor.options(**metadata_options(name)).remote(spec)
     try:
@@ -119,6 +127,21 @@ def stop(name: str = "default", force: bool = False, ignore: tuple[str, ...] = (
     _call(actor, "stop", force, ignore, timeout=START_TIMEOUT_S)
     ray.kill(actor)
     _wait_until_gone(name)
+
+
+def plan(name: str, begin: bool) -> list[PlannedMove]:
+    """What the controller of a cluster will move, as things stand.
+
+    Args:
+        name: of the cluster.
+        begin: have it look at once.
+
+    Raises:
+        NotRunning: no such cluster.
+    """
+    attach_ray()
+    moves: list[PlannedMove] = _call(metadata_actor(name), "plan", begin, timeout=START_TIMEOUT_S)
+    return moves
 
 
 def broker_actor(name: str, broker_id: int) -> Actor:

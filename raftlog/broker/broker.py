@@ -23,7 +23,7 @@ from raftlog.broker.group_replica import GroupReplica
 from raftlog.broker.hosting import Hosting
 from raftlog.broker.internal_topics import InternalTopics
 from raftlog.broker.markers import MarkedReplica, Markers
-from raftlog.broker.metadata import MetadataReplica, MetadataService, metadata_spec
+from raftlog.broker.metadata import MetadataReplica, MetadataService, found_metadata_replica
 from raftlog.broker.partition import PartitionReplica
 from raftlog.broker.peers import Address, Peers
 from raftlog.broker.pulse import Pulse
@@ -180,7 +180,7 @@ class Broker:
         identity = await load_identity(disk)
         store = await BrokerStore.open(disk, storage or StorageConfig(), disk_id=identity.disk_id)
         try:
-            await _found_metadata_replica(identity, store)
+            await found_metadata_replica(identity, store)
             identity = identity.next_incarnation()
             await store_identity(disk, identity)
             broker = cls(seams, disk, identity, store, config, place)
@@ -590,21 +590,3 @@ class Broker:
             lagging=lagging,
             fault=str(replica.fault or self.repairs.note(replica.replica_id) or amnesiac),
         )
-
-
-async def _found_metadata_replica(identity: Identity, store: BrokerStore) -> None:
-    """A directory that never ran (incarnation 0) gets its replica of the metadata group; any other must have
-    it."""
-    spec = metadata_spec(identity.metadata_voters, identity.metadata_replica)
-    if spec.replica_id in store.logs:
-        return
-    if spec.replica_id in store.ward.sleepers:
-        return
-    if spec.replica_id in store.damaged:
-        raise store.damaged[spec.replica_id]
-    if identity.incarnation > 0:
-        raise DamagedData(
-            f"broker {identity.broker_id} has lost its replica of the metadata group, and an empty one "
-            "must not vote: move the directory away and add the broker anew"
-        )
-    await store.create(spec)

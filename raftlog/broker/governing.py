@@ -131,7 +131,9 @@ class Governing:
         self._broker.metadata.replica.check_serving()
         image = self._broker.metadata.image
         is_news = image.applied_index != request.known
-        reply.ok(ImageResponse(image.applied_index), (image.snapshot(),) if is_news else ())
+        own, pulse = self._broker.broker_id, self._broker.pulse
+        heard = [broker_id for broker_id in image.brokers if broker_id == own or pulse.is_heard(broker_id)]
+        reply.ok(ImageResponse(image.applied_index, heard), (image.snapshot(),) if is_news else ())
 
     def _report(self, request: ReportRequest, payload: memoryview, reply: Reply) -> None:
         own = self._broker.metadata.replica
@@ -139,7 +141,7 @@ class Governing:
             LedRow(
                 replica.replica_id,
                 replica.node.conf.voters,
-                replica.log.bytes,
+                replica.log.size_bytes,
                 replica.node.conf.is_joint or bool(replica.node.conf.learners),
             )
             for replica in self._broker.replicas()

@@ -23,6 +23,7 @@ from raftlog.config import TopicConfig, validate_topic_name
 from raftlog.controller.placement import BrokerInfo, place
 from raftlog.errors import (
     ConfigError,
+    DamagedData,
     NotLeader,
     RaftlogError,
     TopicExists,
@@ -57,6 +58,7 @@ from raftlog.state.metadata_commands import (
 from raftlog.storage.identity import Identity
 from raftlog.storage.replica_log import ReplicaLog
 from raftlog.storage.spec import ReplicaSpec
+from raftlog.storage.store import BrokerStore
 
 logger = logging.getLogger("raftlog.broker")
 
@@ -89,6 +91,24 @@ def metadata_spec(members: Sequence[tuple[int, int]], own: int) -> ReplicaSpec:
         segment_bytes=16 << 20,
         internal=True,
     )
+
+
+async def found_metadata_replica(identity: Identity, store: BrokerStore) -> None:
+    """A directory that never ran (incarnation 0) gets its replica of the metadata group; any other must have
+    it."""
+    spec = metadata_spec(identity.metadata_voters, identity.metadata_replica)
+    if spec.replica_id in store.logs:
+        return
+    if spec.replica_id in store.ward.sleepers:
+        return
+    if spec.replica_id in store.damaged:
+        raise store.damaged[spec.replica_id]
+    if identity.incarnation > 0:
+        raise DamagedData(
+            f"broker {identity.broker_id} has lost its replica of the metadata group, and an empty one "
+            "must not vote: move the directory away and add the broker anew"
+        )
+    await store.create(spec)
 
 
 class MetadataHost(Host, Protocol):
@@ -165,19 +185,26 @@ class MetadataReplica(Replica[MetadataState]):
         self._changed()
 
     def wanted_members(self, able: Set[int]) -> Wanted | None:
-        """Every broker takes part. Voters stay voters unless they drain, and up to five are made of the
-        others, as they are up to date."""
+        """Every broker takes part. Voters stay voters, and up to five are made of the others, as they are up
+        to date. One that drains gives its vote to another; where there is none it keeps it, for three voters
+        bear more than two, unless an odd number is left."""
         image = self.machine
         members = {broker.metadata_replica for broker in image.brokers.values()}
         members |= {member for broker_id, member in image.founders if broker_id not in image.removed}
         draining = {broker.metadata_replica for broker in image.brokers.values() if broker.draining}
-        if able & members <= draining:
-            draining.clear()  # nobody else is there to vote
-        voters = [member for member in self.node.conf.voters if member in members - draining]
+        before = [member for member in self.node.conf.voters if member in members]
+        voters = [member for member in before if member not in draining]
         for member in sorted(members & able - draining):
             if member not in voters and len(voters) < METADATA_VOTERS_MAX:
                 voters.append(member)
-        return Wanted(tuple(voters), frozenset(members.difference(voters))) if voters else None
+        leader = min((member for member in voters if member in able), default=None)
+        for member in before:
+            if member in draining and (len(voters) < len(before) - 1 or len(voters) % 2 == 0):
+                voters.append(member)
+        if not voters:
+            return None
+        leader = leader if self.node.id in draining else None
+        return Wanted(tuple(voters), frozenset(members.difference(voters)), leader)
 
     def members_reached(self) -> bool:
         conf = self.node.conf

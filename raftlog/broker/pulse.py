@@ -175,6 +175,11 @@ class Pulse:
             news, heard.retired = retired - heard.retired, retired
             self._members_retired(news, now)
 
+    def is_heard(self, broker_id: int) -> bool:
+        """Whether another broker was heard within the last election timeout, about."""
+        heard = self._heard.get(broker_id)
+        return heard is not None and not heard.silent
+
     def _wake_reliant(self, broker_id: int, now_ms: int) -> None:
         """Wake the quiet replicas that rely on that broker."""
         for replica in self._broker.replicas():

@@ -40,10 +40,19 @@ def start(
     ephemeral: Annotated[
         bool, typer.Option("--ephemeral", help="Keep the data in a temporary directory.")
     ] = False,
+    brokers_per_node: Annotated[
+        int, typer.Option("--brokers-per-node", min=1, help="For nodes with many cores.")
+    ] = 1,
 ) -> None:
     """Start a cluster on the Ray that runs, recover it from its data, or attach to it when it is up."""
     directory = None if data_dir is None else str(data_dir.expanduser().absolute())
-    log = session.session(ctx).start(name=cluster, brokers=brokers, data_dir=directory, ephemeral=ephemeral)
+    log = session.session(ctx).start(
+        name=cluster,
+        brokers=brokers,
+        data_dir=directory,
+        ephemeral=ephemeral,
+        brokers_per_node=brokers_per_node,
+    )
     try:
         _print_brokers(console(), log.describe_cluster())
     finally:
@@ -82,6 +91,54 @@ def upgrade(ctx: typer.Context, cluster: ClusterOption = "default") -> None:
     with connected(ctx, cluster) as log:
         level = log.upgrade()
     console().print(f"cluster {cluster} runs at feature level {level}, the newest that every broker knows")
+
+
+def drain(
+    ctx: typer.Context,
+    brokers: Annotated[list[int], typer.Argument(metavar="BROKER...", help="Ids of the brokers.")],
+    cluster: ClusterOption = "default",
+    undo: Annotated[bool, typer.Option("--undo", help="Let them stay after all.")] = False,
+) -> None:
+    """Move everything away from brokers that are to go: first leaders, then replicas. `raftlog status` shows
+    what they still hold."""
+    with connected(ctx, cluster) as log:
+        log.drain(brokers, undo=undo)
+    names = ", ".join(map(str, brokers))
+    console().print(
+        f"brokers {names} {'stay' if undo else 'drain: they are empty when they hold 0 replicas'}"
+    )
+
+
+def rebalance(
+    ctx: typer.Context,
+    cluster: ClusterOption = "default",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would move.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what the controller will move, and have it look at once."""
+    moves = session.session(ctx).plan(cluster, not dry_run)
+    if as_json:
+        print_json(moves)
+        return
+    out = console()
+    if not moves:
+        out.print("nothing to move")
+        return
+    rows = table("topic", "partition", "brokers", "to", "MB to copy", "why", right=NUMBERS | {"MB to copy"})
+    for move in moves:
+        rows.add_row(
+            move.topic,
+            str(move.partition),
+            " ".join(map(str, move.brokers)),
+            " ".join(map(str, move.to)),
+            f"{move.bytes / 1e6:.1f}",
+            move.reason,
+        )
+    out.print(rows)
+    out.print()
+    total = sum(move.bytes for move in moves) / 1e6
+    verb = "would change" if dry_run else "change"
+    out.print(f"{len(moves)} partitions {verb}, {total:.1f} MB to copy")
 
 
 def _print_brokers(out: Console, described: ClusterDescription) -> None:

@@ -59,6 +59,8 @@ app.command("produce")(produce.produce)
 app.command("consume")(consume.consume)
 app.command("verify")(verify.verify)
 app.command("upgrade")(cluster.upgrade)
+app.command("drain")(cluster.drain)
+app.command("rebalance")(cluster.rebalance)
 app.command("shutdown")(cluster.shutdown)
 
 

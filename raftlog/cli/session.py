@@ -33,7 +33,15 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of 
 
 
 class _Start(Protocol):
-    def __call__(self, *, name: str, brokers: int | None, data_dir: str | None, ephemeral: bool) -> Log: ...
+    def __call__(
+        self,
+        *,
+        name: str,
+        brokers: int | None,
+        data_dir: str | None,
+        ephemeral: bool,
+        brokers_per_node: int,
+    ) -> Log: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,18 +52,20 @@ class Session:
         connect: (cluster name) -> Log, or NotRunning.
         start: found or recover a cluster on the Ray that runs.
         shutdown: (cluster name, force) -> None.
+        plan: (cluster name, whether to begin at once) -> what will move.
     """
 
     connect: Callable[[str], Log]
     start: _Start
     shutdown: Callable[[str, bool], None]
+    plan: Callable[[str, bool], list[Any]]
 
 
 def session(ctx: typer.Context) -> Session:
     """The session given to the command line, or the real one."""
     if isinstance(ctx.obj, Session):
         return ctx.obj
-    return Session(connect=_connect, start=_start, shutdown=_shutdown)
+    return Session(connect=_connect, start=_start, shutdown=_shutdown, plan=_plan)
 
 
 def _connect(name: str) -> Log:
@@ -64,12 +74,26 @@ def _connect(name: str) -> Log:
     return raftlog.connect(name, timeout=CONNECT_TIMEOUT_S)
 
 
-def _start(*, name: str, brokers: int | None, data_dir: str | None, ephemeral: bool) -> Log:
+def _plan(name: str, begin: bool) -> list[Any]:
+    from raftlog.actors.launch import plan
+
+    return plan(name, begin)
+
+
+def _start(
+    *, name: str, brokers: int | None, data_dir: str | None, ephemeral: bool, brokers_per_node: int
+) -> Log:
     import raftlog
     from raftlog.actors.launch import attach_ray
 
     attach_ray()  # a Ray that start() made here would end with this process, and the brokers too
-    return raftlog.start(name, brokers=brokers, data_dir=data_dir, ephemeral=ephemeral)
+    return raftlog.start(
+        name,
+        brokers=brokers,
+        data_dir=data_dir,
+        ephemeral=ephemeral,
+        brokers_per_node=brokers_per_node,
+    )
 
 
 def _shutdown(name: str, force: bool) -> None:

@@ -1,4 +1,4 @@
-"""``raftlog topics``: list, create, describe, delete."""
+"""``raftlog topics``: list, create, alter, describe, delete."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from raftlog.cli.cluster import is_under_replicated, print_partitions
 from raftlog.cli.session import ClusterOption, JsonOption, connected, console, print_json, table, write_out
 from raftlog.errors import ConfigError
 
-app = typer.Typer(help="List, create, describe and delete topics.", no_args_is_help=True)
+app = typer.Typer(help="List, create, alter, describe and delete topics.", no_args_is_help=True)
 
 TopicArgument = Annotated[str, typer.Argument(metavar="TOPIC", help="Name of the topic.")]
 
@@ -81,6 +81,38 @@ def create(
             exist_ok=exist_ok,
         )
     console().print(f"topic {topic} is ready")
+
+
+@app.command()
+def alter(
+    ctx: typer.Context,
+    topic: TopicArgument,
+    cluster: ClusterOption = "default",
+    partitions: Annotated[
+        int | None, typer.Option("--partitions", "-p", min=1, help="How many in all; never fewer than now.")
+    ] = None,
+    replication_factor: Annotated[
+        str | None,
+        typer.Option("--replication-factor", "-r", metavar="N|auto", help="Replicas of each partition."),
+    ] = None,
+    allow_key_reorder: Annotated[
+        bool,
+        typer.Option("--allow-key-reorder", help="Records of one key may be in two partitions from here on."),
+    ] = False,
+) -> None:
+    """Give a topic more partitions, or another number of replicas, while it is in use."""
+    factor = None if replication_factor is None else _factor(replication_factor)
+    with connected(ctx, cluster) as log:
+        if partitions is not None:
+            there = len(log.describe_topic(topic).partitions)
+            if partitions < there:
+                raise ConfigError(f"topic {topic!r} has {there} partitions and can have no fewer")
+            if partitions > there:
+                log.add_partitions(topic, partitions - there, allow_key_reorder)
+            console().print(f"topic {topic} has {partitions} partitions")
+        if factor is not None:
+            log.set_replication(topic, factor)
+            console().print(f"topic {topic} is to have {factor} replicas; the controller sees to it")
 
 
 @app.command()

@@ -28,8 +28,10 @@ from raftlog.net.rpc import (
     UpgradeRequest,
     UpgradeResponse,
 )
+from raftlog.net.rpc_cluster import UNCHANGED, AlterTopicRequest, DrainRequest
 
 CALL_TIMEOUT_S: Final = 30.0
+_LOOK_S: Final = 0.05
 STATUS_TIMEOUT_S: Final = 2.0
 """A broker that does not say how it is within this time is described as lost."""
 AUTO_REPLICATION: Final = 0
@@ -129,6 +131,50 @@ class Admin:
             # an earlier attempt of ours, whose answer was lost, has deleted it
         else:
             self._cluster.cache.forget([name], answer.version)
+
+    async def alter_topic(
+        self,
+        name: str,
+        timeout: float,
+        *,
+        more_partitions: int = 0,
+        replication_factor: int | str | None = None,
+        allow_key_reorder: bool = False,
+    ) -> int:
+        """See :meth:`raftlog.client.log.Log.add_partitions` and ``set_replication``; returns how many
+        partitions the topic has now."""
+        factor = UNCHANGED if replication_factor is None else check_replication_factor(replication_factor)
+        count = UNCHANGED
+        if more_partitions:
+            if isinstance(more_partitions, bool) or more_partitions < 1:
+                raise ConfigError(f"{more_partitions!r} more partitions: at least one")
+            topic = await self._cluster.topic(validate_topic_name(name), timeout=timeout)
+            await self._cluster.metadata([name], timeout=timeout)
+            count = len(topic.partitions) + more_partitions  # so that a retry adds no more
+        request = AlterTopicRequest(validate_topic_name(name), count, factor, allow_key_reorder)
+        answer, _ = await self._cluster.call_leader(self._cluster.metadata_view, request, timeout=timeout)
+        if more_partitions:
+            await self._grown(name, answer.partitions, timeout)
+        return answer.partitions
+
+    async def _grown(self, name: str, partitions: int, timeout: float) -> None:
+        """Wait until all partitions of a topic are known here, and have leaders."""
+        try:
+            async with asyncio.timeout(timeout):
+                topic = await self._cluster.topic(name, timeout=timeout)
+                while len(topic.partitions) < partitions:
+                    await self._cluster.metadata([name], timeout=timeout)
+                    await asyncio.sleep(_LOOK_S)
+                await asyncio.gather(*(self._cluster.seek_leader(view) for view in topic.partitions))
+        except TimeoutError as error:
+            raise RequestTimeout(
+                f"topic {name!r} has {partitions} partitions, and not all had a leader within {timeout:g} s"
+            ) from error
+
+    async def drain(self, brokers: Sequence[int], draining: bool, timeout: float) -> None:
+        """See :meth:`raftlog.client.log.Log.drain`."""
+        request = DrainRequest(list(brokers), draining)
+        await self._cluster.call_leader(self._cluster.metadata_view, request, timeout=timeout)
 
     async def upgrade(self, level: int, timeout: float) -> UpgradeResponse:
         """See :meth:`raftlog.client.log.Log.upgrade`."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import threading
 from pathlib import Path
+from typing import Any
 
 from raftlog.client.cluster import Bootstrap
 from raftlog.client.handle import process_client_id
@@ -23,11 +24,12 @@ def start(
     brokers: int | None = None,
     data_dir: str | Path | None = None,
     ephemeral: bool = False,
+    **settings: Any,
 ) -> Log:
     """See :func:`raftlog.start`."""
     from raftlog.actors import launch
 
-    return log_of(launch.start(name, brokers, data_dir, ephemeral))
+    return log_of(launch.start(name, brokers, data_dir, ephemeral, **settings))
 
 
 def connect(name: str | None = None, timeout: float = 30.0) -> Log:

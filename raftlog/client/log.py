@@ -247,6 +247,50 @@ class Log:
         """
         self._call(self._admin().delete_topic(name, timeout))
 
+    def add_partitions(
+        self, name: str, n: int, allow_key_reorder: bool = False, timeout: float = CALL_TIMEOUT_S
+    ) -> int:
+        """Let a topic have more partitions, while it is written to and read.
+
+        The keys of most records map to other partitions afterwards: what was written with a key before stays
+        where it is, and is in no order with what is written with it from then on. Producers take the new
+        partitions into use within some seconds, each at its own time. Consumer groups share them out from
+        their beginning; consumers without a group read the partitions that there were when they began.
+
+        Args:
+            name: of the topic.
+            n: how many more.
+            allow_key_reorder: that is all right, or no record has a key.
+            timeout: seconds.
+
+        Returns:
+            How many partitions the topic has, all with leaders.
+
+        Raises:
+            UnknownTopic, InvalidTopic, ConfigError: nothing was changed.
+            ConnectionLost, RequestTimeout: it may have been done.
+        """
+        return self._call(
+            self._admin().alter_topic(name, timeout, more_partitions=n, allow_key_reorder=allow_key_reorder)
+        )
+
+    def set_replication(
+        self, name: str, replication_factor: int | str, timeout: float = CALL_TIMEOUT_S
+    ) -> None:
+        """Say how many copies there should be of a topic; the controller makes or drops them in its own time.
+
+        Args:
+            name: of the topic.
+            replication_factor: copies; "auto": 3 as soon as there are so many brokers, and never fewer than
+                there are.
+            timeout: seconds.
+
+        Raises:
+            UnknownTopic, InvalidTopic, ConfigError, InvalidReplicationFactor: nothing was changed.
+            ConnectionLost, RequestTimeout: it may have been done.
+        """
+        self._call(self._admin().alter_topic(name, timeout, replication_factor=replication_factor))
+
     # -- groups ----------------------------------------------------------------------------------------------
 
     def groups(self) -> list[str]:
@@ -312,6 +356,21 @@ class Log:
     def describe_cluster(self) -> ClusterDescription:
         """The brokers, each as it says it is; asked now. One that does not answer is "lost"."""
         return self._call(self._admin().describe_cluster())
+
+    def drain(self, brokers: Sequence[int], undo: bool = False, timeout: float = CALL_TIMEOUT_S) -> None:
+        """Have everything move away from brokers that are to go: first leaders, then replicas. It is done
+        when they hold none (:meth:`describe_cluster`); nodes that Ray drains are drained by themselves.
+
+        Args:
+            brokers: ids.
+            undo: let them stay, and be given their share again.
+            timeout: seconds.
+
+        Raises:
+            ConfigError: there is no such broker.
+            ConnectionLost, RequestTimeout.
+        """
+        self._call(self._admin().drain(brokers, not undo, timeout))
 
     def upgrade(self, level: int = 0, timeout: float = CALL_TIMEOUT_S) -> int:
         """Let the cluster use what a new release brings, once every broker runs it. There is no way back.

@@ -47,12 +47,10 @@ DEFAULT_MESSAGE_BYTES_MAX: Final[int] = TopicConfig.model_fields["max_message_by
 class Route:
     """What the producer keeps of a topic."""
 
-    __slots__ = ("bytes_max", "count", "partitioner", "queues", "record_bytes_max", "topic")
+    __slots__ = ("bytes_max", "partitioner", "queues", "record_bytes_max", "topic")
 
     def __init__(self, topic: TopicView, partitioner: DefaultPartitioner, bytes_max: int) -> None:
         self.topic = topic
-        self.count = len(topic.partitions)
-        """Partitions."""
         self.record_bytes_max = bytes_max - BATCH_HEADER_BYTES
         self.partitioner = partitioner
         self.bytes_max = bytes_max
@@ -191,7 +189,8 @@ class ProducerCore:
             size += size_of(headers)
         if size > route.record_bytes_max:
             raise too_large(size, route.record_bytes_max, topic)
-        index = route.partitioner.partition(key, route.count) if partition is None else partition
+        count = len(route.topic.partitions)  # there may be more of them than a moment ago
+        index = route.partitioner.partition(key, count) if partition is None else partition
         queue = route.queues.get(index)
         if queue is None:
             queue = self._queue(route, index)
@@ -201,7 +200,7 @@ class ProducerCore:
         sticky = key is None and partition is None
         delivery = self.accumulator.append(queue, timestamp_ms, key, value, headers, size, sticky)
         if delivery is None and sticky:  # to the partitioner's next choice, or there is no room
-            queue = self._queue(route, route.partitioner.partition(None, route.count))
+            queue = self._queue(route, route.partitioner.partition(None, count))
             delivery = self.accumulator.append(queue, timestamp_ms, key, value, headers, size)
         return delivery or Pending(topic, False, (key, value, headers, partition, timestamp_ms))
 
@@ -250,7 +249,7 @@ class ProducerCore:
         return self._encode(route, rows, partition)
 
     def _encode(self, route: Route, rows: Rows, partition: int | None) -> Iterator[EncodedBatch]:
-        count, partitioner = route.count, route.partitioner
+        count, partitioner = len(route.topic.partitions), route.partitioner
         groups: Sequence[tuple[int | None, Rows]] | None = None
         if partition is None:
             groups = rows.by_partition(partitioner, count)
@@ -300,9 +299,10 @@ class ProducerCore:
             raise too_large(len(encoded), route.bytes_max, topic)
         batch = Unsealed.parse(encoded)
         assert batch.count == records, "who has encoded it knows how many records it holds"
-        chosen = route.partitioner.partition(None, route.count) if partition is None else partition
+        count = len(route.topic.partitions)
+        chosen = route.partitioner.partition(None, count) if partition is None else partition
         if partition is None:
-            route.partitioner.on_new_batch(chosen, route.count)
+            route.partitioner.on_new_batch(chosen, count)
         return EncodedBatch(self._queue(route, chosen), batch)
 
     def buffer_batch(self, encoded: EncodedBatch) -> ProducerBatch | None:

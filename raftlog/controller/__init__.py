@@ -1,6 +1,6 @@
-"""What decides where replicas live.
+"""What decides where replicas live, and has brokers come and go.
 
-Decisions are pure functions of the metadata: ``placement`` says on which brokers the replicas of a new topic
-go, ``replacing`` what takes the place of a lost broker, and has that done. May import state, net, client and
-errors. Start reading at ``placement``.
+Decisions are pure functions: ``placement`` says on which brokers the replicas of a new topic go, ``balance``
+which of those that there are should be elsewhere, and ``reconcile`` what to do next. ``controller`` is the
+loop around them. May import state, net, client and errors. Start reading at ``reconcile``.
 """

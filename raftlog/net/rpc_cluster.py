@@ -15,6 +15,8 @@ class ImageResponse(Struct, frozen=True):
 
     version: int
     """Applied index of the metadata group at its leader."""
+    heard: list[int]
+    """Brokers whose heartbeats it hears, itself included."""
 
 
 class ImageRequest(Request[ImageResponse], frozen=True):

@@ -203,7 +203,7 @@ class ReplicaLog:
         return self.memory.end_offset
 
     @property
-    def bytes(self) -> int:
+    def size_bytes(self) -> int:
         """What it takes on the disk, or will when all of it is flushed."""
         return sum(segment.append_position for segment in self.segments)
 

@@ -23,6 +23,7 @@ from raftlog.broker.partition import PartitionReplica
 from raftlog.errors import (
     DamagedData,
     DataDirError,
+    ForeignDataDir,
     NotLeader,
     RaftlogError,
     StorageFailed,
@@ -32,7 +33,7 @@ from raftlog.raft.types import Role
 from raftlog.testing.disk import CrashMode
 from raftlog.testing.disk_faults import DiskFaults
 from raftlog.testing.loop import NoProgress
-from raftlog.testing.moves import Mover
+from raftlog.testing.moves import RIVAL, Mover
 from raftlog.testing.sim_cluster import SimCluster, broker_name
 from raftlog.testing.swarm import Profile
 
@@ -42,6 +43,10 @@ USURP_SECONDS: Final = 4.0
 """How long another leader may take to be elected."""
 FALL_BEHIND_SECONDS: Final = 12.0
 """How long retention may take to drop what a broker that is away has not got."""
+MOVE_SECONDS: Final = 1.0
+"""How long it may take until a replica moves, for the controller to be killed then."""
+GROWTH_MAX: Final = 2
+"""How many brokers may join beyond those that there are at first."""
 HEAL_ROUNDS_MAX: Final = 5
 _ONE_AWAY: Final = (
     "kill",
@@ -78,13 +83,13 @@ class Nemesis:
     ) -> None:
         self.cluster = cluster
         self.profile = profile
-        self.mover = Mover(cluster)
         self.fired: Counter[str] = Counter()
         self.log: list[str] = []
         """What was done, for people."""
         self.down: set[int] = set()
         self.cut: set[int] = set()
         self.lost: set[int] = set()
+        self.mover = Mover(cluster, profile.policy, self.lost)
         self.suspect: set[int] = set()
         """Bits of their disk have changed: they run, and are not trusted."""
         self._forgot: set[int] = set()
@@ -108,6 +113,7 @@ class Nemesis:
             "kill coordinator": self._kill,
             "transfer": self._transfer,
             "move": self._move,
+            "drain": self._drain,
             "fall behind": self._fall_behind,
         }
 
@@ -171,7 +177,11 @@ class Nemesis:
             "client crash": self._crash_client,
             "client pause": self._pause_client,
             "client cut": self._cut_client,
+            "kill controller": self._kill_controller,
+            "two controllers": lambda: self.mover.govern(RIVAL),
         }
+        if len(self.cluster.disks) < self.profile.brokers + GROWTH_MAX:
+            found["grow"] = self._join
         if self.profile.brokers > 1:
             found |= {"break": self._break, "clog": self._clog, "slow link": self._slow_link}
         if not self.down and not self.cut and self.may_cut_power(len(self.cluster.brokers)):
@@ -196,7 +206,7 @@ class Nemesis:
                 victim = self.random.choice(victims)
                 found[name] = lambda fault=fault, victim=victim: fault(victim)  # type: ignore[misc]
         found = {name: fault for name, fault in found.items() if name in wanted}
-        if self.down or self.cut or self.lost - self.mover.replacements.keys():
+        if self.down or self.cut or self._missing:
             found["recover"] = self.recover
         return found
 
@@ -207,14 +217,18 @@ class Nemesis:
     # -- starting and stopping -------------------------------------------------------------------------------
 
     def revive(self) -> None:
-        """Start anew the brokers that ended by themselves, as whoever hosts them does; go on with the
-        replacing of those that are lost."""
+        """Start anew the controller and the brokers that ended by themselves, as whoever hosts them does."""
+        self.mover.govern()
         for broker_id, broker in list(self.cluster.brokers.items()):
             if broker.failed.done():
                 self.say(f"broker {broker_id} ended: {broker.failed.result()}")
                 self.cluster.kill_broker(broker_id)
-                self.start(broker_id)
-        for broker_id in self.mover.replaced():
+                if not isinstance(broker.failed.result(), ForeignDataDir):
+                    self.start(broker_id)
+        for broker_id in self.mover.forgotten():
+            if broker_id in self.cluster.brokers:
+                self.cluster.kill_broker(broker_id)  # it had not heard of it
+            self.fired["forgotten"] += 1
             self.say(f"broker {broker_id} is forgotten")
             self.lost.discard(broker_id)
             self.suspect.discard(broker_id)
@@ -227,7 +241,7 @@ class Nemesis:
     def needs_a_hand(self) -> bool:
         """Whether :meth:`revive` has something to do."""
         ended = any(broker.failed.done() for broker in self.cluster.brokers.values())
-        return ended or self.mover.is_stuck
+        return ended or not self.mover.is_governed or bool(self.mover.forgotten())
 
     def start(self, broker_id: int) -> None:
         """Start a broker. One whose data recovery refuses is lost, if a fault explains it."""
@@ -266,18 +280,22 @@ class Nemesis:
         for broker_id in sorted(self.cut):
             self.cut.discard(broker_id)
             self.cluster.network.heal(broker_name(broker_id))
-        for broker_id in sorted(self.lost - self.mover.replacements.keys()):
-            self._replace(broker_id)
+        for _ in range(self._missing):
+            self._join()
 
-    def _replace(self, broker_id: int) -> None:
+    @property
+    def _missing(self) -> int:
+        """How many brokers there are too few of."""
+        return max(0, self.profile.brokers - len(self._whole))
+
+    def _join(self) -> None:
         """An empty disk becomes a broker, if the cluster can be asked."""
-        new = self.mover.join()
+        new = self.mover.join_broker()
         if new is None:
-            self.say(f"nobody takes the place of broker {broker_id} now")
+            self.say("nobody can join now")
         else:
-            self.fired["replaced"] += 1
-            self.say(f"broker {new} takes the place of broker {broker_id}")
-            self.mover.replacements[broker_id] = new
+            self.fired["joined"] += 1
+            self.say(f"broker {new} has joined")
 
     def heal(self) -> None:
         """End every fault that can end."""
@@ -289,7 +307,7 @@ class Nemesis:
         self._restore_latency()
         for _ in range(HEAL_ROUNDS_MAX):
             self.recover()
-            if not self.down and self.lost == self.mover.replacements.keys():
+            if not self.down and not self._missing:
                 return
         raise NoProgress(f"brokers {sorted(self.down)} do not start, {sorted(self.lost)} are not replaced")
 
@@ -482,6 +500,18 @@ class Nemesis:
     def _move(self, broker_id: int) -> None:
         """A partition's replicas shall be on other brokers, reachable or not."""
         self.say(self.mover.move(self.random, self._whole, broker_id))
+
+    def _drain(self, broker_id: int) -> None:
+        """A broker is to go, or those that were to go are to stay."""
+        self.mover.drain(self.mover.drained or [broker_id], not self.mover.drained)
+
+    def _kill_controller(self) -> None:
+        """If that comes soon, in the middle of a move."""
+        loop = self.cluster.loop
+        until = loop.time() + MOVE_SECONDS
+        loop.run_until(lambda: loop.time() >= until or self.mover.is_moving, 10 * MOVE_SECONDS)
+        loop.run_for(self.random.uniform(0.0, 0.5))
+        self.mover.kill_controllers()
 
     def _fall_behind(self, broker_id: int) -> None:
         """A broker is away until others have dropped entries that it has not got, if that comes soon."""

@@ -10,7 +10,7 @@ import asyncio
 import shutil
 import tempfile
 import threading
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -20,12 +20,13 @@ import uvloop
 from raftlog.broker.broker import Broker, BrokerPlace
 from raftlog.broker.founding import FoundingPlan, decide, found, may_run
 from raftlog.broker.joining import JoiningPlan, join
-from raftlog.client.cluster import Bootstrap
+from raftlog.client.cluster import Bootstrap, ClusterClient
 from raftlog.client.log import Log
 from raftlog.config import BrokerConfig
-from raftlog.controller.replacing import replace_lost
+from raftlog.controller.controller import Controller, Surroundings
+from raftlog.controller.reconcile import JoinBroker, Node, Policy, StartBroker
 from raftlog.net.network import real_seams
-from raftlog.storage.identity import Identity, find_identity
+from raftlog.storage.identity import IDENTITY_PATH, Identity, find_identity
 from raftlog.storage.real_disk import RealDisk
 
 T = TypeVar("T")
@@ -63,6 +64,8 @@ class LocalCluster:
         self._brokers: dict[int, Broker] = {}
         self._plan: FoundingPlan | None = None
         self._log: Log | None = None
+        self._governing: asyncio.Task[None] | None = None
+        self._controller_client: ClusterClient | None = None
 
     # -- life ------------------------------------------------------------------------------------------------
 
@@ -113,8 +116,10 @@ class LocalCluster:
         for number in range(self._count - len(members)):
             await self._join_one(number)
         self._introduce()
-        broker = next(iter(self._brokers.values()))
-        broker.spawn(replace_lost(broker.metadata.call, lambda: broker.metadata.image, [*self._brokers]))
+        client = ClusterClient(real_seams(), self.bootstrap, "controller", role="controller")
+        controller = Controller(client, _Hands(self.data_dir, self._brokers), Policy(brokers=self._count))
+        self._governing = asyncio.get_running_loop().create_task(controller.run())
+        self._controller_client = client
 
     async def _identity(self, broker_id: int) -> Identity | None:
         disk = RealDisk(self._folder(broker_id))
@@ -164,7 +169,13 @@ class LocalCluster:
             shutil.rmtree(self.data_dir, ignore_errors=True)
 
     async def _stop_all(self) -> None:
-        brokers, self._brokers = list(self._brokers.values()), {}
+        if self._governing is not None and self._controller_client is not None:
+            self._governing.cancel()
+            await asyncio.gather(self._governing, return_exceptions=True)
+            await self._controller_client.close()
+            self._governing = self._controller_client = None
+        brokers = list(self._brokers.values())
+        self._brokers.clear()
         for broker in brokers:
             await broker.close()
 
@@ -203,3 +214,24 @@ class LocalCluster:
     async def _restart(self, broker_id: int) -> None:
         await self._start_one(broker_id)
         self._introduce()
+
+
+class _Hands:
+    """The controller's. Every broker has a node of its own, and who is killed stays down."""
+
+    def __init__(self, data_dir: Path, brokers: Mapping[int, Broker]) -> None:
+        self._data_dir = data_dir
+        self._brokers = brokers
+
+    async def look(self) -> Surroundings:
+        found = self._data_dir.glob(f"broker-*/{IDENTITY_PATH}")
+        there = {int(path.parent.name.removeprefix("broker-")) for path in found}
+        nodes = {f"local-{each}": Node(f"local-{each}", disks=frozenset({each})) for each in self._brokers}
+        gone = set(range(max(there, default=0))) - there
+        return Surroundings(nodes, frozenset(self._brokers), frozenset(gone))
+
+    async def start(self, action: StartBroker) -> None:
+        pass
+
+    async def join(self, action: JoinBroker) -> None:
+        pass

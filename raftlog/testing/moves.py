@@ -1,4 +1,5 @@
-"""Whoever moves replicas between the brokers of a simulated cluster, and where these moves stand."""
+"""Whoever moves replicas between the brokers of a simulated cluster: production's controller as a process of
+the simulation, others that interfere, and where it all stands."""
 
 from __future__ import annotations
 
@@ -6,8 +7,12 @@ import asyncio
 import random
 from typing import TYPE_CHECKING, Final
 
-from raftlog.controller.replacing import carry_out
+from raftlog.client.cluster import ClusterClient
+from raftlog.client.connections import Bootstrap
+from raftlog.controller.controller import IDLE_S, Controller, Surroundings
+from raftlog.controller.reconcile import JoinBroker, Node, Policy, StartBroker
 from raftlog.errors import RaftlogError
+from raftlog.net.rpc_cluster import DrainRequest
 from raftlog.state.image import Partition, Topic
 from raftlog.state.metadata_commands import AlterPartition, TakeControl
 from raftlog.testing.books import is_quorum
@@ -18,20 +23,27 @@ if TYPE_CHECKING:
     from raftlog.state.metadata import MetadataState
 
 NO_TOPIC: Final = ()
+CONTROLLER: Final = "controller"
+RIVAL: Final = "rival"
+_DRAIN_TIMEOUT_S: Final = 10.0
 
 
 class Mover:
-    """Asks the metadata group for other holders, as a controller does.
+    """The controllers of a run, and those who interfere with them.
 
     Args:
         cluster: whose replicas move.
+        policy: of the controllers.
+        lost: brokers whose data are gone for good.
     """
 
-    def __init__(self, cluster: SimCluster) -> None:
+    def __init__(self, cluster: SimCluster, policy: Policy, lost: set[int]) -> None:
         self.cluster = cluster
-        self.replacements: dict[int, int] = {}
-        """Broker that is lost -> the new one in its place, until the lost one is forgotten."""
-        self._tasks: dict[int, asyncio.Task[None]] = {}
+        self._policy = policy
+        self._lost = lost
+        self._governing: dict[str, asyncio.Task[None]] = {}
+        self._controllers: dict[str, Controller] = {}
+        self._draining: asyncio.Task[None] | None = None
 
     @property
     def image(self) -> MetadataState | None:
@@ -45,8 +57,61 @@ class Mover:
         image = self.image
         return NO_TOPIC if image is None else tuple(image.topics.values())
 
+    # -- controllers -----------------------------------------------------------------------------------------
+
+    @property
+    def is_governed(self) -> bool:
+        """Whether a controller runs."""
+        task = self._governing.get(CONTROLLER)
+        return task is not None and not task.done()
+
+    def govern(self, name: str = CONTROLLER) -> None:
+        """Start a controller's process, unless that runs."""
+        task = self._governing.get(name)
+        if task is None or task.done():
+            self._governing[name] = self.cluster.loop.run_as(name, self._govern(name))
+
+    async def _govern(self, name: str) -> None:
+        cluster = self.cluster
+        seams = cluster.seams(name, name)
+        client = ClusterClient(seams, cluster.bootstrap, name, self._refresh, role="controller")
+        self._controllers[name] = controller = Controller(client, self, self._policy)
+        await controller.run()
+
+    async def _refresh(self) -> Bootstrap:
+        return self.cluster.bootstrap
+
+    def kill_controllers(self) -> None:
+        """SIGKILL."""
+        for name in list(self._governing):
+            self.cluster.loop.kill(name)
+            del self._governing[name]
+            self._controllers.pop(name, None)
+
+    @property
+    def is_moving(self) -> bool:
+        """Whether a move is under way."""
+        return any(partition.leaving for topic in self.topics for partition in topic.partitions)
+
+    # Their hands: the simulation looks after processes itself, as faults have it.
+
+    async def look(self) -> Surroundings:
+        """Every broker has a node of its own, which is down when the broker is."""
+        names = {broker_name(broker_id): broker_id for broker_id in self.cluster.brokers}
+        nodes = {name: Node(name, disks=frozenset({broker_id})) for name, broker_id in names.items()}
+        return Surroundings(nodes, frozenset(names.values()), frozenset(self._lost))
+
+    async def start(self, action: StartBroker) -> None:
+        """No broker's process is down on a node that is up."""
+
+    async def join(self, action: JoinBroker) -> None:
+        """The nemesis decides when."""
+
+    # -- interference ----------------------------------------------------------------------------------------
+
     def move(self, rng: random.Random, brokers: list[int], through: int) -> str:
-        """Want a random partition on others of these brokers, as many as now. Returns what is wanted.
+        """Somebody takes control, wants a random partition on others of these brokers, as many as now, and is
+        gone. Returns what is wanted.
 
         Args:
             rng: decides.
@@ -72,9 +137,28 @@ class Mover:
         except RaftlogError as error:  # no quorum, or somebody else has moved it meanwhile
             self.cluster.watch.note(f"nothing moves: {error}")
 
-    # -- lost brokers ----------------------------------------------------------------------------------------
+    def drain(self, brokers: list[int], draining: bool) -> None:
+        """Ask for brokers to be drained, or not to be; it may come to nothing."""
+        if self._draining is None or self._draining.done():
+            self._draining = self.cluster.loop.run_as("drainer", self._drain(brokers, draining))
 
-    def join(self) -> int | None:
+    async def _drain(self, brokers: list[int], draining: bool) -> None:
+        client = ClusterClient(self.cluster.seams("drainer", "drainer"), self.cluster.bootstrap, "drainer")
+        try:
+            request = DrainRequest(brokers, draining)
+            await client.call_leader(client.metadata_view, request, timeout=_DRAIN_TIMEOUT_S)
+        except RaftlogError as error:
+            self.cluster.watch.note(f"nothing drains: {error}")
+        await client.close()
+
+    @property
+    def drained(self) -> list[int]:
+        """Brokers that drain."""
+        image = self.image
+        known = {} if image is None else image.brokers
+        return sorted(broker.broker_id for broker in known.values() if broker.draining)
+
+    def join_broker(self) -> int | None:
         """A new broker on an empty disk; None: it cannot join now."""
         try:
             return self.cluster.join_broker()
@@ -82,30 +166,18 @@ class Mover:
             self.cluster.watch.note(f"no broker can join: {error}")
             return None
 
-    @property
-    def is_stuck(self) -> bool:
-        """Whether a replacement is done, or whoever carried it out has died."""
-        return any(not self._is_under_way(old) for old in self.replacements)
+    # -- where it all stands ---------------------------------------------------------------------------------
 
-    def _is_under_way(self, old: int) -> bool:
-        task = self._tasks.get(old)
-        return task is not None and not task.done() and task.get_name() in self._drivers()
-
-    def _drivers(self) -> set[str]:
-        """Names of tasks whose broker still is the same process."""
-        return {_driver(broker) for broker in self.cluster.brokers.values()}
-
-    def replaced(self) -> list[int]:
-        """Go on with replacing the lost. Returns those that are forgotten now."""
-        done = []
-        for old in sorted(self.replacements):
-            image = self.image
-            if image is not None and old not in image.brokers and self._has_left(old):
-                del self.replacements[old]
-                done.append(old)
-            elif not self._is_under_way(old):
-                self._carry_on(old)
-        return done
+    def forgotten(self) -> list[int]:
+        """Brokers that the metadata know no more, of those that had been in them."""
+        image = self.image
+        if image is None:
+            return []
+        return sorted(
+            broker_id
+            for broker_id in self.cluster.disks
+            if broker_id in image.removed and broker_id not in image.brokers and self._has_left(broker_id)
+        )
 
     def _has_left(self, broker_id: int) -> bool:
         """Whether no configuration that may be in force has a replica of that broker."""
@@ -116,24 +188,18 @@ class Mover:
             for member in group.members.values()
         )
 
-    def _carry_on(self, old: int) -> None:
-        if self.cluster.brokers:
-            broker_id, broker = next(iter(sorted(self.cluster.brokers.items())))
-            work = self._carry_out(broker, old, self.replacements[old])
-            self._tasks[old] = self.cluster.loop.run_as(broker_name(broker_id), work)
-            self._tasks[old].set_name(_driver(broker))
-
-    async def _carry_out(self, broker: Broker, old: int, new: int) -> None:
-        try:
-            await carry_out(broker.metadata.call, lambda: broker.metadata.image, old, new)
-        except RaftlogError as error:  # another controller has taken over: go on after it
-            self.cluster.watch.note(f"broker {old} is not replaced now: {error}")
-
-    # -- where it all stands ---------------------------------------------------------------------------------
-
     def has_arrived(self) -> bool:
-        """Whether nobody is being replaced, and all replicas that are wanted run and lead as wanted."""
-        return not self.replacements and all(
+        """Whether all replicas run and lead as wanted, and the controller has nothing to do."""
+        if self.drained:
+            self.drain(self.drained, False)
+            return False
+        controller = self._controllers.get(CONTROLLER)
+        image = self.image
+        if self._lost or image is None or controller is None or controller.rests_since is None:
+            return False
+        if controller.seen != image.applied_index:
+            return False
+        return self.cluster.loop.time() - controller.rests_since > IDLE_S and all(
             self._is_there(topic, index, partition)
             for topic in self.topics
             for index, partition in enumerate(topic.partitions)
@@ -157,8 +223,3 @@ class Mover:
             if not all(is_quorum(conf, alive) for conf in group.confs_in_force()):
                 return False
         return True
-
-
-def _driver(broker: Broker) -> str:
-    """Name of a task that this run of a broker carries out."""
-    return f"replacing through {broker.broker_id}/{broker.identity.incarnation}"

@@ -22,7 +22,7 @@ from typing import Final
 
 from raftlog.testing.pipeline_profile import CLIENT_FAULTS
 from raftlog.testing.run import Result, Verdict, run_once, shrink
-from raftlog.testing.swarm import FAULTS, Profile, draw
+from raftlog.testing.swarm import ELASTIC_FAULTS, FAULTS, Profile, draw
 
 EXIT_CODES: Final = {Verdict.GOOD: 0, Verdict.CRASH: 3, Verdict.LIVENESS: 4, Verdict.CORRECTNESS: 5}
 EXIT_BLIND: Final = 6
@@ -115,7 +115,7 @@ class Report:
         """What should have come up and never did."""
         if self.results < SEEDS_UNTIL_BLIND:
             return []
-        return [name for name in FAULTS | CLIENT_FAULTS if not self.faults[name]] + [
+        return [name for name in FAULTS | CLIENT_FAULTS | ELASTIC_FAULTS if not self.faults[name]] + [
             name for name in EVENTS_EXPECTED if not self.counts[name]
         ]
 

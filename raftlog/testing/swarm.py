@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from raftlog.config import BrokerConfig
+from raftlog.controller.reconcile import Policy
 from raftlog.storage.spec import StorageConfig
 from raftlog.testing.pipeline_profile import CLIENT_FAULTS, PipelineProfile, draw_pipeline
 
@@ -43,8 +44,11 @@ FAULTS: Final[dict[str, float]] = {
     "wipe": 0.7,
 }
 """Every fault and how often it comes, relative to the others, where a seed has it at all."""
+ELASTIC_FAULTS: Final = {"kill controller": 1.0, "two controllers": 0.4, "drain": 1.0, "grow": 0.6}
+"""Of runs in which brokers come and go."""
 
 SEGMENT_BYTES_MIN: Final = 64 << 10
+NEVER_MS: Final = 1 << 40
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,8 @@ class Profile:
     """In the end only a random quorum is healed, and must make progress, before all is."""
     pipeline: PipelineProfile | None = None
     """Groups and transactions."""
+    policy: Policy = field(default_factory=Policy)
+    """Of the controller."""
     skip: frozenset[int] = frozenset()
 
     @property
@@ -136,6 +142,7 @@ def draw(seed: int) -> Profile:
         ),
         liveness=rng.random() < 0.4,
     )
+    profile = _with_policy(profile)
     pipeline = draw_pipeline(seed)
     if pipeline is not None:
         weights = profile.weights | CLIENT_FAULTS
@@ -145,6 +152,20 @@ def draw(seed: int) -> Profile:
             profile = replace(profile, config=profile.config.model_copy(update=forgets))
         profile = replace(profile, pipeline=pipeline, weights=weights)
     return replace(profile, large_values=0.4) if profile.retains else profile
+
+
+def _with_policy(profile: Profile) -> Profile:
+    """How the controller of a seed goes about it, and what happens to it."""
+    rng = random.Random(f"elastic {profile.seed}")
+    policy = Policy(
+        replace_after_ms=rng.choice([3_000, 30_000, NEVER_MS]),
+        moves_max=rng.choice([1, 4, 20]),
+        bytes_max=rng.choice([1 << 10, 1 << 30]),
+        brokers=profile.brokers,
+    )
+    is_elastic = profile.brokers >= 3 and rng.random() < 0.4
+    weights = profile.weights | ELASTIC_FAULTS if is_elastic else profile.weights
+    return replace(profile, policy=policy, weights=weights)
 
 
 def _draw_topic(rng: random.Random) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from test_host_membership import Moving, Writer, check_records
 
 from raftlog.broker.joining import JOINING_PATH, JoiningPlan, join
 from raftlog.broker.metadata import METADATA_VOTERS_MAX, MetadataReplica
-from raftlog.controller.replacing import carry_out
+from raftlog.controller.reconcile import Policy
 from raftlog.errors import AuthenticationFailed, Busy, ForeignDataDir, RaftlogError, RequestTimeout
 from raftlog.net.connection import RpcConnection
 from raftlog.net.handshake import Local
@@ -20,6 +20,7 @@ from raftlog.state.metadata_commands import AllocateProducerIds, RemoveBroker
 from raftlog.storage.identity import find_identity
 from raftlog.storage.manifest import MANIFEST_PATH
 from raftlog.testing.disk import SimDisk
+from raftlog.testing.moves import Mover
 from raftlog.testing.sim_cluster import PORT, broker_name
 
 
@@ -64,6 +65,17 @@ def plan_of(host: Moving, secret: bytes | None = None, brokers: tuple[int, ...] 
     plan = host.cluster.plan
     addresses = tuple((broker_name(broker_id), PORT) for broker_id in brokers)
     return JoiningPlan(plan.cluster_id, plan.cluster_name, secret or plan.secret, addresses)
+
+
+def governed(host: Moving, lost: int) -> Mover:
+    """A controller that knows of a broker whose data are gone."""
+    mover = Mover(host.cluster, Policy(brokers=3), {lost})
+    mover.govern()
+    return mover
+
+
+def is_forgotten(host: Moving, broker_id: int) -> bool:
+    return all(broker_id not in each.metadata.image.brokers for each in host.cluster.brokers.values())
 
 
 # -- joining -------------------------------------------------------------------------------------------------
@@ -255,8 +267,8 @@ def test_a_wiped_disk_is_a_new_broker_that_takes_the_place_of_the_old_one(host: 
     host.cluster.run(broker.ready(), node=broker_name(added))
     rows = {row.id: row.state for row in broker.broker_rows()}
     assert rows[victim] == "lost"
-    work = carry_out(broker.metadata.call, lambda: broker.metadata.image, victim, added)
-    host.cluster.run(work, node=broker_name(added))
+    governed(host, victim)
+    host.wait(lambda: is_forgotten(host, victim))
     count = writer.stop()
     host.wait(host.has_settled)
     survivors = {0, 1, 2, added} - {victim}
@@ -272,15 +284,15 @@ def test_a_replacement_that_was_interrupted_is_gone_on_with(host: Moving) -> Non
     host.cluster.cut_power(victim)
     del host.cluster.disks[victim]
     added = host.cluster.join_broker()
-    broker = host.cluster.brokers[added]
-    work = carry_out(broker.metadata.call, lambda: broker.metadata.image, victim, added)
-    host.loop.run_as("first", work)
+    mover = governed(host, victim)
     host.wait(lambda: bool(host.assignment.leaving))
-    host.loop.kill("first")
-    again = carry_out(broker.metadata.call, lambda: broker.metadata.image, victim, added)
-    host.cluster.run(again, node=broker_name(added))
+    mover.kill_controllers()
+    host.loop.run_for(1.0)
+    assert not is_forgotten(host, victim)
+    mover.govern()
+    host.wait(lambda: is_forgotten(host, victim))
     host.wait(host.has_settled)
-    assert victim not in broker.metadata.image.brokers
+    assert set(host.holders) == {0, 1, 2, added} - {victim}
 
 
 def test_the_old_data_come_back_and_are_not_let_in(host: Moving) -> None:
@@ -288,10 +300,9 @@ def test_the_old_data_come_back_and_are_not_let_in(host: Moving) -> None:
     host.produce(10)
     victim = host.followers()[0]
     host.cluster.kill_broker(victim)
-    added = host.cluster.join_broker()
-    broker = host.cluster.brokers[added]
-    work = carry_out(broker.metadata.call, lambda: broker.metadata.image, victim, added)
-    host.cluster.run(work, node=broker_name(added))
+    host.cluster.join_broker()
+    governed(host, victim)
+    host.wait(lambda: is_forgotten(host, victim))
     host.wait(host.has_settled)
     host.cluster.start_broker(victim)
     old = host.cluster.brokers[victim]

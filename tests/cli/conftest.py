@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from raftlog.cli.main import app
 from raftlog.cli.session import Session
 from raftlog.client.log import Log
+from raftlog.controller.controller import PlannedMove
 from raftlog.testing.local_cluster import LocalCluster
 
 Run = Callable[..., Any]
@@ -36,7 +37,10 @@ def run(cluster: LocalCluster) -> Run:
     def shutdown(name: str, force: bool) -> None:
         raise AssertionError("not in these tests")
 
-    session = Session(connect=connect, start=start, shutdown=shutdown)
+    def plan(name: str, begin: bool) -> list[Any]:
+        return [] if begin else [PlannedMove("orders", 2, (0, 1, 2), (0, 1, 3), 5_000_000, "balance")]
+
+    session = Session(connect=connect, start=start, shutdown=shutdown, plan=plan)
 
     def invoke(*arguments: str, input: str | bytes | None = None) -> Any:
         return CliRunner().invoke(app, list(arguments), input=input, obj=session)

@@ -23,7 +23,7 @@ def session_that_raises(make: Callable[[], BaseException]) -> Session:
     def fail(*_: Any, **__: Any) -> NoReturn:
         raise make()
 
-    return Session(connect=fail, start=fail, shutdown=fail)
+    return Session(connect=fail, start=fail, shutdown=fail, plan=fail)
 
 
 def python(code: str, **options: Any) -> subprocess.CompletedProcess[str]:

@@ -20,7 +20,7 @@ import pickle, sys
 from raftlog.cli.main import app
 from raftlog.cli.session import Session
 log = pickle.loads(bytes.fromhex(sys.argv.pop(1)))
-app(obj=Session(connect=lambda name: log, start=None, shutdown=None))
+app(obj=Session(connect=lambda name: log, start=None, shutdown=None, plan=None))
 """
 ROOT = Path(__file__).parents[2]
 

@@ -14,14 +14,14 @@ from raftlog.testing.mutation import Mutation
 from raftlog.testing.mutations import MUTATIONS, PatchFailed, check_all_apply, patched_source
 from raftlog.testing.pipeline_profile import CLIENT_FAULTS
 from raftlog.testing.run import Result, Verdict, run_once, shrink
-from raftlog.testing.swarm import FAULTS, Profile, draw
+from raftlog.testing.swarm import ELASTIC_FAULTS, FAULTS, Profile, draw
 from raftlog.testing.workload import Workload
 
 
 def rich(profile: Profile, verdict: Verdict = Verdict.GOOD, text: str = "") -> Result:
     """A result in which everything happened."""
     result = Result(profile, verdict, text)
-    result.faults = Counter(dict.fromkeys(FAULTS | CLIENT_FAULTS, 1))
+    result.faults = Counter(dict.fromkeys(FAULTS | CLIENT_FAULTS | ELASTIC_FAULTS, 1))
     result.counts = Counter(dict.fromkeys(simulate.EVENTS_EXPECTED, 1))
     return result
 
