@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from typing import Final
 
-from raftlog.broker.replica import M, StateMachine
+from raftlog.broker.machine import StateMachine
+from raftlog.broker.replica import M
 from raftlog.raft.config import RecoveredLog
 from raftlog.storage.replica_log import ReplicaLog
 

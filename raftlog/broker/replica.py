@@ -16,11 +16,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine, Mapping, Sequence, Set
+from collections.abc import Callable, Coroutine, Mapping, Set
 from contextlib import suppress
 from functools import partial
-from typing import Any, Final, Generic, Protocol, Self, TypeVar
+from typing import Any, Final, Generic, Protocol, TypeVar
 
+from raftlog.broker.machine import StateMachine, stage
 from raftlog.broker.membership import Membership, Wanted
 from raftlog.broker.snapshots import SnapshotExchange, SnapshotSlots
 from raftlog.config import BrokerConfig
@@ -51,21 +52,6 @@ Done = Callable[[Any, RaftlogError | None], None]
 _CAMPAIGN_AGAIN_MS: Final = 50
 _HURT_PATIENCE: Final = 3
 """A damaged replica campaigns this many election timeouts later than others."""
-
-
-class StateMachine(Protocol):
-    """A replicated state machine (see ``raftlog.state``)."""
-
-    applied_index: int
-
-    def apply(self, entry: Entry) -> object: ...
-
-    def copy(self) -> Self: ...
-
-    def snapshot(self) -> bytes: ...
-
-    @classmethod
-    def restore(cls, data: Buffer) -> Self: ...
 
 
 M = TypeVar("M", bound=StateMachine)
@@ -327,7 +313,7 @@ class Replica(Generic[M]):
         if staged.applied_index < entry.index - 1:
             own = node.entries_in_memory(staged.applied_index + 1, entry.index)
             assert own is not None, "what was not handed to storage is in memory"
-            _stage(staged, own)
+            stage(staged, own)
         staged.apply(entry)
         self._waiters[entry.index] = [done]
         self.host.mark(self)
@@ -371,7 +357,7 @@ class Replica(Generic[M]):
         if append is not None:
             host.store.append(self.log, append, partial(self._durable, append.sequence))
             if self.staged is not None:
-                _stage(self.staged, append.entries)
+                stage(self.staged, append.entries)
         for message in ready.messages:
             broker_id = hosts.get(message.to)
             if broker_id is not None:
@@ -598,12 +584,3 @@ class Replica(Generic[M]):
     def leader_broker(self) -> int | None:
         """Broker id of the leader as far as this replica knows."""
         return self.hosts.get(self.node.leader)
-
-
-def _stage(staged: StateMachine, entries: Sequence[Entry]) -> None:
-    """Advance ``staged`` by those of the entries that it has not seen: what the core appends by itself (a
-    configuration) does not come through ``propose``."""
-    if entries and staged.applied_index < entries[-1].index:
-        for entry in entries:
-            if entry.index > staged.applied_index:
-                staged.apply(entry)
