@@ -120,14 +120,7 @@ def start(
     """
     from raftlog.client import attach
 
-    return attach.start(
-        name,
-        brokers,
-        data_dir,
-        ephemeral,
-        brokers_per_node=brokers_per_node,
-        replace_after=replace_after,
-    )
+    return attach.start(name, brokers, data_dir, ephemeral, brokers_per_node, replace_after)
 
 
 def connect(name: str | None = None, timeout: float = 30.0) -> Log:

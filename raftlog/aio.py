@@ -47,9 +47,13 @@ async def start(
     brokers: int | None = None,
     data_dir: str | Path | None = None,
     ephemeral: bool = False,
+    brokers_per_node: int = 1,
+    replace_after: float = 30.0,
 ) -> Log:
     """As :func:`raftlog.start`."""
-    log = await asyncio.to_thread(attach.start, name, brokers, data_dir, ephemeral)
+    log = await asyncio.to_thread(
+        attach.start, name, brokers, data_dir, ephemeral, brokers_per_node, replace_after
+    )
     return Log(log.bootstrap)
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import threading
 from pathlib import Path
-from typing import Any
 
 from raftlog.client.cluster import Bootstrap
 from raftlog.client.handle import process_client_id
@@ -24,12 +23,21 @@ def start(
     brokers: int | None = None,
     data_dir: str | Path | None = None,
     ephemeral: bool = False,
-    **settings: Any,
+    brokers_per_node: int = 1,
+    replace_after: float = 30.0,
 ) -> Log:
     """See :func:`raftlog.start`."""
     from raftlog.actors import launch
 
-    return log_of(launch.start(name, brokers, data_dir, ephemeral, **settings))
+    bootstrap = launch.start(
+        name,
+        brokers,
+        data_dir,
+        ephemeral,
+        brokers_per_node=brokers_per_node,
+        replace_after=replace_after,
+    )
+    return log_of(bootstrap)
 
 
 def connect(name: str | None = None, timeout: float = 30.0) -> Log:
