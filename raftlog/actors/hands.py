@@ -29,7 +29,7 @@ from raftlog.broker.founding import FoundingPlan
 from raftlog.broker.joining import JoiningPlan
 from raftlog.controller.controller import Surroundings
 from raftlog.controller.reconcile import JoinBroker, Node, StartBroker
-from raftlog.errors import ClusterInUse, IncompatibleVersion, RaftlogError
+from raftlog.errors import Busy, ClusterInUse, IncompatibleVersion, RaftlogError
 from raftlog.version import software_version
 
 logger = logging.getLogger("raftlog.actors")
@@ -104,8 +104,10 @@ class RayHands:
 
     async def look(self) -> Surroundings:
         """The nodes that have said what they hold. Others are asked, and there when they have answered."""
-        self._nodes = alive_nodes()
-        draining = draining_nodes()
+        try:
+            self._nodes, draining = alive_nodes(), draining_nodes()
+        except Exception as error:  # whatever Ray raises while its control store is away
+            raise Busy(f"Ray does not say which nodes there are: {error}") from error
         for node_id in self._nodes.keys() - self._disks.keys():
             self._begin(node_id, self._ask(node_id))
         for node_id in self._disks.keys() - self._nodes.keys():

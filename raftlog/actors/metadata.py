@@ -161,6 +161,7 @@ class MetadataHost:
         await asyncio.wait_for(ready, CALL_TIMEOUT_S)
         self._controller = self._make_controller()
         self._governing = asyncio.get_running_loop().create_task(self._controller.run())
+        self._governing.add_done_callback(_ended)
 
     def _make_controller(self) -> Controller:
         spec = self._hands.spec
@@ -249,6 +250,13 @@ class MetadataHost:
                 "directories of the others"
             )
         return plan, assigned
+
+
+def _ended(governing: asyncio.Task[None]) -> None:
+    """The controller runs for ever. If it has met what it does not know, Ray shall start all of this anew."""
+    if not governing.cancelled():
+        logger.critical("the controller has ended", exc_info=governing.exception())
+        os._exit(1)
 
 
 MetadataActor: Any = ray.remote(MetadataHost)
