@@ -356,7 +356,8 @@ class Replica(Generic[M]):
         append = ready.append
         if append is not None:
             host.store.append(self.log, append, partial(self._durable, append.sequence))
-            if self.staged is not None:
+            # Not of a successor, whose entries may come before this replica has left the leadership.
+            if self.staged is not None and node.role is Role.LEADER and node.term == self._served_term:
                 stage(self.staged, append.entries)
         for message in ready.messages:
             broker_id = hosts.get(message.to)

@@ -14,7 +14,7 @@ import struct
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, Final
 
 import pytest
 from broker_kit import batch, create_request
@@ -41,7 +41,7 @@ from raftlog.net.frames import FRAME_BYTES_MAX, PREFIX, Kind
 from raftlog.net.handshake import Local
 from raftlog.net.network import real_seams
 from raftlog.net.rpc import MetadataRequest, ProduceRequest, ProduceResponse
-from raftlog.record.batch import ATTRIBUTES_AT, CRC_AT
+from raftlog.record.batch import ATTRIBUTES_AT
 from raftlog.testing.local_cluster import LocalCluster
 
 TOPIC = "orders"
@@ -254,6 +254,9 @@ async def lost(connection: RpcConnection) -> None:
 
 def topic_id(cluster: LocalCluster) -> bytes:
     return bytes.fromhex(cluster.log.describe_topic(TOPIC).topic_id)
+
+
+CRC_AT: Final = ATTRIBUTES_AT - 4
 
 
 def changed(at: int, value: bytes, *, crc: bool = False) -> bytes:

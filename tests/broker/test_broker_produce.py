@@ -21,6 +21,7 @@ from raftlog.errors import (
     UnknownReplica,
 )
 from raftlog.net.rpc import ProduceRequest, ProduceResponse
+from raftlog.raft.types import AppendRequest
 from raftlog.testing.sim_cluster import broker_name
 
 
@@ -182,6 +183,51 @@ def test_what_a_later_leader_commits_is_not_taken_for_what_was_lost(world: World
     world.until(doubtful.done)
     assert isinstance(outcome(doubtful), LeadershipLost)
     assert world.fetched(world.dial(world.leader(but=old))) == []
+
+
+def test_a_leader_may_hear_of_its_successor_and_of_its_entries_at_once(world: World) -> None:
+    """Nothing comes in between, so it still has the state of a leader when it takes over the entries."""
+    old = world.leader()
+    connection = world.dial(old)
+    world.written(connection, batch(b"both have this"))
+    world.isolate(old)
+    in_doubt = world.produce(connection, batch(b"only the old leader has this"))
+    replica = world.replica(old)
+    world.until(lambda: replica.log.end_offset == 2)
+    for other in {0, 1, 2} - {old}:
+        world.cluster.network.break_connections(broker_name(old), broker_name(other))
+    new = world.leader(but=old)
+    for value in (b"in its place", b"and after"):
+        world.written(world.dial(new), batch(value))
+    successor = world.replica(new)
+    prev = successor.node.entries_in_memory(2, 3)
+    entries = successor.node.entries_in_memory(3, successor.node.last_index + 1)
+    assert prev is not None
+    assert entries is not None
+    assert replica.staged is not None, "it has not noticed"
+    request = AppendRequest(
+        replica.replica_id,
+        successor.replica_id,
+        successor.node.term,
+        2,
+        prev[0].term,
+        prev[0].crc,
+        successor.node.commit,
+        tuple(entries),
+    )
+
+    async def hear() -> None:
+        world.broker(old).gather()
+        replica.step(request)
+        world.broker(old).pump()
+
+    world.cluster.run(hear(), node=broker_name(old))
+    world.until(lambda: replica.node.applied == successor.node.commit)
+    assert replica.staged is None
+    world.until(in_doubt.done)
+    assert isinstance(outcome(in_doubt), LeadershipLost)
+    world.cluster.network.heal()
+    assert world.fetched(world.dial(world.leader())) == [b"both have this", b"in its place", b"and after"]
 
 
 def test_too_much_in_flight_is_busy_and_over_when_it_is_committed() -> None:
