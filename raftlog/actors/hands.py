@@ -237,7 +237,7 @@ class RayHands:
         actor = await self.find_alive(broker_id)
         try:
             if actor is None:
-                actor = self.actor_on(broker_id, self._nodes[node_id])
+                actor = self.actor_on(broker_id, (self._nodes or alive_nodes())[node_id])
             if not await asyncio.wait_for(actor.has_data.remote(), CALL_TIMEOUT_S):
                 logger.error("broker %d of %s has lost its data", broker_id, self.spec.name)
                 self._disks[node_id].discard(broker_id)

@@ -15,6 +15,7 @@ from typing import Any
 
 import msgspec
 import ray
+from ray.exceptions import RayError
 
 from raftlog.actors.broker import BrokerInfo, BrokerLaunch, NodeProbe, remove_data, running_brokers
 from raftlog.actors.hands import (
@@ -30,7 +31,7 @@ from raftlog.broker.founding import FoundingPlan, decide, may_run
 from raftlog.client.cluster import Bootstrap, ClusterClient
 from raftlog.controller.controller import Controller, PlannedMove
 from raftlog.controller.reconcile import Policy, StartBroker
-from raftlog.errors import ConfigError, DataDirError, ForeignDataDir
+from raftlog.errors import ConfigError, DataDirError, ForeignDataDir, RaftlogError
 from raftlog.net.network import real_seams
 from raftlog.storage.identity import Identity
 
@@ -51,6 +52,7 @@ class MetadataHost:
         self._founding = False
         self._controller: Controller | None = None
         self._begun: asyncio.Task[None] = asyncio.get_running_loop().create_task(self._begin())
+        self._begun.add_done_callback(_ended)
         self._governing: asyncio.Task[None] | None = None
 
     def _changed(self) -> None:
@@ -138,19 +140,17 @@ class MetadataHost:
         hands = self._hands
         running = await self._adopt()
         nodes = alive_nodes()
-        probes = await hands.probe(nodes)
-        hands.plan, self._where = self._decide(nodes, probes, is_running=bool(running))
-        for broker_id, (launch, info) in running.items():
-            if launch.plan.cluster_id != hands.plan.cluster_id:
-                raise ForeignDataDir(
-                    f"broker {broker_id} of cluster {hands.spec.name!r} runs on data of another cluster "
-                    f"({launch.plan.cluster_id}) than what is in {hands.spec.data_dir} "
-                    f"({hands.plan.cluster_id})"
-                )
-            if info.node_id in nodes:
-                self._where[broker_id] = nodes[info.node_id]
-        for broker_id, node in self._where.items():
-            hands.has(broker_id, node.node_id)
+        if running:  # they know best; what else is there is found by asking node after node
+            hands.plan = next(launch.plan for launch, _ in running.values())
+            self._where = {
+                broker_id: nodes[info.node_id]
+                for broker_id, (_, info) in running.items()
+                if info.node_id in nodes
+            }
+        else:
+            hands.plan, self._where = self._decide(nodes, await hands.probe(nodes))
+            for broker_id, node in self._where.items():
+                hands.has(broker_id, node.node_id)
         if self._founding:
             await self._found()
         await hands.start_all(StartBroker(broker_id, node.node_id) for broker_id, node in self._where.items())
@@ -203,8 +203,12 @@ class MetadataHost:
             actor = await hands.find_alive(broker_id)
             if actor is None:
                 continue
-            launch: BrokerLaunch = await asyncio.wait_for(actor.launch.remote(), PING_TIMEOUT_S)
-            info: BrokerInfo = await asyncio.wait_for(actor.start.remote(), CALL_TIMEOUT_S)
+            try:
+                launch: BrokerLaunch = await asyncio.wait_for(actor.launch.remote(), PING_TIMEOUT_S)
+                info: BrokerInfo = await asyncio.wait_for(actor.start.remote(), CALL_TIMEOUT_S)
+            except (RayError, TimeoutError) as error:
+                logger.warning("broker %d of %s does not answer: %s", broker_id, hands.spec.name, error)
+                continue  # its node may have died a moment ago, and Ray does not know yet
             running[broker_id] = launch, info
             hands.spec = msgspec.structs.replace(
                 hands.spec, data_dir=launch.data_dir, ephemeral=launch.ephemeral, config=launch.config
@@ -212,7 +216,7 @@ class MetadataHost:
         return running
 
     def _decide(
-        self, nodes: dict[str, RayNode], probes: list[NodeProbe], *, is_running: bool
+        self, nodes: dict[str, RayNode], probes: list[NodeProbe]
     ) -> tuple[FoundingPlan, dict[int, RayNode]]:
         """The plan, and which broker runs on which node."""
         spec = self._hands.spec
@@ -243,7 +247,7 @@ class MetadataHost:
             node_id = min(where.get(broker_id, node_ids), key=lambda node_id: (load[node_id], node_id))
             load[node_id] += 1
             assigned[broker_id] = nodes[node_id]
-        if not is_running and len(assigned) <= len(plan.brokers) // 2:
+        if len(assigned) <= len(plan.brokers) // 2:
             raise DataDirError(
                 f"the data of only {len(assigned)} of the {len(plan.brokers)} brokers of cluster "
                 f"{spec.name!r} is here ({spec.data_dir}), which is no majority: bring back the nodes or "
@@ -252,10 +256,12 @@ class MetadataHost:
         return plan, assigned
 
 
-def _ended(governing: asyncio.Task[None]) -> None:
-    """The controller runs for ever. If it has met what it does not know, Ray shall start all of this anew."""
-    if not governing.cancelled():
-        logger.critical("the controller has ended", exc_info=governing.exception())
+def _ended(task: asyncio.Task[None]) -> None:
+    """Have Ray start all of this anew when it has met what it does not know. What is wrong with the cluster
+    is told to whoever asks for it."""
+    error = None if task.cancelled() else task.exception()
+    if error is not None and not isinstance(error, RaftlogError):
+        logger.critical("the metadata actor cannot go on", exc_info=error)
         os._exit(1)
 
 

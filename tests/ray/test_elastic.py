@@ -6,10 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCENARIO = Path(__file__).parent / "elastic_scenario.py"
 TIMEOUT_S = 400
 
 
+@pytest.mark.timeout(TIMEOUT_S + 30)
 def test_nodes_come_and_go(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, str(SCENARIO), str(tmp_path)],
