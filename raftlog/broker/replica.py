@@ -135,6 +135,8 @@ class Replica(Generic[M]):
         self._soft: SoftState | None = None
         self._ready: Ready | None = None
         """What of it was handed out and is to be followed up."""
+        self._ahead: tuple[int, int] | None = None
+        """Since when the log's time is ahead of the clock, and where it stood."""
         self._campaign_at = 0
         self._hurt_since_ms = -1
         self._gave_up = False
@@ -324,8 +326,15 @@ class Replica(Generic[M]):
         self._waiters.setdefault(index, []).append(done)
 
     def leader_time_ms(self) -> int:
-        """The time that an entry proposed now gets: it never goes back along the log."""
-        return max(self.host.wall_ms(), self.node.last_leader_time_ms)
+        """The time that an entry proposed now gets: it never goes back along the log.
+
+        Where the log is ahead of the clock (somebody's was wrong, or was set back), time goes on at half its
+        pace until the clock has caught up: stood it still, no timeout would end meanwhile."""
+        wall_ms, last_ms, now_ms = self.host.wall_ms(), self.node.last_leader_time_ms, self.host.now_ms()
+        since_ms, began_ms = self._ahead or (now_ms, last_ms)
+        time_ms = max(last_ms, began_ms + (now_ms - since_ms) // 2)
+        self._ahead = (since_ms, began_ms) if wall_ms < time_ms else None
+        return max(wall_ms, time_ms)
 
     async def confirm_leadership(self) -> None:
         """Wait until a quorum has confirmed that this replica leads: what it has applied then covers all

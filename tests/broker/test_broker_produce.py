@@ -269,3 +269,21 @@ def test_a_killed_leader_breaks_the_connection_and_the_outcome_is_open(world: Wo
     assert isinstance(found, RaftlogError)
     assert found.indeterminate
     assert not world.loop.is_alive(broker_name(leader))
+
+
+def test_a_clock_that_is_set_back_does_not_stop_time(world: World) -> None:
+    """Timeouts are decided by the leader's time (simulator, seed 600376: a transaction was open for an hour).
+    It goes on at half its pace until the clock has caught up, and never back."""
+    leader = world.leader()
+    connection = world.dial(leader)
+    world.written(connection, batch(b"an hour ahead"))
+    replica, loop = world.replica(leader), world.loop
+    loop.adjust_clock(broker_name(leader), jump_ms=-4_000)
+    times = []
+    for _ in range(6):
+        times.append(replica.leader_time_ms())
+        loop.run_for(1.0)
+    assert times[0] >= replica.node.last_leader_time_ms
+    assert [later - earlier for earlier, later in zip(times, times[1:], strict=False)] == [500] * 5
+    loop.run_for(4.0)
+    assert replica.leader_time_ms() == replica.host.wall_ms(), "it has caught up"
