@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import pytest
 from broker_kit import World, batch, outcome
@@ -284,6 +285,6 @@ def test_a_clock_that_is_set_back_does_not_stop_time(world: World) -> None:
         times.append(replica.leader_time_ms())
         loop.run_for(1.0)
     assert times[0] >= replica.node.last_leader_time_ms
-    assert [later - earlier for earlier, later in zip(times, times[1:], strict=False)] == [500] * 5
+    assert [later - earlier for earlier, later in pairwise(times)] == [500] * 5
     loop.run_for(4.0)
     assert replica.leader_time_ms() == replica.host.wall_ms(), "it has caught up"
