@@ -208,6 +208,13 @@ def test_whose_data_are_gone_is_replaced_at_once_and_forgotten() -> None:
     assert decide(state, seen(state, {0, 1, 3}, gone={2}), 0, POLICY) == [ForgetBroker(2)]
 
 
+def test_where_a_lost_broker_and_the_newest_hold_a_partition_another_one_takes_it() -> None:
+    """Both were there when the topic was made (simulator, seed 200329)."""
+    state = image(4, (0, 2, 3), (1, 2, 0))
+    moves = decide(state, seen(state, {0, 1, 3}, gone={2}), 0, POLICY)
+    assert [set(brokers(move)) for move in moves] == [{0, 1, 3}, {0, 1, 3}]
+
+
 def test_a_broker_is_forgotten_when_it_holds_nothing_and_enough_others_are_there() -> None:
     state = image(4, (0, 1, 2))
     assert decide(state, seen(state, {0, 1, 2}), 999, POLICY) == []
