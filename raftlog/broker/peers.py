@@ -207,6 +207,8 @@ class Peers:
             link.task = asyncio.get_running_loop().create_task(self._maintain(link))
         else:
             link.nudge.set()
+            if link.control is not None and link.incarnation < self.book[broker_id][0]:
+                link.control.close()  # to a process that has a successor, and may not know
 
     async def _maintain(self, link: _Link) -> None:
         """Dial, hold, and dial again, until closed."""

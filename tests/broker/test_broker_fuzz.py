@@ -39,6 +39,7 @@ from raftlog.net.rpc import (
     StageOffsetsRequest,
     UpgradeRequest,
 )
+from raftlog.net.rpc_cluster import AlterTopicRequest, DrainRequest, ImageRequest, ReportRequest
 from raftlog.net.rpc_transactions import (
     AbortTransactionRequest,
     DescribeTransactionsRequest,
@@ -161,6 +162,10 @@ STRATEGIES: dict[type[Any], st.SearchStrategy[Any]] = {
         st.none() | st.builds(HangingTransaction, topic_ids, numbers, producers, epochs),
     ),
     OpenTransactionsRequest: st.builds(OpenTransactionsRequest, topic_ids, numbers),
+    ImageRequest: st.builds(ImageRequest, numbers),
+    AlterTopicRequest: st.builds(AlterTopicRequest, names, numbers, numbers, st.booleans()),
+    DrainRequest: st.builds(DrainRequest, st.lists(numbers, max_size=3), st.booleans()),
+    ReportRequest: st.builds(ReportRequest),
 }
 payloads = st.sampled_from([b"", batch(b"a"), batch(b"a")[:-1], b"\x92\x06\x01"]) | st.binary(max_size=80)
 

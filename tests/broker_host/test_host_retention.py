@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from host_kit import SEGMENT_BYTES, TOPIC, Host
 
-from raftlog.broker import broker as broker_module
+from raftlog.broker import metadata as metadata_module
 from raftlog.broker import partition as partition_module
 from raftlog.broker.metadata import MetadataReplica, metadata_spec
 from raftlog.broker.retention import Retention, last_index_below
@@ -186,7 +186,7 @@ def test_metadata_drops_what_lies_below_its_newest_snapshot(monkeypatch: pytest.
             spec.replica_id, spec.topic, spec.topic_id, spec.partition, spec.conf, 4096, internal=True
         )
 
-    monkeypatch.setattr(broker_module, "metadata_spec", small)
+    monkeypatch.setattr(metadata_module, "metadata_spec", small)
     host = Host(9)
 
     def metadata(broker_id: int) -> MetadataReplica:

@@ -160,7 +160,7 @@ def test_fields_of_a_newer_release_are_ignored_and_those_of_an_older_one_get_def
 ) -> None:
     world.serve()
     connection = world.dial()
-    for correlation, fields in ((71, [b"t" * 16, 5]), (72, [b"t" * 16, 6, -1, "from the future", [1]])):
+    for correlation, fields in ((71, [b"t" * 16, 5]), (72, [b"t" * 16, 6, -1, None, "from the future", [1]])):
         connection._pending[correlation] = future = world.loop.create_future()
         connection._write(encode_head(Kind.REQUEST, 10, 1, correlation, fields), (), 0)
         world.until(future.done)
