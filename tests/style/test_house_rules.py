@@ -12,12 +12,15 @@ import pytest
 ROOT = Path(__file__).parents[2]
 LINES_MAX = 600
 SOURCES = sorted(
-    path for folder in ("raftlog", "tests", "examples", "bench") for path in (ROOT / folder).rglob("*.py")
+    path
+    for folder in ("raftlog", "tests", "examples", "bench", "deploy")
+    for path in (ROOT / folder).rglob("*.py")
 )
 TEXTS = [
     *SOURCES,
     *ROOT.glob("*.md"),
     *ROOT.glob("docs/**/*.md"),
+    *ROOT.glob("deploy/**/*.yaml"),
     *(ROOT / name for name in ("Makefile", "pyproject.toml", "cluster.yaml", ".ci/run")),
 ]
 PACKAGES = sorted(path.parent for path in (ROOT / "raftlog").rglob("__init__.py"))
