@@ -141,7 +141,7 @@ class Repairs:
             )
 
     async def _repair(self, replica_id: int) -> None:
-        steps = 0
+        steps, was_asleep = 0, replica_id in self._ward.sleepers
         while (damage := await self._ward.next_damage(replica_id)) is not None:
             spec = self._ward.spec_of(replica_id)
             if spec is None:
@@ -157,7 +157,7 @@ class Repairs:
                 return
             steps += 1
         self._notes.pop(replica_id, None)
-        if steps:
+        if steps or was_asleep:  # the last step may have been written although it was reported as failed
             self.completed += 1
             logger.info("broker %d: replica %d is repaired", self._broker.broker_id, replica_id)
             self._broker.hosting.image_changed()  # it can be opened now, if it could not before

@@ -386,10 +386,10 @@ class BrokerStore:
         for path in replica.leftovers:
             await self._disk.remove(path)
         log = self._recovered_log(replica)
+        await self._flusher.finish_sealing(log)  # if the disk fails here, it sleeps on and is tried again
         if self.ward.sleepers.pop(log.spec.replica_id, None) is not None:  # else it was removed meanwhile
             self.logs[log.spec.replica_id] = log
             self._flusher.added(log, sum(len(entry.frame) for entry in log.recovered.tail))
-            await self._flusher.finish_sealing(log)
 
     def _new_log(self, spec: ReplicaSpec) -> ReplicaLog:
         origin = spec.origin_crc

@@ -10,7 +10,7 @@ from host_kit import Host
 from test_host_disks import status
 
 from raftlog.broker.partition import PartitionReplica
-from raftlog.errors import DamagedData
+from raftlog.errors import DamagedData, StorageFailed
 from raftlog.net.rpc import LogFramesRequest, LogFramesResponse
 from raftlog.state.partition import SetLogStart
 from raftlog.storage.segment import SEGMENT_HEADER_BYTES
@@ -395,6 +395,31 @@ def test_a_crash_in_the_middle_of_a_repair_is_only_a_delay() -> None:
         host.cluster.cut_power(victim)
     host.cluster.start_broker(victim)
     host.wait(lambda: host.find(victim) is not None)
+    host.produce(5)
+    check_all(host)
+
+
+def test_a_repair_whose_sync_failed_is_done_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bytes stand there when it is tried again, and nothing is left to do but to open the replica
+    (simulator, seed 700400)."""
+    host = filled(15)
+    victim = host.followers()[0]
+    damage(host, victim, 0.5, files=slice(0, 1))
+    host.cluster.kill_broker(victim)
+    forget_indexes(host, victim)
+    disk = host.cluster.disks[victim]
+    failed: list[str] = []
+
+    def sync(path: str, node: Any) -> None:
+        if path.endswith(".seg") and not failed:
+            failed.append(path)
+            raise StorageFailed(f"{path}: Input/output error", path=path)
+        type(disk)._sync(disk, path, node)
+
+    monkeypatch.setattr(disk, "_sync", sync)
+    host.cluster.start_broker(victim)
+    host.wait(is_repaired(host, [victim]))
+    assert failed
     host.produce(5)
     check_all(host)
 
