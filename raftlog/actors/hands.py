@@ -335,7 +335,8 @@ class RayHands:
 
 
 def alive_nodes() -> dict[str, RayNode]:
-    """Every node that is alive, by id."""
+    """Every node that is alive and offers CPUs, by id. On one without (a head that is kept free of work) Ray
+    would never place a broker."""
     return {
         node["NodeID"]: RayNode(
             node["NodeID"],
@@ -343,7 +344,7 @@ def alive_nodes() -> dict[str, RayNode]:
             str(node.get("Labels", {}).get("ray.io/availability-zone", "")),
         )
         for node in ray.nodes()  # type: ignore[no-untyped-call]
-        if node["Alive"]
+        if node["Alive"] and node["Resources"].get("CPU", 0) > 0
     }
 
 

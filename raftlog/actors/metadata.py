@@ -220,6 +220,8 @@ class MetadataHost:
     ) -> tuple[FoundingPlan, dict[int, RayNode]]:
         """The plan, and which broker runs on which node."""
         spec = self._hands.spec
+        if not nodes:
+            raise ConfigError("no node of the Ray cluster offers CPUs, and brokers run only on those that do")
         where: dict[int, list[str]] = {}
         found: dict[int, Identity | None] = {}
         for probe in probes:
