@@ -193,7 +193,7 @@ def broker_states(
     states = {}
     for broker in image.brokers.values():
         broker_id = broker.broker_id
-        if _is_gone(broker_id, observed):
+        if _is_gone(broker_id, broker.node_id, observed):
             states[broker_id] = BrokerState.LOST
         elif broker_id in observed.running:
             states[broker_id] = BrokerState.DRAINING if broker.draining else BrokerState.ALIVE
@@ -204,15 +204,19 @@ def broker_states(
     return states
 
 
-def _is_gone(broker_id: int, observed: Observed) -> bool:
+def _is_gone(broker_id: int, node_id: str, observed: Observed) -> bool:
     """Whether the broker's data are no more. Where all nodes see the same directories, nobody can come back
-    with data that are in none of them."""
+    with data that are in none of them. A single node says that only of its own brokers, those of ``node_id``:
+    others may be about to be seen."""
     if broker_id in observed.running or broker_id in observed.processes:
         return False
     if broker_id in observed.gone:
         return True
-    disks = {node.disks for node in observed.nodes.values()}
-    return len(disks) == 1 and not observed.is_joining and broker_id not in next(iter(disks))
+    nodes = observed.nodes
+    disks = {node.disks for node in nodes.values()}
+    if len(disks) != 1 or observed.is_joining or (len(nodes) == 1 and node_id not in nodes):
+        return False
+    return broker_id not in next(iter(disks))
 
 
 def _is_overdue(broker_id: int, observed: Observed, now_ms: int, policy: Policy) -> bool:
@@ -276,7 +280,7 @@ def _forgotten(
     for broker_id, state in states.items():
         if state is not BrokerState.LOST or broker_id in holders or not alive:
             continue
-        is_gone = _is_gone(broker_id, observed)
+        is_gone = _is_gone(broker_id, image.brokers[broker_id].node_id, observed)
         if not is_gone and not _is_overdue(broker_id, observed, now_ms, policy):
             continue
         is_wanted = not image.brokers[broker_id].draining and not is_gone

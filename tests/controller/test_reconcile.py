@@ -143,10 +143,17 @@ def test_a_node_has_as_many_brokers_as_it_should() -> None:
 def test_where_all_nodes_see_the_same_directories_who_is_gone_is_replaced() -> None:
     state = image(3, *BALANCED)
     state.founders = ((0, 1), (1, 2), (2, 3))
-    nodes = {"n0": Node("n0", disks=frozenset({0, 2}))}
+    both = frozenset({0, 2})
+    alone = seen(state, {0, 2}, nodes={"n0": Node("n0", disks=both)})
+    assert broker_states(state, alone, 0, POLICY)[1] is BrokerState.AWAY, "its node may be seen next"
+    nodes = {"n0": Node("n0", disks=both), "n1": Node("n1", disks=both)}
     observed = seen(state, {0, 2}, nodes=nodes)
+    assert (
+        broker_states(state, dataclasses.replace(observed, nodes={"n1": nodes["n1"]}), 0, POLICY)[1]
+        is BrokerState.LOST
+    ), "that was its node"
     assert broker_states(state, observed, 0, POLICY)[1] is BrokerState.LOST
-    assert JoinBroker("n0") in decide(state, observed, 0, POLICY)
+    assert JoinBroker("n1") in decide(state, observed, 0, POLICY)
     state.brokers[3] = replace(state.brokers[0], broker_id=3)  # it is made, and nobody has seen its data yet
     joining = dataclasses.replace(seen(state, {0, 2}, nodes=nodes), is_joining=True)
     assert broker_states(state, joining, 0, POLICY)[3] is BrokerState.AWAY
