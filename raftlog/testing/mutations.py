@@ -368,7 +368,10 @@ def shaped(mutation: Mutation, profile: Profile) -> Profile:
         return profile
     weights = dict.fromkeys(mutation.faults, 1.0)
     changes = {"brokers": 3, "replication": 3, **mutation.profile}
-    return replace(profile, weights=weights, fault_count=14, gap_seconds=(0.02, 0.5), **changes)
+    policy = replace(profile.policy, brokers=changes["brokers"])
+    return replace(
+        profile, weights=weights, policy=policy, fault_count=14, gap_seconds=(0.02, 0.5), **changes
+    )
 
 
 def plant(number: int, seeds: int) -> dict[str, object]:

@@ -163,3 +163,10 @@ def test_a_planted_bug_that_is_not_found_is_told(
     monkeypatch.setattr(mutations, "plant", lambda *_: {"seeds": 1, "verdict": "good", "text": ""})
     assert simulate.main(["--mutations", "--seeds", "1"]) == 7
     assert "NOT FOUND   harmless" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda each: each.name)
+def test_the_controller_of_a_shaped_run_wants_the_brokers_there_are(mutation: Mutation) -> None:
+    """Else it never rests, and the run without the bug fails too."""
+    profile = mutations.shaped(mutation, draw(2))
+    assert profile.policy.brokers == profile.brokers
