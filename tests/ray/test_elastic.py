@@ -22,5 +22,7 @@ def test_nodes_come_and_go(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr[-4000:]
-    steps = [line.split(":")[0] for line in done.stdout.splitlines()]
-    assert steps[-1].endswith("none lost, none doubled"), done.stdout
+    # Ray writes there too: what its killed nodes had logged.
+    assert any(line.endswith("records, none lost, none doubled") for line in done.stdout.splitlines()), (
+        done.stdout
+    )
