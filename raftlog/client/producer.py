@@ -377,28 +377,6 @@ class ProducerCore:
         )
 
 
-def group_by_partition(
-    partitioner: DefaultPartitioner,
-    count: int,
-    values: Sequence[bytes | None],
-    keys: Sequence[bytes | None] | None,
-    partition: int | None,
-) -> list[tuple[int | None, Sequence[bytes | None], Sequence[bytes | None] | None]]:
-    """(partition, values, keys) for each partition concerned, in order; partition None: any will do."""
-    if keys is None or partition is not None:
-        return [(partition, values, keys)]
-    groups: dict[int, tuple[list[bytes | None], list[bytes | None]]] = {}
-    choose = partitioner.partition
-    for key, value in zip(keys, values, strict=True):
-        index = choose(key, count)
-        group = groups.get(index)
-        if group is None:
-            group = groups[index] = ([], [])
-        group[0].append(value)
-        group[1].append(key)
-    return [(index, *group) for index, group in groups.items()]
-
-
 def is_column(given: Any) -> bool:
     """Whether it is of Arrow or numpy; neither is imported to find out."""
     return type(given).__module__.partition(".")[0] in ("pyarrow", "numpy")

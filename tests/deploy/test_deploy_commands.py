@@ -49,7 +49,7 @@ def test_every_raftlog_command_is_one(path: Path) -> None:
     for arguments in commands(path.read_text()):
         try:
             parse(arguments)
-        except Exception as error:
+        except Exception as error:  # whatever the parser says: told with the file that has the command
             raise AssertionError(f"{path.name}: raftlog {shlex.join(arguments)}: {error}") from error
 
 
