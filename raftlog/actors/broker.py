@@ -18,11 +18,14 @@ from typing import Any, Final
 import msgspec
 import ray
 
+from raftlog.actors.logs import log_as
+from raftlog.actors.metrics import RayMetrics, export
 from raftlog.actors.options import NAMESPACE, Actor, broker_name
 from raftlog.broker.broker import Broker, BrokerPlace
 from raftlog.broker.founding import FoundingPlan, found
 from raftlog.broker.joining import JoiningPlan, join
 from raftlog.broker.peers import Address
+from raftlog.broker.sampling import BrokerSampler
 from raftlog.config import BrokerConfig
 from raftlog.errors import ForeignDataDir
 from raftlog.net.network import real_seams
@@ -181,6 +184,8 @@ class BrokerHost:
             return self._info(self._broker)
         launch = self._launch
         sys.setswitchinterval(_SWITCH_INTERVAL_S)
+        config = BrokerConfig.model_validate(launch.config)
+        log_as(broker_name(launch.cluster, launch.broker_id), config)
         disk = self._disk()
         try:
             place = BrokerPlace(
@@ -188,14 +193,22 @@ class BrokerHost:
                 node_id=ray.get_runtime_context().get_node_id(),
                 zone=launch.zone,
             )
-            config = BrokerConfig.model_validate(launch.config)
             self._broker = await Broker.start(real_seams(), disk, config=config, place=place)
         except BaseException:  # raised again; the lock must not stay
             await disk.close()
             raise
+        self._export_metrics(self._broker, disk)
         gc.collect()
         gc.freeze()
         return self._info(self._broker)
+
+    def _export_metrics(self, broker: Broker, disk: RealDisk) -> None:
+        config = broker.config
+        if config.metrics_interval_ms:
+            sampler = BrokerSampler(broker, disk.syncs, config.metrics_series_max)
+            metrics = RayMetrics(cluster=self._launch.cluster, broker=str(broker.broker_id))
+            interval_s = config.metrics_interval_ms / 1000
+            broker.spawn(export(metrics, interval_s, sampler.sample, sampler.survey))
 
     def _info(self, broker: Broker) -> BrokerInfo:
         return BrokerInfo(broker.broker_id, broker.address, broker.place.node_id, os.getpid())

@@ -63,12 +63,13 @@ def start(
         _init_ray()
     if ephemeral:
         data_dir = Path(tempfile.gettempdir()) / f"raftlog-{uuid.uuid4().hex}"
+    environment = Environment.read()
     spec = ClusterSpec(
         name=name,
         brokers=brokers,
-        data_dir=str(data_dir or Environment.read().data_dir or default_data_dir(name)),
+        data_dir=str(data_dir or environment.data_dir or default_data_dir(name)),
         ephemeral=ephemeral,
-        config=config or {},
+        config={"log_format": environment.log_format, "log_level": environment.log_level, **(config or {})},
         host=_LOOPBACK if _is_ray_of_this_process() else None,
         brokers_per_node=brokers_per_node,
         replace_after_s=replace_after,

@@ -129,7 +129,8 @@ class Service:
         replica.produce(payload, partial(answer, reply), request.before)
 
     def _fetch(self, request: rpc.FetchRequest, payload: memoryview, reply: Reply) -> None:
-        FetchSession(request, reply, self._broker.partition, self._broker.spawn).serve()
+        broker = self._broker
+        FetchSession(request, reply, broker.partition, broker.spawn, broker.counters).serve()
 
     def _list_offsets(self, request: rpc.ListOffsetsRequest, payload: memoryview, reply: Reply) -> None:
         self._broker.spawn(answer_with(reply, partial(self._find_offsets, request)))

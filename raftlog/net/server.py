@@ -91,6 +91,10 @@ class Reply:
 
     def fail(self, error: RaftlogError) -> None:
         """Answer with an error, which is raised on the other side as the same class."""
+        connection = self._connection
+        if connection is not None:
+            errors, name = connection._server.errors, type(error).__name__
+            errors[name] = errors.get(name, 0) + 1
         self._send(_ERROR, encode_error(error), ())
 
     def _send(self, kind: int, header: Struct, payload: Sequence[Buffer]) -> None:
@@ -370,6 +374,7 @@ class RpcServer:
     Attributes:
         connections: those whose handshake is complete.
         in_flight_bytes: of unanswered requests on all connections.
+        errors: how many requests were answered with an error, by the name of its class.
     """
 
     def __init__(
@@ -387,6 +392,7 @@ class RpcServer:
         self.limits = limits
         self.connections: set[ServerConnection] = set()
         self.in_flight_bytes = 0
+        self.errors: dict[str, int] = {}
         self._listener: Listener | None = None
         self._serial = 0
         self._handshaking: dict[ServerConnection, None] = {}

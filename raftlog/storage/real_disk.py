@@ -13,6 +13,7 @@ import fcntl
 import os
 import shutil
 import threading
+import time
 import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +25,7 @@ from typing import Final, ParamSpec, TypeVar
 from raftlog.errors import DataDirError, DataDirLocked, StorageFailed, StorageFull
 from raftlog.record.frame import Buffer
 from raftlog.storage.disk import DiskFile, Write
+from raftlog.telemetry.counters import Latency
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -117,6 +119,8 @@ class RealDisk:
         self._lock_fd = -1
         self._closed = False
         self.boot_id: Final = _boot_id()
+        self.syncs: Final = Latency()
+        """Of the journal's groups that are synced."""
 
     async def _run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         assert not kwargs
@@ -140,7 +144,10 @@ class RealDisk:
             return
         if self._writer is None:
             self._writer = threading.Thread(
-                target=_serve_commits, args=(self._queue, loop), name="raftlog-journal", daemon=True
+                target=_serve_commits,
+                args=(self._queue, loop, self.syncs),
+                name="raftlog-journal",
+                daemon=True,
             )
             self._writer.start()
         try:
@@ -237,11 +244,18 @@ def _settle(future: asyncio.Future[None], error: BaseException | None) -> None:
         future.set_exception(error)
 
 
-def _serve_commits(queue: SimpleQueue[_Commit | None], loop: asyncio.AbstractEventLoop) -> None:
+def _serve_commits(
+    queue: SimpleQueue[_Commit | None], loop: asyncio.AbstractEventLoop, syncs: Latency
+) -> None:
     while (commit := queue.get()) is not None:
         error: BaseException | None = None
         try:
+            began = time.perf_counter()
             _write_all(commit.writes, commit.sync)
+            if commit.sync:
+                syncs.count += 1
+                if syncs.count >= syncs.next:
+                    syncs.add(time.perf_counter() - began)
         except BaseException as caught:  # noqa: BLE001 - whatever it is, the waiter must hear of it
             error = caught
         with contextlib.suppress(RuntimeError):  # the loop was closed while the write was under way
