@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from raftlog.client.processing import Processing
     from raftlog.client.sync import Consumer
     from raftlog.client.sync_producer import Producer, Transaction
+    from raftlog.config import Transport
     from raftlog.data.sink import Commit
     from raftlog.data.source import Isolation
     from raftlog.data.spans import Offsets, Where
@@ -123,19 +124,25 @@ def start(
     return attach.start(name, brokers, data_dir, ephemeral, brokers_per_node, replace_after)
 
 
-def connect(name: str | None = None, timeout: float = 30.0) -> Log:
+def connect(name: str | None = None, timeout: float = 30.0, transport: Transport | None = None) -> Log:
     """Attach to a cluster that runs. Never starts Ray; the same Log is returned until it is closed.
 
     Args:
         name: of the cluster; default: the environment's RAFTLOG_CLUSTER, or "default".
         timeout: seconds.
+        transport: how bytes reach the brokers. "streams": to their ports. "actor": inside calls of their
+            actors, for clients that Ray's calls get through from, and nothing else does; slower (see
+            docs/PERFORMANCE.md). "auto": streams if a port answers, or else "actor"; the Log's ``transport``
+            says which it is. Default: the environment's RAFTLOG_TRANSPORT, or "streams".
 
     Raises:
         NotRunning: no Ray, or no cluster of that name on it.
+        ConfigError: there is no such transport.
+        ConnectionLost: ("auto") neither leads to a broker.
     """
     from raftlog.client import attach
 
-    return attach.connect(name, timeout)
+    return attach.connect(name, timeout, transport)
 
 
 def shutdown(name: str = "default", force: bool = False) -> None:

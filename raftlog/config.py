@@ -142,6 +142,7 @@ def _unlimited(value: Any) -> Any:
 
 
 Semantics: TypeAlias = Literal["at-most-once", "at-least-once", "exactly-once"]
+Transport: TypeAlias = Literal["streams", "actor", "auto"]
 LogFormat: TypeAlias = Literal["text", "logfmt", "json"]
 LogLevel: TypeAlias = Literal["DEBUG", "INFO", "WARNING", "ERROR"]
 Milliseconds: TypeAlias = Annotated[int, Field(ge=0, le=2**53)]
@@ -420,8 +421,8 @@ class Environment(Settings):
     """RAFTLOG_CLUSTER: the cluster's name."""
     data_dir: Path | None = None
     """RAFTLOG_DATA_DIR: where brokers keep their data."""
-    transport: Literal["stream"] = "stream"
-    """RAFTLOG_TRANSPORT: how bytes move between processes."""
+    transport: Transport = "streams"
+    """RAFTLOG_TRANSPORT: how a client's bytes reach the brokers; see :func:`raftlog.connect`."""
     log_level: LogLevel = "INFO"
     """RAFTLOG_LOG_LEVEL: of the loggers below ``raftlog``; of a cluster's brokers where it is started."""
     log_format: LogFormat = "text"

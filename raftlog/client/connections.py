@@ -36,6 +36,8 @@ class Bootstrap(msgspec.Struct, frozen=True):
     cluster_id: str
     secret: bytes
     addresses: tuple[Address, ...]
+    transport: str | None = None
+    """What :func:`raftlog.connect` was asked for; None: streams, and there is no Ray with other ways."""
 
     def __repr__(self) -> str:
         return f"Bootstrap(name={self.name!r}, cluster_id={self.cluster_id!r}, addresses={self.addresses!r})"
@@ -194,9 +196,13 @@ class Connections:
                     if not isinstance(failure, RaftlogError) or not is_retriable(failure):
                         raise failure
                     error = failure
+        way = ""
+        if self._bootstrap.transport == "streams":
+            way = "; a client that cannot reach these ports connects with transport='actor'"
         raise ConnectionLost(
             f"no broker of cluster {self._bootstrap.name!r} answers at "
             + ", ".join(f"{host}:{port}" for host, port in addresses)
+            + way
         ) from error
 
     def _dial(self, address: Address) -> asyncio.Task[RpcConnection]:

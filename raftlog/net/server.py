@@ -406,12 +406,13 @@ class RpcServer:
         Raises:
             OSError: the address is in use or not of this machine.
         """
-        self._listener = await self.seams.network.listen(self._accept, host, port)
+        self._listener = await self.seams.network.listen(self.accept, host, port)
         address = self._listener.address
         self.local = msgspec.structs.replace(self.local, address=address)
         return address
 
-    def _accept(self) -> ServerConnection:
+    def accept(self) -> ServerConnection:
+        """The protocol of a new connection, whatever brings its bytes."""
         self._serial += 1
         return ServerConnection(self, self._serial)
 
