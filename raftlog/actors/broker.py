@@ -1,7 +1,7 @@
 """The actor that hosts one broker.
 
-The broker's server runs on the actor's own event loop: peers and clients talk to it through sockets, and only
-the metadata actor calls methods here.
+The broker's server runs on the actor's own event loop: peers and clients talk to it through sockets. The
+metadata actor calls methods here, and clients that reach no socket call one.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ from raftlog.broker.joining import JoiningPlan, join
 from raftlog.broker.peers import Address
 from raftlog.broker.sampling import BrokerSampler
 from raftlog.config import BrokerConfig
-from raftlog.errors import ForeignDataDir
+from raftlog.errors import ForeignDataDir, NotRunning
 from raftlog.net.network import real_seams
+from raftlog.net.tunnel_serve import Tunnels
 from raftlog.storage.identity import Identity, find_identity
 from raftlog.storage.real_disk import RealDisk
 from raftlog.version import software_version
@@ -146,6 +147,7 @@ class BrokerHost:
     def __init__(self, launch: BrokerLaunch) -> None:
         self._launch = launch
         self._broker: Broker | None = None
+        self._tunnels: Tunnels | None = None
 
     def _disk(self) -> RealDisk:
         return RealDisk(broker_folder(self._launch.data_dir, self._launch.broker_id))
@@ -197,6 +199,7 @@ class BrokerHost:
         except BaseException:  # raised again; the lock must not stay
             await disk.close()
             raise
+        self._tunnels = Tunnels(self._broker.server.accept)
         self._export_metrics(self._broker, disk)
         gc.collect()
         gc.freeze()
@@ -244,6 +247,18 @@ class BrokerHost:
             return []
         connections = self._broker.server.connections
         return sorted({one.peer.client_id for one in connections if one.peer.role == "client"})
+
+    async def exchange(self, message: bytes) -> bytes:
+        """Bytes of a client's connection there and back, for clients that reach no port; see
+        ``raftlog.net.tunnel``. What they say is what they would say at a port, the handshake included.
+
+        Raises:
+            NotRunning: before :meth:`start`.
+            ProtocolError: these are bytes of something else.
+        """
+        if self._tunnels is None:
+            raise NotRunning("the actor has no broker yet")
+        return await self._tunnels.exchange(message)
 
     async def stop(self) -> None:
         """Close the broker cleanly; the actor may be killed afterwards."""
