@@ -147,6 +147,7 @@ AIMS: Final[tuple[Aim, ...]] = (
         "1 MB batches, synced",
         (
             against(*_BULK, "floor", 0.85, "the floor", less=False),
+            against(*_BULK, "floor-keeps", 0.85, "the floor that keeps what it is given", less=False),
             against(*_BULK, "nats", 1.3, "NATS unsynced", less=False),
             against(*_BULK, "kafka", 1.0, "Kafka", less=False),
         ),

@@ -27,6 +27,7 @@ COLORS: Final = {
     "raftlog-interval": "#74b3dd",
     "raftlog-aio": "#0b3c5d",
     "floor": "#9a9a9a",
+    "floor-keeps": "#5f5f5f",
     "nats-sync": "#2e8b57",
     "nats": "#8fd3a8",
     "kafka": "#c0572b",
