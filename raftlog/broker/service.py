@@ -281,7 +281,9 @@ class Service:
                 if connection.peer.role == "client"
             }
         )
-        reply.ok(rpc.BrokerStatusResponse(broker.row(), rows, clients, software_version(), broker.started_ms))
+        totals = broker.counters.totals()
+        version, since = software_version(), broker.started_ms
+        reply.ok(rpc.BrokerStatusResponse(broker.row(), rows, clients, version, since, totals))
 
 
 async def _lend(reply: Reply, work: Callable[[], Coroutine[Any, Any, tuple[rpc.Struct, bytes]]]) -> None:

@@ -49,6 +49,7 @@ class Latency:
         taken, self._taken = self._taken, []
         self._stride = 1 + (self.count - self._counted) // SAMPLES_PER_LOOK
         self._counted = self.count
+        self.next = min(self.next, self.count + self._stride)
         return taken
 
 
