@@ -202,7 +202,7 @@ class _Rewriting:
         )
         state = HardState(group.term, best.replica_id, log.hard_state.commit)
         entries = self._entries(group, log.last_index, log.last_crc, log.last_leader_time_ms, commands)
-        await self._append(best.broker_id, log, state, entries)
+        await self._begin_history(best.broker_id, log, state, entries)
         for copy in group.copies:
             # What it may have forgotten were promises to the old history.
             await self._stores[copy.broker_id].logs[copy.replica_id].cured()
@@ -236,8 +236,16 @@ class _Rewriting:
             topic.name, topic_id, index, Fate.LOST, (), (), ConfState(voters=(replica_id,)), HISTORY_TERMS
         )
         state = HardState(group.term, replica_id, 0)
-        await self._append(broker_id, log, state, self._entries(group, 0, spec.origin_crc, 0, []))
+        await self._begin_history(broker_id, log, state, self._entries(group, 0, spec.origin_crc, 0, []))
         self._say(f"{group.name}: begins anew, empty, on broker {broker_id}")
+
+    async def _begin_history(
+        self, broker_id: int, log: ReplicaLog, state: HardState, entries: tuple[Entry, ...]
+    ) -> None:
+        """Append, and decree that all of the log is committed: from then on no earlier configuration can be
+        in force again, and the group needs nothing more."""
+        await self._append(broker_id, log, state, entries)
+        await self._append(broker_id, log, HardState(state.term, state.vote, log.last_index), ())
 
     async def _append(
         self, broker_id: int, log: ReplicaLog, state: HardState, entries: tuple[Entry, ...]
