@@ -22,7 +22,8 @@ def start(
     data_dir: Annotated[
         Path | None,
         typer.Option(
-            envvar="RAFTLOG_DATA_DIR", help="Where brokers keep their data; what is there is recovered."
+            envvar="RAFTLOG_DATA_DIR",
+            help="Where brokers keep their data; what is there is recovered. $VARIABLES are each node's own.",
         ),
     ] = None,
     ephemeral: Annotated[
@@ -31,15 +32,24 @@ def start(
     brokers_per_node: Annotated[
         int, typer.Option("--brokers-per-node", min=1, help="For nodes with many cores.")
     ] = 1,
+    replace_after: Annotated[
+        float,
+        typer.Option(
+            "--replace-after",
+            min=0.0,
+            metavar="SECONDS",
+            help="A broker that is away for longer is replaced, if there are other nodes.",
+        ),
+    ] = 30.0,
 ) -> None:
     """Start a cluster on the Ray that runs, recover it from its data, or attach to it when it is up."""
-    directory = None if data_dir is None else str(data_dir.expanduser().absolute())
     log = session.session(ctx).start(
         name=cluster,
         brokers=brokers,
-        data_dir=directory,
+        data_dir=None if data_dir is None else directory_of(data_dir),
         ephemeral=ephemeral,
         brokers_per_node=brokers_per_node,
+        replace_after=replace_after,
     )
     try:
         described = log.describe_cluster()
@@ -49,6 +59,13 @@ def start(
         out.print(brokers_table(described))
     finally:
         log.close()
+
+
+def directory_of(named: Path) -> str:
+    """The data directory as every node is told of it: ``~`` and what is relative are those of whoever says
+    it, variables those of each node."""
+    text = str(named.expanduser())
+    return text if text.startswith("$") else str(Path(text).absolute())
 
 
 def shutdown(
