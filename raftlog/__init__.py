@@ -238,6 +238,8 @@ def write_topic(
     value: str,
     key: str | None = None,
     partition: str | None = None,
+    headers: str | None = None,
+    timestamp: str | None = None,
     semantics: Literal["exactly-once", "at-least-once"] = "exactly-once",
     commit: Commit | None = None,
     compression: Literal["none", "lz4", "zstd"] = "lz4",
@@ -256,6 +258,10 @@ def write_topic(
         value: column of the values: bytes or text; null is a tombstone.
         key: column of the keys; null or None: no key.
         partition: column of the partitions; None: by key, and any without.
+        headers: column of the headers, as :func:`read_topic` has it: lists of structs of ``key`` and
+            ``value``; or maps. Null or None: no headers.
+        timestamp: column of the timestamps: Arrow's of any unit, or milliseconds since the epoch; null or
+            None: the time at which the row is encoded.
         semantics: see above.
         commit: (group, offsets): commit these offsets of a group without members with it, in the same
             transaction; at least once: afterwards.
@@ -282,6 +288,8 @@ def write_topic(
         value=value,
         key=key,
         partition=partition,
+        headers=headers,
+        timestamp=timestamp,
         semantics=semantics,
         commit=commit,
         compression=compression,
