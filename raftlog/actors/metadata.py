@@ -38,6 +38,7 @@ from raftlog.controller.sampling import cluster_samples
 from raftlog.errors import ConfigError, DataDirError, ForeignDataDir, RaftlogError
 from raftlog.net.network import real_seams
 from raftlog.storage.identity import Identity
+from raftlog.telemetry.logs import log_event
 
 logger = logging.getLogger("raftlog.actors")
 
@@ -165,6 +166,19 @@ class MetadataHost:
             raise DataDirError(f"no broker of cluster {hands.spec.name!r} could be started: {reasons}")
         ready = asyncio.gather(*(actor.ready.remote() for actor, _ in hands.running.values()))
         await asyncio.wait_for(ready, CALL_TIMEOUT_S)
+        how = "founded" if self._founding else "adopted" if running else "recovered"
+        log_event(
+            logger,
+            logging.INFO,
+            "cluster_running",
+            "cluster %s runs with %d brokers: %s",
+            hands.spec.name,
+            len(hands.running),
+            how,
+            cluster=hands.spec.name,
+            brokers=len(hands.running),
+            how=how,
+        )
         self._controller = self._make_controller()
         self._governing = asyncio.get_running_loop().create_task(self._controller.run())
         self._governing.add_done_callback(_ended)
