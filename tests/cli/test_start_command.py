@@ -39,9 +39,9 @@ def test_other_directories_are_those_of_who_says_them(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HOME", "/home/of-mine")
+    monkeypatch.setenv("HOME", "/of/the/user")
     assert started_with("--data-dir", "here")["data_dir"] == str(tmp_path / "here")
-    assert started_with("--data-dir", "~/data")["data_dir"] == "/home/of-mine/data"
+    assert started_with("--data-dir", "~/data")["data_dir"] == "/of/the/user/data"
     monkeypatch.delenv("RAFTLOG_DATA_DIR", raising=False)
     assert started_with()["data_dir"] is None
 
