@@ -163,3 +163,27 @@ def test_a_lost_disk_that_turns_up_is_not_let_in(
 
         assert isinstance(cluster._await(end()), ForeignDataDir)
         assert sorted(read(cluster, "orders")) == sorted([*VALUES, b"committed"])
+
+
+def test_after_a_power_cut_of_all_replicas_an_unsynced_topic_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody is lost, and yet none of three that may have forgotten something can lead."""
+    with LocalCluster(3, data_dir=tmp_path) as cluster:
+        fill(cluster, "fast", VALUES, config={"flush": "interval", "flush_interval_ms": 10})
+        wait_for_replicas(cluster, "fast", [0, 1, 2])
+        for broker in (0, 1, 2):
+            cluster.kill_broker(broker)
+    monkeypatch.setattr("raftlog.storage.real_disk._boot_id", lambda: "another boot")
+    said = recover("--dry-run", data_dirs=[tmp_path])
+    assert said.exit_code == 0, said.output
+    assert "lost: brokers none" in said.output
+    assert "(less after a reboot)" in said.output
+    assert "__metadata" in said.output
+    done = recover("--yes", data_dirs=[tmp_path])
+    assert done.exit_code == 0, done.output
+    with LocalCluster(3, data_dir=tmp_path) as cluster:
+        assert len(read(cluster, "fast")) == len(VALUES)
+        with cluster.log.producer() as producer:
+            producer.send("fast", b"more").result(30)
+        wait_for_replicas(cluster, "fast", [0, 1, 2])
