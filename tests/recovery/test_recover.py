@@ -10,10 +10,12 @@ import pytest
 from recovery_kit import digest, fill, lose, read, recover, wait_for_replicas
 
 from raftlog.broker.broker import Broker
+from raftlog.broker.founding import decide
 from raftlog.broker.history import HISTORY_TERMS
 from raftlog.client.log import Log
 from raftlog.errors import ForeignDataDir, LogTruncated, OutOfOrderSequence
 from raftlog.record.types import TopicPartition
+from raftlog.storage.identity import IDENTITY_PATH, parse_identity
 from raftlog.testing.local_cluster import LocalCluster
 
 VALUES = [b"%d" % number for number in range(300)]
@@ -37,6 +39,8 @@ def test_what_the_survivor_had_is_served_and_replicated_anew(three: Path) -> Non
     done = recover("--yes", data_dirs=[three])
     assert done.exit_code == 0, done.output
     assert "orders/0: goes on with brokers 1, from broker 1's log" in done.output
+    identity = parse_identity((three / "broker-1" / IDENTITY_PATH).read_bytes())
+    assert decide("local", {1: identity}).brokers == (1,), "nobody waits for a majority of the founders"
     with LocalCluster(3, data_dir=three) as cluster:
         log = cluster.log
         assert sorted(read(cluster, "orders")) == sorted([*VALUES, b"committed"])
