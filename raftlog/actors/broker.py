@@ -253,17 +253,17 @@ class BrokerHost:
         ``raftlog.net.tunnel``. What they say is what they would say at a port, the handshake included.
 
         Raises:
-            NotRunning: before :meth:`start`.
+            NotRunning: before :meth:`start`, or after :meth:`stop`.
             ProtocolError: these are bytes of something else.
         """
         if self._tunnels is None:
-            raise NotRunning("the actor has no broker yet")
+            raise NotRunning("the actor has no broker")
         return await self._tunnels.exchange(message)
 
     async def stop(self) -> None:
         """Close the broker cleanly; the actor may be killed afterwards."""
         if self._broker is not None:
-            broker, self._broker = self._broker, None
+            broker, self._broker, self._tunnels = self._broker, None, None
             await broker.close()
 
 

@@ -13,7 +13,7 @@ from ray.exceptions import RayError
 from raftlog.actors.broker import find_broker, running_brokers
 from raftlog.actors.launch import attach_ray
 from raftlog.actors.options import Actor
-from raftlog.client.connections import Address
+from raftlog.client.connections import Address, seen
 from raftlog.errors import ConnectionLost
 from raftlog.net.tunnel_dial import dial
 
@@ -70,6 +70,7 @@ class ActorTunnels:
     async def _look_again(self) -> None:
         if self._look is None or self._look.done():
             self._look = asyncio.get_running_loop().create_task(self._find())
+            self._look.add_done_callback(seen)
         await asyncio.shield(self._look)
 
     async def _find(self) -> None:

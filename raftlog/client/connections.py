@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Collection, Iterable
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 
@@ -161,7 +161,7 @@ class Connections:
             return self._seams.random.choice(preferred or opened)
         if self._search is None or self._search.done():
             self._search = asyncio.get_running_loop().create_task(self._find())
-            self._search.add_done_callback(_seen)
+            self._search.add_done_callback(seen)
         search = self._search
         try:
             return await asyncio.shield(search)  # it goes on when who asked has no more time
@@ -270,7 +270,7 @@ class Connections:
             await asyncio.wait(tasks)
 
 
-def _seen(search: asyncio.Task[RpcConnection]) -> None:
-    """Why it failed is of no interest when nobody waits any more."""
-    if not search.cancelled():
-        search.exception()
+def seen(task: asyncio.Task[Any]) -> None:
+    """For a task's end: why it failed is of no interest when nobody waits any more."""
+    if not task.cancelled():
+        task.exception()

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable
 from typing import Final, Protocol
 
-from raftlog.client.connections import Address, Bootstrap
+from raftlog.client.connections import Address, Bootstrap, seen
 from raftlog.errors import ConnectionLost
 from raftlog.net.network import Listener, Network, RealNetwork
 
@@ -77,6 +77,7 @@ class ChosenNetwork:
     async def _choose(self) -> None:
         if self._choice is None or self._choice.done():
             self._choice = asyncio.get_running_loop().create_task(self._look())
+            self._choice.add_done_callback(seen)
         await asyncio.shield(self._choice)  # it goes on when who asked has no more time
 
     async def _look(self) -> None:

@@ -51,12 +51,18 @@ async def dial(
     except TimeoutError:
         raise ConnectionLost(f"{peer} does not answer within {timeout:g} s") from None
     except Exception as error:  # whatever a call fails with, there is no connection
-        raise ConnectionLost(f"cannot call {peer}: {error}") from error
+        raise ConnectionLost(f"cannot call {peer}: {_brief(error)}") from error
     if first.flags & GONE:
         raise ConnectionLost(f"{peer} has no broker that serves")
     protocol = as_protocol(protocol_factory())
     tunnel.begin(protocol, first)
     return tunnel, protocol
+
+
+def _brief(error: BaseException) -> str:
+    """What happened, without the remote traceback that comes with it."""
+    lines = str(error).splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def _seen(opened: asyncio.Future[bytes]) -> None:
@@ -147,7 +153,9 @@ class DialedTunnel(TunnelEnd):
             self._patience = self._loop.call_later(ANSWER_S, self._look_at_oldest)
 
     def _lose(self, error: BaseException) -> None:
-        lost = error if isinstance(error, ConnectionLost) else ConnectionLost(f"{self._peer}: {error}")
+        lost = (
+            error if isinstance(error, ConnectionLost) else ConnectionLost(f"{self._peer}: {_brief(error)}")
+        )
         self._finish(lost)
 
     def _finish(self, error: Exception | None) -> None:
