@@ -143,7 +143,7 @@ def _print(out: Console, loss: Loss, stores: Mapping[int, OfflineStore]) -> None
     out.print(rows)
     out.print(f"{loss.unaffected} other partitions have lost nothing")
     for what in loss.unusable:
-        out.print(f"cannot be used, and is deleted if it is made anew: {what}", style="yellow", markup=False)
+        out.print(f"cannot be used, and is given up: {what}", style="yellow", markup=False)
     out.print()
     out.print(_STATEMENT)
 
