@@ -191,3 +191,25 @@ def test_after_a_power_cut_of_all_replicas_an_unsynced_topic_goes_on(
         with cluster.log.producer() as producer:
             producer.send("fast", b"more").result(30)
         wait_for_replicas(cluster, "fast", [0, 1, 2])
+
+
+def test_a_damaged_copy_is_none(three: Path) -> None:
+    """What is left of one partition does not check, and nobody else has it: it begins anew, others go on."""
+    lose(three, 0, 2)
+    with_records = max(
+        (three / "broker-1" / "replicas").glob("*/*.seg"), key=lambda path: path.stat().st_size
+    )
+    with_records.unlink()
+    said = recover("--dry-run", data_dirs=[three])
+    assert "cannot be used, and is given up" in said.output
+    lost = [line for line in said.output.splitlines() if "everything is lost" in line]
+    assert len(lost) == 1
+    partition = int(lost[0].split()[0].removeprefix("orders/"))
+    done = recover("--yes", data_dirs=[three])
+    assert done.exit_code == 0, done.output
+    assert f"orders/{partition}: begins anew, empty, on broker 1" in done.output
+    with LocalCluster(1, data_dir=three) as cluster:
+        with cluster.log.producer() as producer:
+            assert producer.send("orders", b"first", partition=partition).result(30).offset == 0
+        described = cluster.log.describe_topic("orders").partitions[1 - partition]
+        assert described.leader == 1
