@@ -7,13 +7,17 @@ import logging
 import pytest
 from msgspec.structs import replace
 
-from raftlog.controller.reconcile import Observed
+from raftlog.client.admin import Admin
+from raftlog.config import BrokerConfig
+from raftlog.controller.reconcile import Observed, Policy
 from raftlog.controller.sampling import View, cluster_samples, log_news
 from raftlog.net.rpc_cluster import LedRow
 from raftlog.state.image import Broker, Partition, Topic
 from raftlog.state.metadata import MetadataState
 from raftlog.telemetry import catalogue as c
 from raftlog.telemetry.catalogue import CLUSTER_METRICS, Metric
+from raftlog.testing.moves import Mover
+from raftlog.testing.sim_cluster import SimCluster
 
 TOPIC_ID = b"t" * 16
 logger = logging.getLogger("raftlog.controller")
@@ -115,3 +119,37 @@ def test_the_feature_level(caplog: pytest.LogCaptureFixture) -> None:
     assert news(caplog, view(image(3), 0, 1, 2), view(image(3, level=2), 0, 1, 2)) == [
         ("feature_level", None)
     ]
+
+
+def test_a_drain_in_a_cluster_that_is_governed(caplog: pytest.LogCaptureFixture) -> None:
+    cluster = SimCluster(7, 4, config=BrokerConfig(preferred_leader_after_ms=200))
+    cluster.start()
+    mover = Mover(cluster, Policy(replace_after_ms=3_000, brokers=0), set())
+
+    async def ask(what: str) -> None:
+        client = cluster.client("admin")
+        if what == "topic":
+            await Admin(client).create_topic("t", 4, 3, None, False, 60.0)
+        else:
+            await Admin(client).drain([1], True, 10.0)
+        await client.close()
+
+    def logged() -> list[tuple[str, object]]:
+        return [
+            (each.__dict__["event"], each.__dict__["fields"].get("broker"))
+            for each in caplog.records
+            if each.name == "raftlog.controller" and hasattr(each, "event")
+        ]
+
+    try:
+        with caplog.at_level(logging.INFO, "raftlog.controller"):
+            cluster.run(ask("topic"), node="admin")
+            mover.govern()
+            cluster.loop.run_until(mover.has_arrived, 120.0)
+            cluster.run(ask("drain"), node="admin")
+            cluster.loop.run_until(lambda: ("broker_drain_done", 1) in logged(), 120.0)
+    finally:
+        mover.kill_controllers()
+        cluster.close()
+    assert logged().index(("broker_drain_begun", 1)) < logged().index(("broker_drain_done", 1))
+    assert ("partition_assigned", None) in logged()
