@@ -13,7 +13,7 @@ from typing import Any, Final, TypeAlias
 
 from ray.util.metrics import Counter, Gauge, Histogram
 
-from raftlog.telemetry.catalogue import LATENCY_BOUNDARIES_S, Kind, Metric, Sample
+from raftlog.telemetry.catalogue import LATENCY_BOUNDARIES_S, MANY, Kind, Metric, Sample
 
 logger = logging.getLogger("raftlog.actors")
 
@@ -60,7 +60,8 @@ class RayMetrics:
 
     def _add(self, counter: Counter, metric: Metric, total: float, tags: tuple[str, ...]) -> None:
         before = self._totals.get((metric, tags))
-        grown = total - (before or 0)
+        # What was added up only now has been told one by one until now.
+        grown = 0.0 if before is None and MANY in tags else total - (before or 0)
         if grown > 0:
             counter.inc(grown, self._named(metric, tags))
         elif before is None:

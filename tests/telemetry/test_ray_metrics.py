@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from raftlog.telemetry.catalogue import Kind, Metric, Sample
+from raftlog.telemetry.catalogue import MANY, Kind, Metric, Sample
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Ray warns about itself while it is imported
 
@@ -84,6 +84,15 @@ def test_of_totals_ray_is_told_by_how_much_they_have_grown(told: list[Any]) -> N
         ("raftlog_sent_total", 5, named),
         ("raftlog_sent_total", 7, named),
     ]
+
+
+def test_topics_that_became_too_many_are_not_told_twice(told: list[Any]) -> None:
+    metrics = make()
+    metrics.show([Sample(SENT, (40,), ("orders",)), Sample(SENT, (2,), ("bills",))])
+    told.clear()
+    metrics.show([Sample(SENT, (50,), (MANY,))])
+    metrics.show([Sample(SENT, (53,), (MANY,))])
+    assert [value for _, value, _ in told] == [0, 3]
 
 
 def test_a_gauge_that_is_gone_is_0_once(told: list[Any]) -> None:
