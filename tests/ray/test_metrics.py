@@ -71,7 +71,7 @@ def test_throughput_is_what_was_sent_and_read(seen: Seen) -> None:
     assert records in (RECORDS + 1, RECORDS + 2), "what was aborted may never have been sent"
     assert scrape.sum("produced_bytes_total", topic="orders") > 100
     assert scrape.sum("fetched_bytes_total", topic="orders") > 100
-    assert scrape.sum("produced_batches_total") >= 3
+    assert scrape.sum("produced_batches_total") >= 2
     assert scrape.sum("fetches_total") >= 2
     assert scrape.sum("journal_syncs_total") >= 10
 
