@@ -74,16 +74,17 @@ def measure(seconds: float, rounds: int) -> dict[str, Any]:
         found[way].setdefault(name, []).append(value)
         console.print(f"{way}: {name} {value:.3g}")
 
-    with own_cluster() as log:
+    with own_cluster():
         for number in range(rounds):
             for way in WAYS:
-                topic = new_topic(log, f"{way}-{number}", 1)
-                with raftlog.connect(CLUSTER, transport=way) as client:
-                    took = latencies(client, topic, seconds)
-                    note(way, "p50_ms", percentile(took, 50))
-                    note(way, "p99_ms", percentile(took, 99))
-                    note(way, "write_mb_per_s", written(client, topic, seconds))
-                    note(way, "read_mb_per_s", read(client, topic))
+                client = raftlog.connect(CLUSTER, transport=way)
+                assert client.transport == way
+                topic = new_topic(client, f"{way}-{number}", 1)
+                took = latencies(client, topic, seconds)
+                note(way, "p50_ms", percentile(took, 50))
+                note(way, "p99_ms", percentile(took, 99))
+                note(way, "write_mb_per_s", written(client, topic, seconds))
+                note(way, "read_mb_per_s", read(client, topic))
     return {way: {name: spread(values) for name, values in one.items()} for way, one in found.items()}
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import ray
+from msgspec.structs import replace
 from test_failures import all_caught_up, values_of, wait_until
 
 import raftlog
@@ -60,7 +61,7 @@ def test_auto_takes_streams_where_they_lead_there(
 
 
 def test_streams_say_what_else_there_is(log: raftlog.Log, cluster_name: str, no_ports: None) -> None:
-    streams = raftlog.connect(cluster_name, transport="streams")
+    streams = raftlog.Log(replace(log.bootstrap, transport="streams"))  # not the one that has connections
     assert streams.transport == "streams"
     with pytest.raises(RaftlogError, match="transport='actor'"):
         streams.create_topic("nowhere", timeout=2.0)
