@@ -4,6 +4,7 @@ docs/OPERATIONS.md has it."""
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import tempfile
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ray_nodes import RayNodes
+from ray_nodes import RayNodes, until
 
 from raftlog.actors import launch
 from raftlog.errors import NotRunning
@@ -79,6 +80,50 @@ def test_the_head_dies_and_all_is_recovered(tmp_path: Path, sessions: str) -> No
             driver.wait()
         for cluster in clusters:
             cluster.kill()
+
+
+def test_a_node_comes_back_with_its_disk(tmp_path: Path, sessions: str) -> None:
+    """Ray knows it as another node. Its broker is found by its data, and catches up."""
+    nodes = RayNodes(tmp_path, f"{sessions}/1", NODES)
+    try:
+
+        def ok(*command: str, input: str | None = None) -> str:
+            done = nodes.run("raftlog", *command, input=input)
+            assert done.returncode == 0, done.stderr
+            return done.stdout
+
+        def status() -> Any:
+            return json.loads(ok("status", "--json"))
+
+        def produce(first: int) -> None:
+            values = "\n".join(map(str, range(first, first + 200)))
+            ok("produce", "orders", input=values)
+
+        ok("start", "--data-dir", "$RAFTLOG_DISK/data", "--replace-after", "600")
+        ok("topics", "create", "orders", "-p", "2", "-r", "3")
+        produce(0)
+        before = {each["id"]: each["node_id"] for each in status()["cluster"]["brokers"]}
+        (folder,) = (tmp_path / "disk-2" / "data").glob("broker-*")
+        broker = int(folder.name.removeprefix("broker-"))
+        nodes.kill(2)
+        produce(200)
+        nodes.start(2)
+
+        def is_back() -> bool:
+            found = status()
+            brokers = {each["id"]: each for each in found["cluster"]["brokers"]}
+            partitions = [each for topic in found["topics"] for each in topic["partitions"]]
+            return (
+                brokers[broker]["state"] == "alive"
+                and brokers[broker]["node_id"] != before[broker]
+                and all(not each["lagging"] and each["leader"] is not None for each in partitions)
+            )
+
+        until("the broker is back and level", is_back)
+        assert set(before) == {each["id"] for each in status()["cluster"]["brokers"]}
+        assert sorted(map(int, ok("consume", "orders", "--format", "%v").split())) == list(range(400))
+    finally:
+        nodes.kill()
 
 
 def test_nobody_attaches_by_itself_to_a_ray_that_was_left(monkeypatch: pytest.MonkeyPatch) -> None:
