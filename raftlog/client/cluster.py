@@ -137,11 +137,21 @@ class ClusterClient:
         return partition_of(view, index)
 
     async def metadata(self, topics: list[str] | None = None, *, timeout: float) -> MetadataResponse:
-        """A fresh answer from any broker; ``topics`` None asks for all."""
+        """A fresh answer from any broker, not older than what is known: one that has just been started may be
+        behind. ``topics`` None asks for all.
+
+        Raises:
+            Busy, ConnectionLost, RequestTimeout: no broker gives one in time.
+        """
         deadline = asyncio.get_running_loop().time() + timeout
-        return await retry(
-            lambda: self._ask_any(topics, timeout), random=self.seams.random, deadline=deadline
-        )
+
+        async def look() -> MetadataResponse:
+            answer = await self._ask_any(topics, timeout)
+            if answer.version < self.cache.version:
+                raise Busy(f"the broker asked has old metadata: version {answer.version}")
+            return answer
+
+        return await retry(look, random=self.seams.random, deadline=deadline)
 
     async def _ask_any(self, topics: list[str] | None, timeout: float) -> MetadataResponse:
         return await self._ask_one(await self.connections.any(), topics, timeout)

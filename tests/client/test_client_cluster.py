@@ -164,6 +164,22 @@ def test_a_broker_that_has_not_heard_of_a_new_topic_does_not_hide_it(world: SimW
     run(world, again)
 
 
+def test_a_topic_that_is_known_is_described_whatever_an_old_broker_says(world: SimWorld) -> None:
+    """One that had just been killed and started again was asked, and said that there was no such topic."""
+    world.cluster.create(TOPIC)
+
+    async def work() -> None:
+        async with world.log() as log:
+            assert len((await log.describe_topic(TOPIC)).partitions) == 1
+            for broker in (0, 1):
+                world.cluster.brokers[broker].blind = True
+            for _ in range(10):
+                assert len((await log.describe_topic(TOPIC)).partitions) == 1
+                assert await log.topics() == [TOPIC]
+
+    world.run(work())
+
+
 def test_without_a_metadata_leader_nobody_can_say_that_there_is_no_topic(world: SimWorld) -> None:
     """Found by seed 70055: after a power cut all brokers had older metadata for a moment, in which a consumer
     was told that its topic did not exist."""
