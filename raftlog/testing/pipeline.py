@@ -72,6 +72,7 @@ class Pipeline:
         """Nodes that wait for the answer to a commit."""
         self.counts: Counter[str] = Counter()
         self._incarnations: Counter[str] = Counter()
+        self._is_ending = False
         self._names: Counter[str] = Counter()
         self._left: Counter[str] = Counter()
         self._sessions: dict[str, str] = {}
@@ -214,9 +215,13 @@ class Pipeline:
         story.sent.append(value)
         asyncio.get_running_loop().create_task(_note(send, delivery))
 
+    def _stalls(self, share: float = 1.0) -> bool:
+        """Not in the end: a single worker would not get there in time."""
+        return not self._is_ending and self.random.random() < self.profile.stall * share
+
     async def _dawdle(self) -> None:
         """User code takes its time."""
-        if self.random.random() < self.profile.stall:
+        if self._stalls():
             await asyncio.sleep(self.random.choice([0.1, 1.0, max(self.profile.timeout_ms) / 1000]))
 
     async def _commit(self, transaction: Transaction, story: Story) -> None:
@@ -302,7 +307,7 @@ class Pipeline:
             records = await consumer.poll(0.5, rng.randint(1, 8))
             if records:
                 self._polled(name, records)
-                if rng.random() < self.profile.stall / 2:  # others may get these partitions meanwhile
+                if self._stalls(0.5):  # others may get these partitions meanwhile
                     await asyncio.sleep(rng.choice([0.3, 1.2 * self.profile.rebalance_timeout_ms / 1000]))
                 if not await self._process(producer, consumer, records, name):
                     await consumer.seek_to_committed()
@@ -397,6 +402,7 @@ class Pipeline:
             Violation: something hangs.
         """
         wait_until(lambda: self.feeders_done)
+        self._is_ending = True
         self._raise_what_ended()
         self._echo.stop()
         wait_until(self._nothing_is_open)

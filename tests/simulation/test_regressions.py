@@ -9,6 +9,7 @@ import pytest
 from raftlog.client import handle
 from raftlog.testing.history import Outcome
 from raftlog.testing.pipeline_profile import PipelineProfile
+from raftlog.testing.run import Verdict, run_once
 from raftlog.testing.swarm import Profile
 from raftlog.testing.workload import Workload
 
@@ -26,6 +27,12 @@ def test_failed_disks_end_no_client(seed: int) -> None:
     assert workload.nemesis.fired["failed sync"] == 3
     assert any("Input/output error" in line for line in workload.nemesis.log), "nothing was written to it"
     assert history.count(Outcome.FAILED) == 0
+
+
+def test_a_single_worker_that_takes_its_time_gets_to_the_end() -> None:
+    """Found by seed 3103871: moments of ten seconds for so many records took longer than it was given."""
+    pipeline = PipelineProfile(feeders=3, transactions=16, workers=1, stall=0.4, timeout_ms=(10_000,))
+    assert run_once(Profile(3, fault_count=0, values=5, pipeline=pipeline)).verdict is Verdict.GOOD
 
 
 def test_what_is_on_the_disks_is_the_same_in_every_process(monkeypatch: pytest.MonkeyPatch) -> None:
