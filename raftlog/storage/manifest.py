@@ -38,6 +38,17 @@ class Manifest(msgspec.Struct, frozen=True, array_like=True):
     """Index of the metadata by which a replica was removed last: older metadata may still name it, and it
     must not come into being again under its id."""
 
+    def rebooted(self, boot_id: str) -> bool:
+        """Whether the system was started anew since, without a clean stop: what was written and not synced
+        may be gone."""
+        return not self.clean and self.boot_id != boot_id
+
+    def amnesiac_at(self, boot_id: str) -> set[int]:
+        """Ids of ``amnesiac`` replicas, and of those that are by now."""
+        if not self.rebooted(boot_id):
+            return set(self.amnesiac)
+        return {*self.amnesiac, *(spec.replica_id for spec in self.replicas if spec.flush_interval_ms)}
+
 
 async def load_manifest(disk: Disk) -> Manifest | None:
     """The manifest, None when there is none yet (DamagedData when it does not check)."""

@@ -8,13 +8,12 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
-from raftlog.errors import DamagedData, DataDirError, ForeignDataDir
+from raftlog.errors import DataDirError
 from raftlog.raft.types import Entry
 from raftlog.storage.disk import Disk
 from raftlog.storage.identity import Identity, find_identity
-from raftlog.storage.journal_scan import scan_journal
 from raftlog.storage.manifest import load_manifest
-from raftlog.storage.recovery import FrameSource, RecoveredReplica, recover_replica, replay_whole
+from raftlog.storage.recovery import RecoveredReplica, recover_directory
 from raftlog.storage.segment import Segment
 from raftlog.storage.segment_reader import SegmentReader
 from raftlog.storage.spec import ReplicaSpec, StorageConfig
@@ -54,31 +53,14 @@ async def look_into(disk: Disk) -> OfflineStore:
     identity = await find_identity(disk)
     if identity is None:
         raise DataDirError("the data directory has no identity: no broker was founded in it")
-    found = OfflineStore(identity)
     manifest = await load_manifest(disk)
     if manifest is None:
-        return found
-    if manifest.disk_id != found.identity.disk_id:
-        raise ForeignDataDir("the manifest was written on another disk")
-    scan = await scan_journal(disk, manifest.disk_id, manifest.journal_sequence)
-    if scan.damage:
-        raise scan.damage[0]
-    source = FrameSource(disk)
-    replayed = await replay_whole(scan, source)
-    for spec in manifest.replicas:
-        held = replayed.get(spec.replica_id)
-        if held is None or held.checkpoint is None:
-            found.unusable[spec.replica_id] = spec, "nothing is left of it"
-            continue
-        try:
-            found.replicas[spec.replica_id] = await recover_replica(disk, StorageConfig(), spec, held, source)
-        except DamagedData as error:
-            found.unusable[spec.replica_id] = spec, error.message
-    amnesiac = set(manifest.amnesiac)
-    if not manifest.clean and manifest.boot_id != disk.boot_id:
-        amnesiac.update(spec.replica_id for spec in manifest.replicas if spec.flush_interval_ms)
-    found.amnesiac = frozenset(amnesiac)
-    return found
+        return OfflineStore(identity)
+    directory = await recover_directory(disk, StorageConfig(), manifest, identity.disk_id)
+    unusable = {spec.replica_id: (spec, "nothing is left of it") for spec in directory.lost}
+    unusable |= {spec.replica_id: (spec, error.message) for spec, _, error in directory.damaged}
+    whole = {replica.spec.replica_id: replica for replica in directory.whole}
+    return OfflineStore(identity, whole, unusable, frozenset(manifest.amnesiac_at(disk.boot_id)))
 
 
 async def entries_above(disk: Disk, replica: RecoveredReplica, index: int) -> AsyncIterator[Entry]:

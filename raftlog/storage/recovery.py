@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from raftlog.errors import CorruptFrame, DamagedData, IncompatibleVersion
+from raftlog.errors import CorruptFrame, DamagedData, ForeignDataDir, IncompatibleVersion
 from raftlog.raft.types import ConfState, Entry, HardState
 from raftlog.record.frame import FrameHeader
 from raftlog.storage.damage import BrokenLog, BrokenSnapshot
@@ -30,7 +30,8 @@ from raftlog.storage.journal_format import (
     decode_entry_ref,
     decode_hard_state,
 )
-from raftlog.storage.journal_scan import JournalScan
+from raftlog.storage.journal_scan import JournalScan, scan_journal
+from raftlog.storage.manifest import Manifest
 from raftlog.storage.replica_log import Recovered
 from raftlog.storage.segment import Segment, conf_entries, replica_folder, segment_path
 from raftlog.storage.segment_recovery import load_segments
@@ -185,6 +186,56 @@ async def replay_whole(scan: JournalScan, source: FrameSource) -> dict[int, Repl
         if torn is None:
             return replicas
         scan.cut(torn)
+
+
+@dataclass(frozen=True, slots=True)
+class Directory:
+    """Result of :func:`recover_directory`."""
+
+    scan: JournalScan
+    source: FrameSource
+    whole: list[RecoveredReplica]
+    damaged: list[tuple[ReplicaSpec, Replayed, DamagedData]]
+    lost: list[ReplicaSpec]
+    """The journal holds nothing of them."""
+
+
+async def recover_directory(
+    disk: Disk, config: StorageConfig, manifest: Manifest, disk_id: bytes
+) -> Directory:
+    """Put all of a directory's replicas together. Nothing on the disk is changed.
+
+    Args:
+        disk: rooted at the directory.
+        config: settings.
+        manifest: says which replicas there are.
+        disk_id: the disk that all files must be of.
+
+    Raises:
+        ForeignDataDir: one is of another.
+        DamagedData: the journal does not check.
+        IncompatibleVersion: it holds what this release does not know.
+    """
+    if manifest.disk_id != disk_id:
+        raise ForeignDataDir(
+            f"the manifest was written on disk {manifest.disk_id.hex()}, this is {disk_id.hex()}"
+        )
+    scan = await scan_journal(disk, disk_id, manifest.journal_sequence)
+    if scan.damage:
+        raise scan.damage[0]
+    source = FrameSource(disk)
+    replayed = await replay_whole(scan, source)
+    found = Directory(scan, source, [], [], [])
+    for spec in manifest.replicas:
+        held = replayed.get(spec.replica_id)
+        if held is None or held.checkpoint is None:
+            found.lost.append(spec)
+            continue
+        try:
+            found.whole.append(await recover_replica(disk, config, spec, held, source))
+        except DamagedData as error:
+            found.damaged.append((spec, held, error))
+    return found
 
 
 async def recover_replica(

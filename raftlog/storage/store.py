@@ -11,16 +11,16 @@ import contextlib
 from collections.abc import Callable, Iterable
 from typing import TypeAlias
 
-from raftlog.errors import Closed, DamagedData, ForeignDataDir, RaftlogError, StorageFailed, StorageFull
+from raftlog.errors import Closed, DamagedData, RaftlogError, StorageFailed, StorageFull
 from raftlog.raft.types import Append, HardState
 from raftlog.record.frame import Buffer
 from raftlog.storage.disk import Disk, Write
 from raftlog.storage.flusher import Flusher
 from raftlog.storage.journal import Done, Journal
 from raftlog.storage.journal_format import Checkpoint, Place
-from raftlog.storage.journal_scan import JournalScan, scan_journal
+from raftlog.storage.journal_scan import JournalScan
 from raftlog.storage.manifest import Manifest, load_manifest, store_manifest
-from raftlog.storage.recovery import FrameSource, RecoveredReplica, recover_replica, replay_whole
+from raftlog.storage.recovery import Directory, FrameSource, RecoveredReplica, recover_directory
 from raftlog.storage.replica_log import Accept, Recovered, ReplicaLog
 from raftlog.storage.segment import SEGMENT_HEADER_BYTES, Segment, replica_folder, segment_path
 from raftlog.storage.segment_reader import SegmentReader
@@ -265,38 +265,20 @@ class BrokerStore:
         manifest = await load_manifest(self._disk)
         if manifest is None:
             manifest = Manifest(self._disk_id, clean=True)
-        if manifest.disk_id != self._disk_id:
-            raise ForeignDataDir(
-                f"the manifest was written on disk {manifest.disk_id.hex()}, this is {self._disk_id.hex()}"
-            )
         self.was_clean = manifest.clean
-        self.rebooted = not manifest.clean and manifest.boot_id != self._disk.boot_id
-        self._amnesiac.update(manifest.amnesiac)
+        self.rebooted = manifest.rebooted(self._disk.boot_id)
+        self._amnesiac = manifest.amnesiac_at(self._disk.boot_id)
         self.metadata_index = manifest.metadata_index
-        if self.rebooted:
-            self._forget_unsynced(manifest.replicas)
-        scan = await scan_journal(self._disk, self._disk_id, manifest.journal_sequence)
-        if scan.damage:
-            raise scan.damage[0]
-        source = FrameSource(self._disk)
-        replayed = await replay_whole(scan, source)
-        found: list[RecoveredReplica] = []
-        for spec in manifest.replicas:
-            self._specs[spec.replica_id] = spec
-            held = replayed.get(spec.replica_id)
-            if held is None or held.checkpoint is None:
-                self.lost[spec.replica_id] = spec
-                continue
-            try:
-                found.append(await recover_replica(self._disk, self._config, spec, held, source))
-            except DamagedData as error:
-                self.ward.sleepers[spec.replica_id] = Sleeper.of(spec, held, error)
-        await self._begin(manifest, scan, found, source)
+        self._specs = {spec.replica_id: spec for spec in manifest.replicas}
+        found = await recover_directory(self._disk, self._config, manifest, self._disk_id)
+        self.lost = {spec.replica_id: spec for spec in found.lost}
+        for spec, held, error in found.damaged:
+            self.ward.sleepers[spec.replica_id] = Sleeper.of(spec, held, error)
+        await self._begin(manifest, found)
 
-    async def _begin(
-        self, manifest: Manifest, scan: JournalScan, found: list[RecoveredReplica], source: FrameSource
-    ) -> None:
+    async def _begin(self, manifest: Manifest, directory: Directory) -> None:
         """From here on the directory is changed."""
+        scan, found, source = directory.scan, directory.whole, directory.source
         await self._cut_torn_tail(scan)
         if not manifest.clean:
             await self._write_again_what_was_read(scan, found, source)
@@ -511,14 +493,10 @@ class BrokerStore:
 
     # -- writes that no sync has covered ---------------------------------------------------------------------
 
-    def _forget_unsynced(self, specs: Iterable[ReplicaSpec]) -> None:
-        """What these had written and not synced may be gone."""
-        self._amnesiac.update(spec.replica_id for spec in specs if spec.flush_interval_ms)
-
     async def _note_failure(self) -> None:
         """A sync may have failed: what it would have covered may be gone however the system shows it now. If
         the device does not even take this note, a restart within the same boot does not know."""
-        self._forget_unsynced(self._specs.values())
+        self._amnesiac.update(spec.replica_id for spec in self._specs.values() if spec.flush_interval_ms)
         if self._amnesiac:
             with contextlib.suppress(RaftlogError):
                 async with self._manifest_lock:
