@@ -13,8 +13,9 @@ from ray.exceptions import RayError
 from raftlog.actors.broker import find_broker, running_brokers
 from raftlog.actors.launch import attach_ray
 from raftlog.actors.options import Actor
-from raftlog.client.connections import Address, seen
+from raftlog.client.connections import Address
 from raftlog.errors import ConnectionLost
+from raftlog.net.network import seen
 from raftlog.net.tunnel_dial import dial
 
 LOOK_S: Final = 2.0

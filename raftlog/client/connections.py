@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Collection, Iterable
-from typing import Any, Final
+from typing import Final
 
 import msgspec
 
@@ -18,7 +18,7 @@ from raftlog.client.retry import is_retriable
 from raftlog.errors import Closed, ConnectionLost, RaftlogError
 from raftlog.net.connection import RpcConnection
 from raftlog.net.handshake import Local
-from raftlog.net.network import Seams
+from raftlog.net.network import Seams, seen
 from raftlog.net.rpc import BrokerRow
 
 log = logging.getLogger("raftlog.client")
@@ -268,9 +268,3 @@ class Connections:
             connection.close()
         if tasks:
             await asyncio.wait(tasks)
-
-
-def seen(task: asyncio.Task[Any]) -> None:
-    """For a task's end: why it failed is of no interest when nobody waits any more."""
-    if not task.cancelled():
-        task.exception()

@@ -7,9 +7,9 @@ import logging
 from collections.abc import Callable
 from typing import Final, Protocol
 
-from raftlog.client.connections import Address, Bootstrap, seen
+from raftlog.client.connections import Address, Bootstrap
 from raftlog.errors import ConnectionLost
-from raftlog.net.network import Listener, Network, RealNetwork
+from raftlog.net.network import Listener, Network, RealNetwork, seen
 
 log = logging.getLogger("raftlog.client")
 

@@ -7,15 +7,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
+from raftlog.controller.balance import BrokerState
 from raftlog.controller.reconcile import Observed, moving
 from raftlog.state.metadata import MetadataState
 from raftlog.telemetry import catalogue as c
 from raftlog.telemetry.catalogue import Sample
 from raftlog.telemetry.logs import log_event
 
-ALIVE: Final = "alive"
-DRAINING: Final = "draining"
-LOST: Final = "lost"
+_STATES: Final = (BrokerState.ALIVE, BrokerState.DRAINING, BrokerState.LOST)
+"""Of the metric: whether what is lost may be back is the controller's affair."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,11 +32,11 @@ class View:
     observed: Observed
     at: float
 
-    def broker_state(self, broker_id: int) -> str:
-        """ALIVE, DRAINING or LOST."""
+    def broker_state(self, broker_id: int) -> BrokerState:
+        """One of ``_STATES``."""
         if broker_id not in self.observed.running:
-            return LOST
-        return DRAINING if self.image.brokers[broker_id].draining else ALIVE
+            return BrokerState.LOST
+        return BrokerState.DRAINING if self.image.brokers[broker_id].draining else BrokerState.ALIVE
 
     def held(self) -> dict[int, int]:
         """Broker id -> partitions that it holds, or is to hold, or is not rid of."""
@@ -65,8 +65,8 @@ def cluster_samples(view: View | None, now: float) -> Iterator[Sample]:
     yield Sample(c.PARTITIONS, (len(partitions),))
     yield Sample(c.MOVES, (sum(bool(moving(each, view.observed)) for each in partitions),))
     yield Sample(c.LOOK_AGE, (now - view.at,))
-    for state in (ALIVE, DRAINING, LOST):
-        yield Sample(c.BROKERS, (states.count(state),), (state,))
+    for state in _STATES:
+        yield Sample(c.BROKERS, (states.count(state),), (state.value,))
 
 
 def log_news(logger: logging.Logger, before: View | None, now: View) -> None:
@@ -92,8 +92,8 @@ def _broker_event(before: View, now: View, broker_id: int) -> str | None:
     if broker_id not in before.image.brokers:
         return "broker_new"
     was, is_ = before.broker_state(broker_id), now.broker_state(broker_id)
-    if (was == LOST) is not (is_ == LOST):
-        return "broker_lost" if is_ == LOST else "broker_back"
+    if (was is BrokerState.LOST) is not (is_ is BrokerState.LOST):
+        return "broker_lost" if is_ is BrokerState.LOST else "broker_back"
     drained = now.image.brokers[broker_id].draining
     if drained is not before.image.brokers[broker_id].draining:
         return "broker_drain_begun" if drained else "broker_drain_undone"

@@ -13,7 +13,7 @@ import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from raftlog.errors import ConnectionLost
 
@@ -110,3 +110,10 @@ def real_seams(seed: int | None = None) -> Seams:
     """Production's seams. ``seed`` is for tests; by default the operating system's entropy seeds the
     Random."""
     return Seams(RealNetwork(), random.Random(seed), lambda: time.time_ns() // 1_000_000, time.perf_counter)
+
+
+def seen(done: asyncio.Future[Any]) -> None:
+    """To be called at a task's or a future's end: why it failed is of no interest when nobody waits any
+    more."""
+    if not done.cancelled():
+        done.exception()

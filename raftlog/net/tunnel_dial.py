@@ -9,6 +9,7 @@ from functools import partial
 from typing import Final, TypeAlias
 
 from raftlog.errors import ConnectionLost, ProtocolError
+from raftlog.net.network import seen
 from raftlog.net.tunnel import (
     ANSWER_S,
     CALLS_MAX,
@@ -45,7 +46,7 @@ async def dial(
     tunnel = DialedTunnel(call, peer)
     try:
         opened = call(tunnel.opening())
-        opened.add_done_callback(_seen)
+        opened.add_done_callback(seen)
         async with asyncio.timeout(timeout):
             first = Message.decode(await asyncio.shield(opened))
     except TimeoutError:
@@ -63,12 +64,6 @@ def _brief(error: BaseException) -> str:
     """What happened, without the remote traceback that comes with it."""
     lines = str(error).splitlines()
     return lines[0] if lines else type(error).__name__
-
-
-def _seen(opened: asyncio.Future[bytes]) -> None:
-    """What became of it is of no interest when nobody waits any more."""
-    if not opened.cancelled():
-        opened.exception()
 
 
 class DialedTunnel(TunnelEnd):
