@@ -158,7 +158,6 @@ class Broker:
         self.internal_topics: InternalTopics
         self._registered: asyncio.Task[None]
         store.on_fault = self._store_fault
-        store.settle_with(self.gather, self.pump)
 
     @classmethod
     async def start(
@@ -324,29 +323,39 @@ class Broker:
             self._dirty.append(replica)
             if not self._pump_due:
                 self._pump_due = True
-                self._loop.call_soon(self.pump)
+                self._loop.call_soon(self._pump)
 
-    def gather(self) -> None:
-        """What is marked from here on is pumped by the caller, who calls :meth:`pump` within this turn."""
-        self._pump_due = True
+    def _pump(self) -> None:
+        """Let the replicas that were marked in this turn of the loop do what they want.
 
-    def pump(self) -> None:
-        """Let the marked replicas do what they want. First what others wait for: messages leave, and the
-        journal begins to write."""
-        self._pump_due = True
+        First what others wait for: messages leave, then a leader's answers. Then the journal begins to write.
+        It may be done when the call returns: then acknowledgements leave, too, before followers apply what
+        is committed, for which nobody waits.
+        """
+        later: dict[Replica[Any], None] = {}
         try:
-            while self._dirty:
+            while self._dirty or later:
                 dirty, self._dirty = self._dirty, []
                 for replica in dirty:
                     replica.hand_out()
                 self.peers.flush()
-                self.store.begin()
                 for replica in dirty:
-                    replica.follow_up()
-                    self.pulse.pumped(replica)
+                    if replica.staged is None:
+                        later[replica] = None
+                    else:
+                        self._follow_up(replica)
+                self.store.begin()
+                if not self._dirty:
+                    for replica in later:
+                        self._follow_up(replica)
+                    later.clear()
         finally:
             self._pump_due = False
         self.peers.flush()
+
+    def _follow_up(self, replica: Replica[Any]) -> None:
+        replica.follow_up()
+        self.pulse.pumped(replica)
 
     def leadership_changed(self, replica: Replica[Any], before: SoftState | None) -> None:
         node = replica.node

@@ -133,8 +133,8 @@ class Replica(Generic[M]):
         self._reads: dict[int, asyncio.Future[None]] = {}
         self._reads_asked = 0
         self._soft: SoftState | None = None
-        self._ready: Ready | None = None
-        """What of it was handed out and is to be followed up."""
+        self._handed_out: list[Ready] = []
+        """What is to be followed up."""
         self._ahead: tuple[int, int] | None = None
         """Since when the log's time is ahead of the clock, and where it stood."""
         self._campaign_at = 0
@@ -361,7 +361,8 @@ class Replica(Generic[M]):
         if self.fault is not None or self._exchange.installing or not node.has_ready():
             return
         host, hosts = self.host, self.hosts
-        ready = self._ready = node.ready()
+        ready = node.ready()
+        self._handed_out.append(ready)
         append = ready.append
         if append is not None:
             host.store.append(self.log, append, partial(self._durable, append.sequence))
@@ -376,11 +377,11 @@ class Replica(Generic[M]):
     def follow_up(self) -> None:
         """Second half: everything else that it asks for. If there is more then, the replica is marked
         again."""
-        ready, self._ready = self._ready, None
+        handed_out, self._handed_out = self._handed_out, []
         if self.fault is not None or self._exchange.installing:
             return
         node, host = self.node, self.host
-        if ready is not None:
+        for ready in handed_out:
             if ready.committed and not self._apply(ready.committed):
                 return
             if ready.reads:
@@ -391,9 +392,9 @@ class Replica(Generic[M]):
                 host.spawn(self._load(load))
             for follower in ready.snapshots:
                 self._exchange.begin(follower)
-            if node.has_ready():
-                host.mark(self)
-                return
+        if handed_out and node.has_ready():
+            host.mark(self)
+            return
         if self.staged is None and node.serving:
             self._begin_serving()
         if self.log.amnesiac and not node.amnesiac:

@@ -242,9 +242,6 @@ class FakeBroker:
     def on_open(self, connection: ServerConnection) -> None:
         pass
 
-    def on_batch_end(self) -> None:
-        pass
-
     def on_close(self, connection: ServerConnection, error: Exception | None) -> None:
         pass
 
