@@ -340,6 +340,7 @@ class Broker:
                     replica.hand_out()
                 self.peers.flush()
                 for replica in dirty:
+                    replica.store()
                     if replica.staged is None:
                         later[replica] = None
                     else:

@@ -1,9 +1,9 @@
 """A replica: drives one RawNode and the state machine behind it.
 
-The host's whole part in Raft is a cycle of two halves. :meth:`Replica.hand_out`: what the core says must
-become durable goes to the store, messages go to the peers. :meth:`Replica.follow_up`, when that is under way
-for all replicas: committed entries are applied. What comes back (a sync that is done, a message, time) goes
-into the core. Everything here is synchronous and runs on the broker's loop.
+The host's whole part in Raft is a cycle of three steps, each taken for all replicas before the next.
+:meth:`Replica.hand_out`: the core's messages go to the peers. :meth:`Replica.store`: what must become durable
+goes to the store. :meth:`Replica.follow_up`: committed entries are applied. What comes back (a sync that is
+done, a message, time) goes into the core. Everything here is synchronous and runs on the broker's loop.
 
 On a leader there are two machines: ``machine`` is the applied state; ``staged`` is the applied state plus
 every entry above it in the log. Decisions (which offset, is it a duplicate, may the topic be created) are
@@ -29,6 +29,7 @@ from raftlog.errors import LeadershipLost, NotLeader, RaftlogError, StorageFaile
 from raftlog.raft.config import RaftConfig, RecoveredLog
 from raftlog.raft.raw_node import RawNode
 from raftlog.raft.types import (
+    Append,
     Entry,
     InstallSnapshot,
     InstallSnapshotResponse,
@@ -85,7 +86,8 @@ class Host(Protocol):
     def random_for(self, replica_id: int) -> Any: ...
 
     def mark(self, replica: Replica[Any]) -> None:
-        """The replica has something to do: have it :meth:`hand_out` and :meth:`follow_up` soon."""
+        """The replica has something to do: have it :meth:`hand_out`, :meth:`store` and :meth:`follow_up` at
+        the end of this turn of the loop."""
 
     def send(self, broker_id: int, message: Message) -> None: ...
 
@@ -133,6 +135,8 @@ class Replica(Generic[M]):
         self._reads: dict[int, asyncio.Future[None]] = {}
         self._reads_asked = 0
         self._soft: SoftState | None = None
+        self._append: Append | None = None
+        """What was handed out and is to be stored."""
         self._handed_out: list[Ready] = []
         """What is to be followed up."""
         self._ahead: tuple[int, int] | None = None
@@ -152,15 +156,24 @@ class Replica(Generic[M]):
         """A message from a peer."""
         if self.fault is not None:
             return
+        node = self.node
+        rested = node.quiet
         try:
-            self.node.step(message, self.host.now_ms())
+            node.step(message, self.host.now_ms())
         except AssertionError as error:
             self.halt(f"cannot take {type(message).__name__} from replica {message.sender}", error)
         else:
             kind = type(message)
             if kind is InstallSnapshot or kind is InstallSnapshotResponse:
                 self._step_snapshot(message)
-        self.host.mark(self)
+        self._mark_after(rested)
+
+    def _mark_after(self, rested: bool) -> None:
+        """Have what the core was told carried out, if anything comes of it; ``rested``: it was quiet
+        before."""
+        node = self.node
+        if rested or node.quiet or node.has_ready() or self.log.amnesiac or self.fault is not None:
+            self.host.mark(self)
 
     def _step_snapshot(self, message: Message) -> None:
         """The core has settled terms; the bytes are ours."""
@@ -355,28 +368,33 @@ class Replica(Generic[M]):
     # -- the cycle -------------------------------------------------------------------------------------------
 
     def hand_out(self) -> None:
-        """First half: give the core's next Append to the store and its messages to the peers."""
+        """First: what the core has for its peers leaves."""
         self.dirty = False
         node = self.node
         if self.fault is not None or self._exchange.installing or not node.has_ready():
             return
-        host, hosts = self.host, self.hosts
         ready = node.ready()
         self._handed_out.append(ready)
-        append = ready.append
-        if append is not None:
-            host.store.append(self.log, append, partial(self._durable, append.sequence))
-            # Not of a successor, whose entries may come before this replica has left the leadership.
-            if self.staged is not None and node.role is Role.LEADER and node.term == self._served_term:
-                stage(self.staged, append.entries)
+        host, hosts = self.host, self.hosts
         for message in ready.messages:
             broker_id = hosts.get(message.to)
             if broker_id is not None:
                 host.send(broker_id, message)
+        self._append = ready.append
+
+    def store(self) -> None:
+        """Second: what it says must become durable goes to the store."""
+        append = self._append
+        if append is None:
+            return
+        self._append = None
+        self.host.store.append(self.log, append, partial(self._durable, append.sequence))
+        # Not of a successor, whose entries may come before this replica has left the leadership.
+        if self.staged is not None and self.node.role is Role.LEADER and self.node.term == self._served_term:
+            stage(self.staged, append.entries)
 
     def follow_up(self) -> None:
-        """Second half: everything else that it asks for. If there is more then, the replica is marked
-        again."""
+        """Third: everything else that it asks for. If there is more then, the replica is marked again."""
         handed_out, self._handed_out = self._handed_out, []
         if self.fault is not None or self._exchange.installing:
             return
@@ -412,8 +430,9 @@ class Replica(Generic[M]):
         if error is not None:
             self.retire(error if isinstance(error, RaftlogError) else StorageFailed(str(error)))
         elif self.fault is None:
+            rested = self.node.quiet
             self.node.on_durable(sequence)
-            self.host.mark(self)
+            self._mark_after(rested)
 
     def _apply(self, entries: tuple[Entry, ...]) -> bool:
         """Apply; False when the replica had to halt."""

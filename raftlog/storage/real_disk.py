@@ -1,9 +1,9 @@
 """The Disk of production: a directory of a local file system.
 
 The journal's lane: a small commit is carried out on the loop's own thread while the device is quick, for to
-hand it to another thread and back takes as long as the sync. Large ones, and all while the device is slow, go to
-one thread of their own, in order, and the loop goes on meanwhile. A small pool serves lazy writes, reads that
-must wait, and everything about names.
+hand it to another thread and back takes as long as the sync. Large ones, and all while the device is slow, go
+to one thread of their own, in order, and the loop goes on meanwhile. A small pool serves lazy writes, reads
+that must wait, and everything about names.
 """
 
 from __future__ import annotations
