@@ -1,8 +1,8 @@
 """A broker: many replicas, one store, one server, one clock.
 
 The broker drives its replicas. Whatever has something to do is *marked*; marked replicas are pumped together,
-once per turn of the loop or at the end of what one socket read brought, and what they want sent leaves in one
-frame per connection. That is where the cost of a message is shared between groups.
+once per turn of the loop (:mod:`raftlog.broker.cycle`), and what they want sent leaves in one frame per
+connection. That is where the cost of a message is shared between groups.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any, ClassVar, Final
 import msgspec
 
 from raftlog.broker.assigned import AssignedReplica
+from raftlog.broker.cycle import Cycle
 from raftlog.broker.group_replica import GroupReplica
 from raftlog.broker.hosting import Hosting
 from raftlog.broker.internal_topics import InternalTopics
@@ -124,9 +125,7 @@ class Broker:
         self._disk = disk
         self._loop = asyncio.get_running_loop()
         self.hosting = Hosting(self)
-        self._dirty: list[Replica[Any]] = []
-        self._pump_due = False
-        """Somebody will call :meth:`pump`."""
+        self.mark: Final = Cycle(self).mark
         self._tasks: set[asyncio.Task[None]] = set()
         self._closed = False
         self._saving = asyncio.Lock()
@@ -316,47 +315,6 @@ class Broker:
         self._tasks.discard(task)
         if not task.cancelled() and task.exception() is not None:
             logger.error("broker %d: a task failed", self.broker_id, exc_info=task.exception())
-
-    def mark(self, replica: Replica[Any]) -> None:
-        if not replica.dirty:
-            replica.dirty = True
-            self._dirty.append(replica)
-            if not self._pump_due:
-                self._pump_due = True
-                self._loop.call_soon(self._pump)
-
-    def _pump(self) -> None:
-        """Let the replicas that were marked in this turn of the loop do what they want.
-
-        First what others wait for: messages leave, then a leader's answers. Then the journal begins to write.
-        It may be done when the call returns: then acknowledgements leave, too, before followers apply what
-        is committed, for which nobody waits.
-        """
-        later: dict[Replica[Any], None] = {}
-        try:
-            while self._dirty or later:
-                dirty, self._dirty = self._dirty, []
-                for replica in dirty:
-                    replica.hand_out()
-                self.peers.flush()
-                for replica in dirty:
-                    replica.store()
-                    if replica.staged is None:
-                        later[replica] = None
-                    else:
-                        self._follow_up(replica)
-                self.store.begin()
-                if not self._dirty:
-                    for replica in later:
-                        self._follow_up(replica)
-                    later.clear()
-        finally:
-            self._pump_due = False
-        self.peers.flush()
-
-    def _follow_up(self, replica: Replica[Any]) -> None:
-        replica.follow_up()
-        self.pulse.pumped(replica)
 
     def leadership_changed(self, replica: Replica[Any], before: SoftState | None) -> None:
         node = replica.node

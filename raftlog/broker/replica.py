@@ -16,17 +16,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine, Mapping, Set
+from collections.abc import Callable, Mapping, Set
 from contextlib import suppress
 from functools import partial
-from typing import Any, Final, Generic, Protocol, TypeVar
+from typing import Any, Final, Generic, TypeVar
 
+from raftlog.broker.host import Host
+from raftlog.broker.leader_time import LeaderTime
 from raftlog.broker.machine import StateMachine, stage
 from raftlog.broker.membership import Membership, Wanted
-from raftlog.broker.snapshots import SnapshotExchange, SnapshotSlots
-from raftlog.config import BrokerConfig
+from raftlog.broker.snapshots import SnapshotExchange
 from raftlog.errors import LeadershipLost, NotLeader, RaftlogError, StorageFailed, UnknownReplica
-from raftlog.raft.config import RaftConfig, RecoveredLog
+from raftlog.raft.config import RecoveredLog
 from raftlog.raft.raw_node import RawNode
 from raftlog.raft.types import (
     Append,
@@ -43,7 +44,6 @@ from raftlog.raft.types import (
 from raftlog.record.frame import Buffer
 from raftlog.state.command import CommandStruct, needs_upgrade
 from raftlog.storage.replica_log import ReplicaLog
-from raftlog.storage.store import BrokerStore
 
 logger = logging.getLogger("raftlog.broker")
 
@@ -56,44 +56,6 @@ _HURT_PATIENCE: Final = 3
 
 
 M = TypeVar("M", bound=StateMachine)
-
-
-class Host(Protocol):
-    """What a replica needs of its broker."""
-
-    @property
-    def broker_id(self) -> int: ...
-
-    @property
-    def store(self) -> BrokerStore: ...
-
-    @property
-    def config(self) -> BrokerConfig: ...
-
-    @property
-    def feature_level(self) -> int:
-        """Of the cluster: leaders propose no command that needs a higher one."""
-
-    @property
-    def snapshot_slots(self) -> SnapshotSlots: ...
-
-    def raft_config(self, replica_id: int) -> RaftConfig: ...
-
-    def now_ms(self) -> int: ...
-
-    def wall_ms(self) -> int: ...
-
-    def random_for(self, replica_id: int) -> Any: ...
-
-    def mark(self, replica: Replica[Any]) -> None:
-        """The replica has something to do: have it :meth:`hand_out`, :meth:`store` and :meth:`follow_up` at
-        the end of this turn of the loop."""
-
-    def send(self, broker_id: int, message: Message) -> None: ...
-
-    def spawn(self, work: Coroutine[Any, Any, None]) -> object: ...
-
-    def leadership_changed(self, replica: Replica[Any], before: SoftState | None) -> None: ...
 
 
 class Replica(Generic[M]):
@@ -139,8 +101,7 @@ class Replica(Generic[M]):
         """What was handed out and is to be stored."""
         self._handed_out: list[Ready] = []
         """What is to be followed up."""
-        self._ahead: tuple[int, int] | None = None
-        """Since when the log's time is ahead of the clock, and where it stood."""
+        self._time = LeaderTime()
         self._campaign_at = 0
         self._hurt_since_ms = -1
         self._gave_up = False
@@ -339,15 +300,8 @@ class Replica(Generic[M]):
         self._waiters.setdefault(index, []).append(done)
 
     def leader_time_ms(self) -> int:
-        """The time that an entry proposed now gets: it never goes back along the log.
-
-        Where the log is ahead of the clock (somebody's was wrong, or was set back), time goes on at half its
-        pace until the clock has caught up: stood it still, no timeout would end meanwhile."""
-        wall_ms, last_ms, now_ms = self.host.wall_ms(), self.node.last_leader_time_ms, self.host.now_ms()
-        since_ms, began_ms = self._ahead or (now_ms, last_ms)
-        time_ms = max(last_ms, began_ms + (now_ms - since_ms) // 2)
-        self._ahead = (since_ms, began_ms) if wall_ms < time_ms else None
-        return max(wall_ms, time_ms)
+        """The time that an entry proposed now gets: it never goes back along the log."""
+        return self._time.of(self.node.last_leader_time_ms, self.host.wall_ms(), self.host.now_ms())
 
     async def confirm_leadership(self) -> None:
         """Wait until a quorum has confirmed that this replica leads: what it has applied then covers all

@@ -231,6 +231,8 @@ class Sender:
             if queue.view.deleted:
                 self._fail_queue(queue, UnknownTopic(f"topic {queue.view.topic!r} was deleted"))
                 return
+            if not (queue.ready or queue.open or window.retry or window.broken):
+                return  # nothing to send: the usual end of it
             if window.needs_identity() and not self._begin_window(queue):
                 return
             resend = window.may_resend()
