@@ -34,19 +34,22 @@ class _AppendRow(msgspec.Struct, frozen=True, array_like=True, tag_field="t", ta
     commit: int
 
 
-_Rows = list[
-    _AppendRow
-    | t.VoteRequest
-    | t.VoteResponse
-    | t.AppendResponse
-    | t.Heartbeat
-    | t.HeartbeatResponse
-    | t.InstallSnapshot
-    | t.InstallSnapshotResponse
-    | t.TimeoutNow
-    | t.ReadIndexRequest
-    | t.ReadIndexResponse
-]
+class _Rows(msgspec.Struct, array_like=True):
+    """All messages of a frame. A struct, for of other types msgspec works out the form at every call."""
+
+    rows: list[
+        _AppendRow
+        | t.VoteRequest
+        | t.VoteResponse
+        | t.AppendResponse
+        | t.Heartbeat
+        | t.HeartbeatResponse
+        | t.InstallSnapshot
+        | t.InstallSnapshotResponse
+        | t.TimeoutNow
+        | t.ReadIndexRequest
+        | t.ReadIndexResponse
+    ]
 
 
 def encode_messages(messages: Sequence[t.Message]) -> tuple[RaftMessages, list[Buffer]]:
@@ -91,7 +94,7 @@ def decode_messages(frame: RaftMessages, payload: memoryview) -> list[t.Message]
     messages: list[t.Message] = []
     position = appends = 0
     try:
-        for row in msgspec.convert(frame.messages, _Rows):
+        for row in msgspec.convert((frame.messages,), _Rows).rows:
             if isinstance(row, _AppendRow):
                 end = position + lengths[appends]
                 messages.append(_append_request(row, payload[position:end]))
