@@ -10,15 +10,21 @@ Parquet's speed is reached is told, and not aimed at. The aim is three times rea
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any, Final
+
+os.environ["RAY_DATA_PARQUET_FOOTER_NUM_ACTORS"] = "1"  # read when Ray Data is imported, here and in tasks
+# By itself each read_parquet starts 32 actors for the files' footers and ends them: a minute on two cores,
+# which says nothing of Parquet.
 
 import pyarrow as pa
 import ray
@@ -136,11 +142,26 @@ def files_anew(ds: Any, folder: Path) -> None:
     ds.write_parquet(str(folder))
 
 
+@contextmanager
+def running_kafka() -> Iterator[KafkaBrokers]:
+    """Three brokers, their data in a temporary folder.
+
+    Raises:
+        Unavailable: no Java.
+    """
+    with tempfile.TemporaryDirectory(prefix="raftlog-bench-") as directory:
+        system = KafkaBrokers()
+        try:
+            system.start(Path(directory) / "kafka")
+            yield system
+        finally:
+            system.stop()
+
+
 def on_kafka(mb: int, rounds: int) -> dict[str, Any]:
     """read_kafka of the same values."""
     result: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory(prefix="raftlog-bench-") as directory, KafkaBrokers() as system:
-        system.start(Path(directory) / "kafka")
+    with running_kafka() as system:
         kafka = Kafka(system)
         with own_ray():
             quiet()

@@ -7,7 +7,10 @@ once it has synced; the leader answers as soon as two of the three have it durab
 sync is under way goes into the next one (group commit). It is as lean as pure Python gets, and the
 yardstick that ``regress.py`` holds raftlog against.
 
-The module run as a program is one of the three processes: ``floor.py FILE [PORT OF A FOLLOWER ...]``.
+A log has to keep what it is given: a floor that *keeps* writes to a file that grows, so that every sync has
+new blocks to find and to note, and begins anew only after a gigabyte.
+
+The module run as a program is one of the three processes: ``floor.py ring|keep FILE [FOLLOWER'S PORT ...]``.
 """
 
 from __future__ import annotations
@@ -32,7 +35,8 @@ import uvloop
 
 _HEAD: Final = struct.Struct(">II")  # length of the payload, sequence
 _ACK: Final = struct.Struct(">I")  # everything up to this sequence
-_FILE_BYTES: Final = 64 << 20
+_RING_BYTES: Final = 64 << 20
+_KEPT_BYTES: Final = 1 << 30
 _GROUP_MAX: Final = 512
 _BUFFER_BYTES: Final = 4 << 20
 _SWITCH_INTERVAL_S: Final = 0.0002
@@ -42,11 +46,16 @@ _SWITCH_INTERVAL_S: Final = 0.0002
 
 
 class Writer:
-    """One thread: writes and syncs what is queued, all of it at once, round and round in one file."""
+    """One thread: writes and syncs what is queued, all of it at once, round and round in one file, which
+    grows from nothing each time if it is to ``keep``."""
 
-    def __init__(self, path: Path, loop: asyncio.AbstractEventLoop, durable: Callable[[int], None]) -> None:
+    def __init__(
+        self, path: Path, loop: asyncio.AbstractEventLoop, durable: Callable[[int], None], *, keep: bool
+    ) -> None:
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-        for position in range(0, _FILE_BYTES, 1 << 20):
+        self._keep = keep
+        self._size = _KEPT_BYTES if keep else _RING_BYTES
+        for position in range(0, 0 if keep else _RING_BYTES, 1 << 20):
             os.pwrite(self._fd, bytes(1 << 20), position)
         os.fsync(self._fd)
         self._queue: SimpleQueue[tuple[int, bytes]] = SimpleQueue()
@@ -64,8 +73,10 @@ class Writer:
                 sequence, frame = queue.get_nowait()
                 frames.append(frame)
                 size += len(frame)
-            if position + size > _FILE_BYTES:
+            if position + size > self._size:
                 position = 0
+                if self._keep:
+                    os.ftruncate(self._fd, 0)
             written = os.pwritev(self._fd, frames, position)
             assert written == size, "a short write"
             os.fdatasync(self._fd)
@@ -122,12 +133,12 @@ class Acks(asyncio.Protocol):
 class Node:
     """A follower; with followers of its own, the leader."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, keep: bool) -> None:
         self._upstream: asyncio.Transport | None = None
         self._followers: list[asyncio.Transport] = []
         self._durable = [0]
         self._acknowledged = 0
-        self._writer = Writer(path, asyncio.get_running_loop(), partial(self._on_durable, 0))
+        self._writer = Writer(path, asyncio.get_running_loop(), partial(self._on_durable, 0), keep=keep)
 
     async def follow_up(self, ports: list[int]) -> None:
         """Connect to the followers."""
@@ -169,10 +180,10 @@ class Node:
                 self._upstream.write(_ACK.pack(reached))
 
 
-async def run_node(path: Path, followers: list[int]) -> None:
+async def run_node(path: Path, followers: list[int], *, keep: bool) -> None:
     """Serve until the parent closes our standard input."""
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
-    node = Node(path)
+    node = Node(path, keep=keep)
     await node.follow_up(followers)
     print(await node.serve(), flush=True)
     ended = asyncio.Event()
@@ -187,11 +198,13 @@ class Floor:
     """The three processes, and a blocking socket to their leader.
 
     Args:
-        directory: where each keeps its file.
+        directory: where each has its file.
+        keep: the files grow, see the module.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, keep: bool = False) -> None:
         self._directory = directory
+        self._kind = "keep" if keep else "ring"
         self._nodes: list[subprocess.Popen[str]] = []
         self._socket: socket.socket | None = None
         self._sequence = 0
@@ -213,7 +226,7 @@ class Floor:
         self.close()
 
     def _start(self, name: str, followers: list[int]) -> int:
-        command = [sys.executable, __file__, str(self._directory / name), *map(str, followers)]
+        command = [sys.executable, __file__, self._kind, str(self._directory / name), *map(str, followers)]
         node = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self._nodes.append(node)
         assert node.stdout is not None
@@ -271,4 +284,4 @@ class Floor:
 
 
 if __name__ == "__main__":
-    uvloop.run(run_node(Path(sys.argv[1]), list(map(int, sys.argv[2:]))))
+    uvloop.run(run_node(Path(sys.argv[2]), list(map(int, sys.argv[3:])), keep=sys.argv[1] == "keep"))

@@ -27,6 +27,7 @@ COLORS: Final = {
     "raftlog-interval": "#74b3dd",
     "raftlog-aio": "#0b3c5d",
     "floor": "#9a9a9a",
+    "floor-keeps": "#5f5f5f",
     "nats-sync": "#2e8b57",
     "nats": "#8fd3a8",
     "kafka": "#c0572b",
@@ -215,16 +216,47 @@ def failover_table(_results: Results) -> str:
     )
 
 
+def data_table(_results: Results) -> str:
+    """Of ``data.py``."""
+    found = script("data")
+    if found is None:
+        return "Not measured."
+    rows = []
+    for size, works in found["sizes"].items():
+        for name, one in works.items():
+            parquet = works[name.replace("topic", "parquet").replace("kafka", "parquet")]
+            share = one["mb_per_s"]["median"] / parquet["mb_per_s"]["median"]
+            figures = (number(one[key]["median"]) for key in ("records_per_s", "mb_per_s"))
+            rows.append([f"{name}, {int(size):,} B", *figures, f"{share:.0%}"])
+    table = markdown(["", "records/s", "MB/s", "of Parquet"], rows)
+    times = "; ".join(
+        f"{int(size):,} B: {each:.1f} times read_kafka" for size, each in found["times_read_kafka"].items()
+    )
+    return f"{table}\n\nread_topic, {times}." if times else table
+
+
+def transport_table(_results: Results) -> str:
+    """Of ``transport.py``."""
+    found = script("transport")
+    if found is None:
+        return "Not measured."
+    keys = ("p50_ms", "p99_ms", "write_mb_per_s", "read_mb_per_s")
+    rows = [[way, *(number(one[key]["median"]) for key in keys)] for way, one in found["transports"].items()]
+    return markdown(["", "one record, p50 ms", "p99 ms", "send_batch, MB/s", "poll_arrow, MB/s"], rows)
+
+
 PARTS: Final[dict[str, Callable[[Results], str]]] = {
     **{group: group_table(group) for group in AXES},
     "aims": aims_table,
     "contenders": contenders_table,
     "cost": cost_table,
+    "data": data_table,
     "failover": failover_table,
     "machine": machine_text,
     "p99": tails,
     "scale": solo_table,
     "transactions": transactions_table,
+    "transport": transport_table,
 }
 
 

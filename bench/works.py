@@ -14,7 +14,17 @@ from contenders.base import UNCOUNTED, Contender, Turn
 SYNCED: Final = ("raftlog", "floor", "nats-sync")
 STREAMS: Final = ("raftlog", "raftlog-interval", "nats-sync", "nats", "kafka")
 ALL: Final = ("raftlog", "raftlog-interval", "floor", "nats-sync", "nats", "kafka", "ray-queue", "ray-actor")
-BATCHED: Final = ("raftlog", "raftlog-interval", "floor", "kafka", "ray-queue")
+BATCHED: Final = ("raftlog", "raftlog-interval", "floor", "floor-keeps", "kafka", "ray-queue")
+BULK: Final = (
+    "raftlog",
+    "raftlog-interval",
+    "floor",
+    "floor-keeps",
+    "nats-sync",
+    "nats",
+    "kafka",
+    "ray-queue",
+)
 PARTITIONED: Final = ("raftlog", "raftlog-interval", "kafka")
 
 CALL_RECORDS: Final = 10_000
@@ -166,7 +176,7 @@ WORKS: Final[tuple[Work, ...]] = (
         for size, text in _SIZES[:2]
     ),
     *(
-        _work(f"bulk-{size}", "bulk", text, "mb_per_s", partial(send, size), (*ALL[:6], "ray-queue"))
+        _work(f"bulk-{size}", "bulk", text, "mb_per_s", partial(send, size), BULK)
         for size, text in ((100_000, "100 KB"), (1_000_000, "1 MB"))
     ),
     _work("consume", "consume", "records", "records_per_s", partial(consume, False), (*STREAMS, "ray-queue")),

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from raftlog.client.processing import Processing
     from raftlog.client.sync import Consumer
     from raftlog.client.sync_producer import Producer, Transaction
+    from raftlog.config import Transport
     from raftlog.data.sink import Commit
     from raftlog.data.source import Isolation
     from raftlog.data.spans import Offsets, Where
@@ -123,19 +124,25 @@ def start(
     return attach.start(name, brokers, data_dir, ephemeral, brokers_per_node, replace_after)
 
 
-def connect(name: str | None = None, timeout: float = 30.0) -> Log:
+def connect(name: str | None = None, timeout: float = 30.0, transport: Transport | None = None) -> Log:
     """Attach to a cluster that runs. Never starts Ray; the same Log is returned until it is closed.
 
     Args:
         name: of the cluster; default: the environment's RAFTLOG_CLUSTER, or "default".
         timeout: seconds.
+        transport: how bytes reach the brokers. "streams": to their ports. "actor": inside calls of their
+            actors, for clients that Ray's calls get through from, and nothing else does; slower (see
+            docs/PERFORMANCE.md). "auto": streams if a port answers, or else "actor"; the Log's ``transport``
+            says which it is. Default: the environment's RAFTLOG_TRANSPORT, or "streams".
 
     Raises:
         NotRunning: no Ray, or no cluster of that name on it.
+        ConfigError: there is no such transport.
+        ConnectionLost: ("auto") neither leads to a broker.
     """
     from raftlog.client import attach
 
-    return attach.connect(name, timeout)
+    return attach.connect(name, timeout, transport)
 
 
 def shutdown(name: str = "default", force: bool = False) -> None:
@@ -231,6 +238,8 @@ def write_topic(
     value: str,
     key: str | None = None,
     partition: str | None = None,
+    headers: str | None = None,
+    timestamp: str | None = None,
     semantics: Literal["exactly-once", "at-least-once"] = "exactly-once",
     commit: Commit | None = None,
     compression: Literal["none", "lz4", "zstd"] = "lz4",
@@ -249,6 +258,10 @@ def write_topic(
         value: column of the values: bytes or text; null is a tombstone.
         key: column of the keys; null or None: no key.
         partition: column of the partitions; None: by key, and any without.
+        headers: column of the headers, as :func:`read_topic` has it: lists of structs of ``key`` and
+            ``value``; or maps. Null or None: no headers.
+        timestamp: column of the timestamps: Arrow's of any unit, or milliseconds since the epoch; null or
+            None: the time at which the row is encoded.
         semantics: see above.
         commit: (group, offsets): commit these offsets of a group without members with it, in the same
             transaction; at least once: afterwards.
@@ -275,6 +288,8 @@ def write_topic(
         value=value,
         key=key,
         partition=partition,
+        headers=headers,
+        timestamp=timestamp,
         semantics=semantics,
         commit=commit,
         compression=compression,

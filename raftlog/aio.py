@@ -35,7 +35,8 @@ from raftlog.client.offsets import Offset, Place
 from raftlog.client.process import describe_work
 from raftlog.client.processing import AioProcessing as Processing
 from raftlog.client.transaction_admin import OpenTransaction, TransactionAdmin, TransactionDescription
-from raftlog.config import ConsumerConfig, Environment, ProducerConfig, TopicConfig
+from raftlog.client.transports import transport_of
+from raftlog.config import ConsumerConfig, Environment, ProducerConfig, TopicConfig, Transport
 from raftlog.errors import Closed, ConfigError
 from raftlog.record.types import Record, TopicPartition
 
@@ -57,9 +58,16 @@ async def start(
     return Log(log.bootstrap)
 
 
-async def connect(name: str | None = None, timeout: float = 30.0) -> Log:
+async def connect(name: str | None = None, timeout: float = 30.0, transport: Transport | None = None) -> Log:
     """As :func:`raftlog.connect`; each call makes a Log of its own."""
-    return Log(await asyncio.to_thread(attach.find, name or Environment.read().cluster, timeout))
+    name = name or Environment.read().cluster
+    log = Log(await asyncio.to_thread(attach.find, name, timeout, transport))
+    try:
+        await attach.settle(log._connected(), timeout)
+    except BaseException:  # raised again; nobody else will close it
+        await log.close()
+        raise
+    return log
 
 
 async def shutdown(name: str = "default", force: bool = False) -> None:
@@ -99,6 +107,11 @@ class Log:
     def bootstrap(self) -> Bootstrap:
         """How to reach the cluster."""
         return self._bootstrap
+
+    @property
+    def transport(self) -> str:
+        """As :attr:`raftlog.Log.transport`."""
+        return transport_of(self._connected().seams.network)
 
     @property
     def closed(self) -> bool:

@@ -142,6 +142,9 @@ def _unlimited(value: Any) -> Any:
 
 
 Semantics: TypeAlias = Literal["at-most-once", "at-least-once", "exactly-once"]
+Transport: TypeAlias = Literal["streams", "actor", "auto"]
+LogFormat: TypeAlias = Literal["text", "logfmt", "json"]
+LogLevel: TypeAlias = Literal["DEBUG", "INFO", "WARNING", "ERROR"]
 Milliseconds: TypeAlias = Annotated[int, Field(ge=0, le=2**53)]
 _Limit: TypeAlias = Annotated[Annotated[int, Field(ge=0, le=2**63 - 1)] | None, BeforeValidator(_unlimited)]
 _BatchBytes: TypeAlias = Annotated[int, Field(ge=1 * KIB, le=BATCH_BYTES_LIMIT)]
@@ -393,6 +396,15 @@ class BrokerConfig(Settings):
     """The longest time for which a producer may keep a transaction open."""
     transactional_id_expiry_ms: Annotated[int, Field(ge=1000)] = 7 * DAY_MS
     """A transactional id that is not used for this long is forgotten."""
+    metrics_interval_ms: Annotated[int, Field(ge=0)] = 5000
+    """How often metrics are given to Ray; 0: never. Ray shows them on every 10 seconds."""
+    metrics_series_max: Annotated[int, Field(ge=1)] = 1000
+    """Series of one metric that a broker shows. If topics, groups and partitions make more, they are added
+    up."""
+    log_format: LogFormat = "text"
+    """Of the log files of brokers and of the metadata actor."""
+    log_level: LogLevel = "INFO"
+    """Of the same."""
 
     def _check(self) -> None:
         if self.heartbeat_ms * 2 > self.election_timeout_ms:
@@ -409,10 +421,12 @@ class Environment(Settings):
     """RAFTLOG_CLUSTER: the cluster's name."""
     data_dir: Path | None = None
     """RAFTLOG_DATA_DIR: where brokers keep their data."""
-    transport: Literal["stream"] = "stream"
-    """RAFTLOG_TRANSPORT: how bytes move between processes."""
-    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
-    """RAFTLOG_LOG_LEVEL: of the loggers below ``raftlog``."""
+    transport: Transport = "streams"
+    """RAFTLOG_TRANSPORT: how a client's bytes reach the brokers; see :func:`raftlog.connect`."""
+    log_level: LogLevel = "INFO"
+    """RAFTLOG_LOG_LEVEL: of the loggers below ``raftlog``; of a cluster's brokers where it is started."""
+    log_format: LogFormat = "text"
+    """RAFTLOG_LOG_FORMAT: where a cluster is started, of the log files of its brokers."""
 
     @classmethod
     def read(cls, environ: Mapping[str, str] | None = None) -> Environment:

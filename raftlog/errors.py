@@ -280,6 +280,12 @@ class DamagedData(DataDirError):
     """Bytes below the sync floor do not check: this is damage, not a torn tail, and is never truncated."""
 
 
+class RecoveryRefused(DataDirError):
+    """``raftlog recover`` is not due, or not safe with these directories."""
+
+    hint = "nothing was changed"
+
+
 # -- producing -----------------------------------------------------------------------------------------------
 
 

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any, Final
 
 from contenders.base import Contender, System
-from contenders.on_floor import BareFloor, FloorProcesses
+from contenders.on_floor import BareFloor, FloorProcesses, KeepingFloor, KeepingProcesses
 from contenders.on_kafka import Kafka, KafkaBrokers
 from contenders.on_nats import Nats, NatsServers, NatsSynced
 from contenders.on_raftlog import Raftlog, RaftlogAio, RaftlogBrokers, RaftlogInterval
@@ -16,6 +16,7 @@ from contenders.on_ray import RayActor, RayItself, RayQueue
 SYSTEMS: Final[tuple[tuple[Callable[[], System], tuple[type[Any], ...]], ...]] = (
     (RaftlogBrokers, (Raftlog, RaftlogInterval, RaftlogAio)),
     (FloorProcesses, (BareFloor,)),
+    (KeepingProcesses, (KeepingFloor,)),
     (partial(NatsServers, "always"), (NatsSynced,)),
     (NatsServers, (Nats,)),
     (KafkaBrokers, (Kafka,)),

@@ -1,10 +1,10 @@
-"""The bare floor, see ``floor.py``: no topics, no records, nothing to read back."""
+"""The bare floor, see ``floor.py``: no topics, no records, nothing to read back; in two kinds."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final
+from typing import ClassVar, Final
 
 from floor import Floor
 
@@ -20,11 +20,12 @@ class FloorProcesses(System):
     """A leader and two followers."""
 
     name = "floor"
+    keep: ClassVar[bool] = False
     floor: Floor
 
     def start(self, directory: Path) -> None:
         directory.mkdir()
-        self.floor = Floor(directory).__enter__()
+        self.floor = Floor(directory, keep=self.keep).__enter__()
 
     def pids(self) -> list[int]:
         return self.floor.pids()
@@ -32,6 +33,13 @@ class FloorProcesses(System):
     def stop(self) -> None:
         if hasattr(self, "floor"):
             self.floor.close()
+
+
+class KeepingProcesses(FloorProcesses):
+    """The same with files that grow."""
+
+    name = "floor-keeps"
+    keep = True
 
 
 class BareFloor(Contender):
@@ -69,3 +77,11 @@ class BareFloor(Contender):
         frames = round(rate * turn.seconds / len(frame))
         turn.bytes, turn.records = frames * len(frame), frames * records
         return turn
+
+
+class KeepingFloor(BareFloor):
+    """A floor that keeps what it is given."""
+
+    name = "floor-keeps"
+    title = "the floor, synced, keeping"
+    settings = "the same with files that grow, as those of a log do"

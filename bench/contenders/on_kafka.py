@@ -212,38 +212,38 @@ class Kafka(Contender):
 
     def __init__(self, system: KafkaBrokers) -> None:
         super().__init__(system)
-        self._brokers = system
+        self.brokers = system
 
     def _producer(self, settings: dict[str, Any]) -> Any:
         from confluent_kafka import Producer
 
-        return Producer({"bootstrap.servers": self._brokers.servers, **settings})
+        return Producer({"bootstrap.servers": self.brokers.servers, **settings})
 
     def _consumer(self, topic: str, settings: dict[str, Any]) -> Any:
         from confluent_kafka import OFFSET_BEGINNING, Consumer, TopicPartition
 
-        consumer = Consumer({"bootstrap.servers": self._brokers.servers, **settings})
+        consumer = Consumer({"bootstrap.servers": self.brokers.servers, **settings})
         consumer.assign([TopicPartition(topic, index, OFFSET_BEGINNING) for index in self._partitions(topic)])
         return consumer
 
     def _partitions(self, topic: str) -> list[int]:
-        return list(self._brokers.admin.list_topics(topic, timeout=TIMEOUT_S).topics[topic].partitions)
+        return list(self.brokers.admin.list_topics(topic, timeout=TIMEOUT_S).topics[topic].partitions)
 
     def create(self, topic: str, partitions: int) -> None:
         from confluent_kafka.admin import NewTopic
 
         new = NewTopic(topic, num_partitions=partitions, replication_factor=REPLICAS)
-        self._brokers.admin.create_topics([new])[topic].result(TIMEOUT_S)
-        self._brokers.wait_until(lambda: self._has_leaders(topic, partitions), f"topic {topic} is ready")
+        self.brokers.admin.create_topics([new])[topic].result(TIMEOUT_S)
+        self.brokers.wait_until(lambda: self._has_leaders(topic, partitions), f"topic {topic} is ready")
 
     def _has_leaders(self, topic: str, partitions: int) -> bool:
-        found = self._brokers.admin.list_topics(topic, timeout=TIMEOUT_S).topics[topic].partitions
+        found = self.brokers.admin.list_topics(topic, timeout=TIMEOUT_S).topics[topic].partitions
         return len(found) == partitions and all(
             each.leader >= 0 and len(each.isrs) == REPLICAS for each in found.values()
         )
 
     def delete(self, topic: str) -> None:
-        self._brokers.admin.delete_topics([topic])[topic].result(TIMEOUT_S)
+        self.brokers.admin.delete_topics([topic])[topic].result(TIMEOUT_S)
 
     def held(self, topic: str) -> int | None:
         from confluent_kafka import TopicPartition
@@ -347,11 +347,11 @@ def deliver(producer: Any, topic: str, value: bytes) -> None:
     assert outcome[0] is None, outcome[0]
 
 
-def produce(producer: Any, topic: str, value: bytes) -> None:
+def produce(producer: Any, topic: str, value: bytes, **where: int) -> None:
     """Produce one message, waiting for room where the client's queue is full."""
     while True:
         try:
-            producer.produce(topic, value)
+            producer.produce(topic, value, **where)
             return
         except BufferError:
             producer.poll(0.001)

@@ -1,7 +1,7 @@
 """The actor that hosts one broker.
 
-The broker's server runs on the actor's own event loop: peers and clients talk to it through sockets, and only
-the metadata actor calls methods here.
+The broker's server runs on the actor's own event loop: peers and clients talk to it through sockets. The
+metadata actor calls methods here, and clients that reach no socket call one.
 """
 
 from __future__ import annotations
@@ -18,14 +18,18 @@ from typing import Any, Final
 import msgspec
 import ray
 
+from raftlog.actors.logs import log_as
+from raftlog.actors.metrics import RayMetrics, export
 from raftlog.actors.options import NAMESPACE, Actor, broker_name
 from raftlog.broker.broker import Broker, BrokerPlace
 from raftlog.broker.founding import FoundingPlan, found
 from raftlog.broker.joining import JoiningPlan, join
 from raftlog.broker.peers import Address
+from raftlog.broker.sampling import BrokerSampler
 from raftlog.config import BrokerConfig
-from raftlog.errors import ForeignDataDir
+from raftlog.errors import ForeignDataDir, NotRunning
 from raftlog.net.network import real_seams
+from raftlog.net.tunnel_serve import Tunnels
 from raftlog.storage.identity import Identity, find_identity
 from raftlog.storage.real_disk import RealDisk
 from raftlog.version import software_version
@@ -143,6 +147,7 @@ class BrokerHost:
     def __init__(self, launch: BrokerLaunch) -> None:
         self._launch = launch
         self._broker: Broker | None = None
+        self._tunnels: Tunnels | None = None
 
     def _disk(self) -> RealDisk:
         return RealDisk(broker_folder(self._launch.data_dir, self._launch.broker_id))
@@ -181,6 +186,8 @@ class BrokerHost:
             return self._info(self._broker)
         launch = self._launch
         sys.setswitchinterval(_SWITCH_INTERVAL_S)
+        config = BrokerConfig.model_validate(launch.config)
+        log_as(broker_name(launch.cluster, launch.broker_id), config)
         disk = self._disk()
         try:
             place = BrokerPlace(
@@ -188,14 +195,23 @@ class BrokerHost:
                 node_id=ray.get_runtime_context().get_node_id(),
                 zone=launch.zone,
             )
-            config = BrokerConfig.model_validate(launch.config)
             self._broker = await Broker.start(real_seams(), disk, config=config, place=place)
         except BaseException:  # raised again; the lock must not stay
             await disk.close()
             raise
+        self._tunnels = Tunnels(self._broker.server.accept)
+        self._export_metrics(self._broker, disk)
         gc.collect()
         gc.freeze()
         return self._info(self._broker)
+
+    def _export_metrics(self, broker: Broker, disk: RealDisk) -> None:
+        config = broker.config
+        if config.metrics_interval_ms:
+            sampler = BrokerSampler(broker, disk.syncs, config.metrics_series_max)
+            metrics = RayMetrics(cluster=self._launch.cluster, broker=str(broker.broker_id))
+            interval_s = config.metrics_interval_ms / 1000
+            broker.spawn(export(metrics, interval_s, sampler.sample, sampler.survey))
 
     def _info(self, broker: Broker) -> BrokerInfo:
         return BrokerInfo(broker.broker_id, broker.address, broker.place.node_id, os.getpid())
@@ -232,10 +248,22 @@ class BrokerHost:
         connections = self._broker.server.connections
         return sorted({one.peer.client_id for one in connections if one.peer.role == "client"})
 
+    async def exchange(self, message: bytes) -> bytes:
+        """Bytes of a client's connection there and back, for clients that reach no port; see
+        ``raftlog.net.tunnel``. What they say is what they would say at a port, the handshake included.
+
+        Raises:
+            NotRunning: before :meth:`start`, or after :meth:`stop`.
+            ProtocolError: these are bytes of something else.
+        """
+        if self._tunnels is None:
+            raise NotRunning("the actor has no broker")
+        return await self._tunnels.exchange(message)
+
     async def stop(self) -> None:
         """Close the broker cleanly; the actor may be killed afterwards."""
         if self._broker is not None:
-            broker, self._broker = self._broker, None
+            broker, self._broker, self._tunnels = self._broker, None, None
             await broker.close()
 
 

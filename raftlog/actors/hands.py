@@ -30,6 +30,7 @@ from raftlog.broker.joining import JoiningPlan
 from raftlog.controller.controller import Surroundings
 from raftlog.controller.reconcile import JoinBroker, Node, StartBroker
 from raftlog.errors import Busy, ClusterInUse, IncompatibleVersion, RaftlogError
+from raftlog.telemetry.logs import log_event
 from raftlog.version import software_version
 
 logger = logging.getLogger("raftlog.actors")
@@ -210,10 +211,14 @@ class RayHands:
         except (RayError, RaftlogError, TimeoutError) as error:
             logger.warning("no new broker of %s on node %s yet: %s", self.spec.name, node.node_id, error)
             return
-        logger.warning("broker %d of %s is new on node %s", broker_id, self.spec.name, node.node_id)
+        self._log("broker_joined", broker_id, f"is new on node {node.node_id}", node=node.node_id)
         self.has(broker_id, node.node_id)
 
     # -- brokers ---------------------------------------------------------------------------------------------
+
+    def _log(self, event: str, broker_id: int, what: str, **fields: object) -> None:
+        message, name = "broker %d of %s %s", self.spec.name
+        log_event(logger, logging.WARNING, event, message, broker_id, name, what, broker=broker_id, **fields)
 
     def actor_on(self, broker_id: int, node: RayNode) -> Actor:
         """A new actor for a broker."""
@@ -239,7 +244,7 @@ class RayHands:
             if actor is None:
                 actor = self.actor_on(broker_id, (self._nodes or alive_nodes())[node_id])
             if not await asyncio.wait_for(actor.has_data.remote(), CALL_TIMEOUT_S):
-                logger.error("broker %d of %s has lost its data", broker_id, self.spec.name)
+                self._log("broker_data_lost", broker_id, "has lost its data", node=node_id)
                 self._disks[node_id].discard(broker_id)
                 self.gone.add(broker_id)
                 ray.kill(actor)
@@ -254,7 +259,7 @@ class RayHands:
 
     async def _failed(self, broker_id: int, actor: Actor | None, error: Exception) -> None:
         self.troubles[broker_id] = str(error) or type(error).__name__  # a TimeoutError says nothing
-        logger.warning("broker %d of %s does not start: %s", broker_id, self.spec.name, error)
+        self._log("broker_not_started", broker_id, f"does not start: {error}")
         if actor is not None and not isinstance(error, RayActorError):
             ray.kill(actor)
         await asyncio.sleep(_RETRY_S)
@@ -296,7 +301,7 @@ class RayHands:
                     disks.discard(broker_id)
         except RayError as error:
             reason = str(error).splitlines()[0]
-        logger.warning("broker %d of %s ended: %s", broker_id, self.spec.name, reason)
+        self._log("broker_process_ended", broker_id, f"ended: {reason}")
         self.running.pop(broker_id, None)
 
     # -- the end ---------------------------------------------------------------------------------------------

@@ -63,12 +63,13 @@ def start(
         _init_ray()
     if ephemeral:
         data_dir = Path(tempfile.gettempdir()) / f"raftlog-{uuid.uuid4().hex}"
+    environment = Environment.read()
     spec = ClusterSpec(
         name=name,
         brokers=brokers,
-        data_dir=str(data_dir or Environment.read().data_dir or default_data_dir(name)),
+        data_dir=str(data_dir or environment.data_dir or default_data_dir(name)),
         ephemeral=ephemeral,
-        config=config or {},
+        config={"log_format": environment.log_format, "log_level": environment.log_level, **(config or {})},
         host=_LOOPBACK if _is_ray_of_this_process() else None,
         brokers_per_node=brokers_per_node,
         replace_after_s=replace_after,
@@ -91,6 +92,7 @@ def find(name: str = "default", timeout: float = 30.0) -> Bootstrap:
     attach_ray()
     deadline = time.monotonic() + timeout
     while True:
+        _check_attached()
         try:
             actor = ray.get_actor(metadata_name(name), namespace=NAMESPACE)
         except ValueError:
@@ -168,6 +170,13 @@ def metadata_actor(name: str) -> Actor:
         raise NotRunning(f"no raftlog cluster {name!r} on this Ray cluster") from None
 
 
+def _check_attached() -> None:
+    """A thread that looks for a cluster again must not attach this process to a Ray by itself: where the user
+    has just left one, to go to another, Ray would begin anew with the old one at the next call."""
+    if not ray.is_initialized():
+        raise NotRunning("this process has left its Ray cluster")
+
+
 def _call(actor: Actor, method: str, *args: object, timeout: float) -> Any:
     """Call a method of the metadata actor; what it raised comes out as it was raised there.
 
@@ -175,6 +184,7 @@ def _call(actor: Actor, method: str, *args: object, timeout: float) -> Any:
     """
     deadline = time.monotonic() + timeout
     while True:
+        _check_attached()
         try:
             return ray.get(
                 getattr(actor, method).remote(*args), timeout=max(deadline - time.monotonic(), 0.1)

@@ -26,14 +26,19 @@ from raftlog.actors.hands import (
     RayNode,
     alive_nodes,
 )
-from raftlog.actors.options import probe_options
+from raftlog.actors.logs import log_as
+from raftlog.actors.metrics import RayMetrics, export
+from raftlog.actors.options import metadata_name, probe_options
 from raftlog.broker.founding import FoundingPlan, decide, may_run
 from raftlog.client.cluster import Bootstrap, ClusterClient
+from raftlog.config import BrokerConfig
 from raftlog.controller.controller import Controller, PlannedMove
 from raftlog.controller.reconcile import Policy, StartBroker
+from raftlog.controller.sampling import cluster_samples
 from raftlog.errors import ConfigError, DataDirError, ForeignDataDir, RaftlogError
 from raftlog.net.network import real_seams
 from raftlog.storage.identity import Identity
+from raftlog.telemetry.logs import log_event
 
 logger = logging.getLogger("raftlog.actors")
 
@@ -46,6 +51,7 @@ class MetadataHost:
     """
 
     def __init__(self, spec: ClusterSpec) -> None:
+        log_as(metadata_name(spec.name), BrokerConfig.model_validate(spec.config))
         self._hands = RayHands(spec, self._changed)
         self._where: dict[int, RayNode] = {}
         """Broker id -> the node of its data, when this began."""
@@ -54,6 +60,7 @@ class MetadataHost:
         self._begun: asyncio.Task[None] = asyncio.get_running_loop().create_task(self._begin())
         self._begun.add_done_callback(_ended)
         self._governing: asyncio.Task[None] | None = None
+        self._exporting: asyncio.Task[None] | None = None
 
     def _changed(self) -> None:
         if self._controller is not None:
@@ -122,7 +129,7 @@ class MetadataHost:
         """
         if not force:
             await self._hands.check_unused(ignore)
-        for task in (self._governing, self._begun):
+        for task in (self._governing, self._exporting, self._begun):
             if task is not None:
                 task.cancel()
         await self._hands.stop()
@@ -159,9 +166,32 @@ class MetadataHost:
             raise DataDirError(f"no broker of cluster {hands.spec.name!r} could be started: {reasons}")
         ready = asyncio.gather(*(actor.ready.remote() for actor, _ in hands.running.values()))
         await asyncio.wait_for(ready, CALL_TIMEOUT_S)
+        how = "founded" if self._founding else "adopted" if running else "recovered"
+        log_event(
+            logger,
+            logging.INFO,
+            "cluster_running",
+            "cluster %s runs with %d brokers: %s",
+            hands.spec.name,
+            len(hands.running),
+            how,
+            cluster=hands.spec.name,
+            brokers=len(hands.running),
+            how=how,
+        )
         self._controller = self._make_controller()
         self._governing = asyncio.get_running_loop().create_task(self._controller.run())
         self._governing.add_done_callback(_ended)
+        self._exporting = asyncio.get_running_loop().create_task(self._export_metrics(self._controller))
+
+    async def _export_metrics(self, controller: Controller) -> None:
+        loop, spec = asyncio.get_running_loop(), self._hands.spec
+        interval_ms = BrokerConfig.model_validate(spec.config).metrics_interval_ms
+        if interval_ms:
+            metrics = RayMetrics(cluster=spec.name)
+            await export(
+                metrics, interval_ms / 1000, lambda _: list(cluster_samples(controller.view, loop.time()))
+            )
 
     def _make_controller(self) -> Controller:
         spec = self._hands.spec

@@ -18,6 +18,7 @@ from typing import Any, ClassVar, Final
 
 import msgspec
 
+from raftlog.broker import events
 from raftlog.broker.assigned import AssignedReplica
 from raftlog.broker.cycle import Cycle
 from raftlog.broker.group_replica import GroupReplica
@@ -66,6 +67,7 @@ from raftlog.storage.disk import Disk
 from raftlog.storage.identity import Identity, load_identity, store_identity
 from raftlog.storage.spec import StorageConfig
 from raftlog.storage.store import BrokerStore
+from raftlog.telemetry.counters import Counters
 
 logger = logging.getLogger("raftlog.broker")
 
@@ -119,6 +121,7 @@ class Broker:
         self.config = config
         self.place = place
         self.started_ms: Final = seams.wall_ms()
+        self.counters: Final = Counters(seams.clock_s)
         self.failed: asyncio.Future[RaftlogError] = asyncio.get_running_loop().create_future()
         """Done when the broker cannot go on (its storage failed): whoever hosts it should end the process."""
         self._metadata_replica_id: Final = identity.metadata_replica
@@ -217,6 +220,7 @@ class Broker:
         self.spawn(self.repairs.run())
         self.spawn(keep_house(self))
         self._registered = self.spawn(self.metadata.register())
+        events.started(self)
 
     async def _open_metadata(self, replica_id: int) -> MetadataReplica:
         """Without its replica of the metadata group a broker knows nothing: should it be damaged, that is
@@ -317,11 +321,7 @@ class Broker:
             logger.error("broker %d: a task failed", self.broker_id, exc_info=task.exception())
 
     def leadership_changed(self, replica: Replica[Any], before: SoftState | None) -> None:
-        node = replica.node
-        if before is None or (node.role, node.term) != (before.role, before.term):
-            logger.debug(
-                "broker %d: %s is %s in term %d", self.broker_id, replica.name, node.role.value, node.term
-            )
+        events.leadership_changed(self, replica, before)
 
     # -- peers -----------------------------------------------------------------------------------------------
 
@@ -353,6 +353,10 @@ class Broker:
 
     def _addresses_changed(self) -> None:
         self.spawn(self._save_addresses())
+
+    async def free_bytes(self) -> int:
+        """That the device of the data directory has left."""
+        return await self._disk.free_bytes()
 
     async def _save_addresses(self) -> None:
         async with self._saving:
@@ -441,11 +445,8 @@ class Broker:
     # -- trouble and the end ---------------------------------------------------------------------------------
 
     def _store_fault(self, fault: RaftlogError | None) -> None:
-        if fault is None:
-            logger.warning("broker %d: its storage takes writes again", self.broker_id)
-            return
-        logger.error("broker %d: %s", self.broker_id, fault)
-        if not isinstance(fault, StorageFull):
+        events.storage(self, fault)
+        if fault is not None and not isinstance(fault, StorageFull):
             self._fail(fault)
 
     def check_belongs(self, broker_id: int) -> None:
@@ -473,7 +474,7 @@ class Broker:
 
     def _replaced(self, error: RaftlogError) -> None:
         """A newer process runs this broker, or it was removed: this one must not go on."""
-        logger.error("broker %d: %s", self.broker_id, error)
+        events.replaced(self, error)
         self._fail(error)
 
     def _fail(self, error: RaftlogError) -> None:

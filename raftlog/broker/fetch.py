@@ -28,6 +28,7 @@ from raftlog.net.rpc import (
 from raftlog.net.server import Reply
 from raftlog.record.batch import BATCH_BYTES_LIMIT
 from raftlog.record.frame import Buffer
+from raftlog.telemetry.counters import Counters
 
 FETCH_BYTES_MAX: Final = BATCH_BYTES_LIMIT
 """Of records in an answer, whatever was asked for. The last batch may pass it, by its own size at most, so an
@@ -50,9 +51,21 @@ class FetchSession:
         reply: how to answer; exactly once.
         find: the partition's replica on this broker (raises UnknownReplica and the like).
         spawn: runs a coroutine, for reads that must wait for the disk.
+        counters: where it is counted.
     """
 
-    __slots__ = ("_answered", "_find", "_isolation", "_parked", "_reply", "_request", "_spawn", "_timer")
+    __slots__ = (
+        "_answered",
+        "_began",
+        "_counters",
+        "_find",
+        "_isolation",
+        "_parked",
+        "_reply",
+        "_request",
+        "_spawn",
+        "_timer",
+    )
 
     def __init__(
         self,
@@ -60,12 +73,16 @@ class FetchSession:
         reply: Reply,
         find: Callable[[bytes, int], PartitionReplica],
         spawn: Callable[[Coroutine[Any, Any, None]], object],
+        counters: Counters,
     ) -> None:
         self._request = request
         self._isolation = READ_COMMITTED if request.isolation == READ_COMMITTED else READ_UNCOMMITTED
         self._reply = reply
         self._find = find
         self._spawn = spawn
+        self._counters = counters
+        self._began = -1.0
+        """When its answer was begun; -1: it is not timed."""
         self._parked: list[PartitionReplica] = []
         self._timer: asyncio.TimerHandle | None = None
         self._answered = False
@@ -119,6 +136,10 @@ class FetchSession:
             self._timer.cancel()
         for replica in self._parked:
             replica.stop_waiting(self, self._isolation)
+        latency = self._counters.fetch
+        latency.count += 1
+        if latency.count >= latency.next:
+            self._began = self._counters.clock()
         answer = _Answer(self._request.bytes_max, self._isolation)
         for wanted in self._request.partitions:
             source = self._readable(wanted, answer)
@@ -136,7 +157,12 @@ class FetchSession:
                 self._spawn(self._answer_from_disk())
                 return
             answer.add(source, wanted, found)
+        self._finish(answer)
+
+    def _finish(self, answer: _Answer) -> None:
         self._reply.ok(FetchResponse(answer.rows), answer.buffers)
+        if self._began >= 0:
+            self._counters.fetch.add(self._counters.clock() - self._began)
 
     async def _answer_from_disk(self) -> None:
         """The same where memory did not suffice; the partitions before are read again (they are cached)."""
@@ -161,7 +187,7 @@ class FetchSession:
                     answer.fail(error)
                 else:
                     answer.add(source, wanted, found)
-        self._reply.ok(FetchResponse(answer.rows), answer.buffers)
+        self._finish(answer)
 
     def _readable(self, wanted: FetchPartition, answer: _Answer) -> PartitionReplica | None:
         """The replica to read from (or to compare with, see ``history``); None when the partition's row is
@@ -205,6 +231,7 @@ class _Answer:
         if found and self._isolation == READ_COMMITTED:
             found, aborted = committed_only(replica, wanted.offset, found)
         length = sum(map(len, found))
+        replica.traffic.bytes_out += length
         machine = replica.machine
         self.rows.append(
             FetchedPartition(

@@ -62,6 +62,7 @@ def decide(name: str, found: Mapping[int, Identity | None], random: Random | Non
     Raises:
         ForeignDataDir: the directories belong to different clusters, to one of another name, or to another
             broker.
+        DataDirError: ``raftlog recover`` has begun in one of them and has not finished.
     """
     known = {broker_id: identity for broker_id, identity in found.items() if identity is not None}
     if not known:
@@ -84,7 +85,11 @@ def decide(name: str, found: Mapping[int, Identity | None], random: Random | Non
             f"the data belongs to cluster {first.cluster_name!r}, not {name!r}: start it under its own name, "
             "or choose another data directory"
         )
+    for identity in known.values():
+        identity.check_recovered()
     members = tuple(broker_id for broker_id, _ in first.metadata_voters)
+    # Who was lost for good is not waited for.
+    members = next((identity.survivors for identity in known.values() if identity.survivors), members)
     return FoundingPlan(first.cluster_id, name, first.secret, members)
 
 

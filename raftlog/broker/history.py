@@ -1,14 +1,15 @@
 """Whether the log still holds what a consumer has read (KIP-320).
 
-With flush=interval a power cut may take committed records, and others get their offsets. A consumer says of
-which term the last record was that it read. The leader of a term alone gives offsets to its records, so an
-equal term at that offset is the same record, and all before it are the same too. Where the term differs, or
-the log ends before, the two agree up to the end of what the log holds of that term or of lower ones.
+With flush=interval a power cut may take committed records, and others get their offsets; so may the loss of
+a majority for good, in any topic (``majority_loss.py``). A consumer says of which term the last record was
+that it read. The leader of a term alone gives offsets to its records, so an equal term at that offset is the
+same record, and all before it are the same too. Where the term differs, or the log ends before, the two agree
+up to the end of what the log holds of that term or of lower ones.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from raftlog.errors import LogTruncated
 from raftlog.net.rpc import FetchPartition
@@ -18,13 +19,20 @@ from raftlog.storage.segment import batch_base_offset
 if TYPE_CHECKING:
     from raftlog.broker.partition import PartitionReplica
 
+HISTORY_TERMS: Final = 1_000_000
+"""A group that goes on without a majority begins a new history at the next multiple of this. By the term
+consumers tell that what they read is gone, also where the lost went through terms of which no survivor
+knows."""
 _READ_BYTES = 64 << 10
 
 
 def is_suspect(replica: PartitionReplica, wanted: FetchPartition) -> bool:
-    """Whether :func:`check` has to look closer. Replicas that sync before they acknowledge lose nothing."""
+    """Whether :func:`check` has to look closer. Replicas that sync before they acknowledge lose nothing,
+    unless their majority was lost."""
     log, offset = replica.log, wanted.offset
-    if wanted.last_term < 0 or not log.spec.flush_interval_ms or offset <= log.start_offset:
+    if not log.spec.flush_interval_ms and replica.node.term < HISTORY_TERMS:
+        return False
+    if wanted.last_term < 0 or offset <= log.start_offset:
         return False
     return offset > replica.committed_offset or log.term_before(offset) != wanted.last_term
 

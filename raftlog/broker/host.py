@@ -10,6 +10,7 @@ from raftlog.config import BrokerConfig
 from raftlog.raft.config import RaftConfig
 from raftlog.raft.types import Message, SoftState
 from raftlog.storage.store import BrokerStore
+from raftlog.telemetry.counters import Counters
 
 if TYPE_CHECKING:
     from raftlog.broker.replica import Replica
@@ -33,6 +34,9 @@ class Host(Protocol):
 
     @property
     def snapshot_slots(self) -> SnapshotSlots: ...
+
+    @property
+    def counters(self) -> Counters: ...
 
     def raft_config(self, replica_id: int) -> RaftConfig: ...
 

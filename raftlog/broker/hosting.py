@@ -45,6 +45,20 @@ Assigned: TypeAlias = dict[int, tuple[Topic, int]]
 """Replica id -> (topic, partition)."""
 
 
+def replica_spec(topic: Topic, index: int, replica_id: int, settings: TopicConfig) -> ReplicaSpec:
+    """What a replica of a partition is, wherever it is made."""
+    return ReplicaSpec(
+        replica_id=replica_id,
+        topic=topic.name,
+        topic_id=topic.topic_id,
+        partition=index,
+        conf=ConfState(voters=topic.partitions[index].founders),
+        segment_bytes=settings.segment_bytes,
+        internal=topic.internal,
+        flush_interval_ms=settings.flush_interval_ms if settings.flush == "interval" else 0,
+    )
+
+
 class Hosting:
     """The replicas of one broker.
 
@@ -127,18 +141,7 @@ class Hosting:
             except ConfigError as error:
                 self._complain(replica_id, error)
                 continue
-            specs.append(
-                ReplicaSpec(
-                    replica_id=replica_id,
-                    topic=topic.name,
-                    topic_id=topic.topic_id,
-                    partition=index,
-                    conf=ConfState(voters=topic.partitions[index].founders),
-                    segment_bytes=settings.segment_bytes,
-                    internal=topic.internal,
-                    flush_interval_ms=settings.flush_interval_ms if settings.flush == "interval" else 0,
-                )
-            )
+            specs.append(replica_spec(topic, index, replica_id, settings))
         if specs:
             await store.create_many(specs)
 

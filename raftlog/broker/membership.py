@@ -22,6 +22,7 @@ from collections.abc import Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
+from raftlog.broker.events import replica_event
 from raftlog.errors import Busy
 from raftlog.raft.quorum import majority
 from raftlog.raft.types import ConfState, Role
@@ -175,7 +176,8 @@ class Membership:
     def _take(self, step: Step, now_ms: int) -> None:
         replica = self._replica
         node, host = replica.node, replica.host
-        logger.info("broker %d: %s: %s", host.broker_id, replica.name, step)
+        event = "leadership_transfer" if isinstance(step, Transfer) else "membership_change"
+        replica_event(logging.INFO, event, f"takes a step: {step}", replica, step=step)
         try:
             if isinstance(step, Transfer):
                 self._again_ms = now_ms + 2 * _timeout_ms(replica)  # it may come to nothing

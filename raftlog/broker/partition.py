@@ -61,6 +61,10 @@ class PartitionReplica(AssignedReplica[PartitionState]):
         """Leader time at which this leader last had producers forgotten."""
         self._in_flight: dict[int, int] = {}
         """base offset -> index of batches above the applied index, for duplicates of a batch in flight."""
+        self.traffic: Final = host.counters.traffic(log.spec.topic)
+        self._latency: Final = host.counters.produce
+        self._timed = (0, 0.0)
+        """Index of a batch that is timed, and when it was appended; 0: none is."""
         self._waiters_for_records: dict[int, dict[Waiter, None]] = {
             READ_UNCOMMITTED: {},
             READ_COMMITTED: {},
@@ -127,6 +131,12 @@ class PartitionReplica(AssignedReplica[PartitionState]):
         payload = stamped(batch, base_offset, self.node.term)
         entry = self.propose(staged, FrameKind.BATCH, payload, done)
         self._in_flight[base_offset] = entry.index
+        self.traffic.records_in += header.record_count
+        self.traffic.bytes_in += len(payload)
+        latency = self._latency
+        latency.count += 1
+        if latency.count >= latency.next and not self._timed[0]:
+            self._timed = entry.index, self.host.counters.clock()
 
     def _end_before(self, staged: PartitionState, header: BatchHeader, before: CommittedBefore) -> None:
         """Write the marker that a batch brings along. Where nothing is open it needs none: from the batch on,
@@ -157,6 +167,10 @@ class PartitionReplica(AssignedReplica[PartitionState]):
         self._woken = True
         base_offset = _BASE_OFFSET.unpack_from(entry.payload)[0]
         self._in_flight.pop(base_offset, None)
+        index, since = self._timed
+        if index == entry.index:
+            self._timed = 0, 0.0
+            self._latency.add(self.host.counters.clock() - since)
         return ProduceResponse(base_offset, entry.leader_time_ms, self.machine.log_start)
 
     # -- retention -------------------------------------------------------------------------------------------
@@ -255,6 +269,7 @@ class PartitionReplica(AssignedReplica[PartitionState]):
 
     def stopped_serving(self) -> None:
         self._in_flight.clear()
+        self._timed = 0, 0.0
         self._wake_all()
 
     def _wake_all(self) -> None:

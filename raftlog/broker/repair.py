@@ -41,6 +41,7 @@ from raftlog.net.rpc import (
 from raftlog.storage.damage import BrokenLog, BrokenSnapshot
 from raftlog.storage.repair import Patch
 from raftlog.storage.spec import ReplicaSpec
+from raftlog.telemetry.logs import log_event
 
 if TYPE_CHECKING:
     from raftlog.broker.broker import Broker
@@ -87,8 +88,26 @@ class Repairs:
         """What is done about a replica's damage, for its row in the status; empty when all is well."""
         return self._notes.get(replica_id, "")
 
+    def _log(self, level: int, event: str, replica_id: int, what: str) -> None:
+        broker_id, spec = self._broker.broker_id, self._ward.spec_of(replica_id)
+        place = {} if spec is None else {"topic": spec.topic, "partition": spec.partition}
+        name = "" if spec is None else f" ({spec.topic}/{spec.partition})"
+        log_event(
+            logger,
+            level,
+            event,
+            "broker %d: replica %d%s: %s",
+            broker_id,
+            replica_id,
+            name,
+            what,
+            broker=broker_id,
+            replica=replica_id,
+            **place,
+        )
+
     def _found(self, replica_id: int) -> None:
-        logger.warning("broker %d: a file of replica %d is damaged", self._broker.broker_id, replica_id)
+        self._log(logging.WARNING, "replica_damaged", replica_id, "a file is damaged")
         self._wanted.set()
         replica = self._broker.replica(replica_id)
         if replica is not None:
@@ -136,9 +155,7 @@ class Repairs:
             await self._repair(replica_id)
         except (RaftlogError, FileNotFoundError) as error:  # the latter: it was removed meanwhile
             self._notes[replica_id] = f"cannot be repaired now: {error}"
-            logger.warning(
-                "broker %d: cannot repair replica %d now: %s", self._broker.broker_id, replica_id, error
-            )
+            self._log(logging.WARNING, "repair_waits", replica_id, self._notes[replica_id])
 
     async def _repair(self, replica_id: int) -> None:
         steps, was_asleep = 0, replica_id in self._ward.sleepers
@@ -159,13 +176,14 @@ class Repairs:
         self._notes.pop(replica_id, None)
         if steps or was_asleep:  # the last step may have been written although it was reported as failed
             self.completed += 1
-            logger.info("broker %d: replica %d is repaired", self._broker.broker_id, replica_id)
+            self._log(logging.INFO, "replica_repaired", replica_id, "repaired")
             self._broker.hosting.image_changed()  # it can be opened now, if it could not before
 
     def _give_up(self, spec: ReplicaSpec, why: str) -> None:
         """Another replica must take the place of this one."""
         self.beyond_help.add(spec.replica_id)
-        self._notes[spec.replica_id] = f"cannot be repaired: {why}"
+        note = self._notes[spec.replica_id] = f"cannot be repaired: {why}"
+        self._log(logging.ERROR, "replica_beyond_help", spec.replica_id, note)
         self._broker.hosting.image_changed()
 
     def _sources(self, spec: ReplicaSpec) -> list[int]:

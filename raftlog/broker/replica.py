@@ -21,6 +21,7 @@ from contextlib import suppress
 from functools import partial
 from typing import Any, Final, Generic, TypeVar
 
+from raftlog.broker.events import replica_event
 from raftlog.broker.host import Host
 from raftlog.broker.leader_time import LeaderTime
 from raftlog.broker.machine import StateMachine, stage
@@ -179,9 +180,7 @@ class Replica(Generic[M]):
         if node.role is Role.LEADER:
             if len(node.conf.voters) == 1:
                 return False  # nobody to hand over to
-            logger.warning(
-                "broker %d: its disk stalls: it gives up leading %s", self.host.broker_id, self.name
-            )
+            replica_event(logging.WARNING, "disk_stalled", "is given up as leader: the disk stalls", self)
             node.step_down(now_ms)
             self.host.mark(self)
         return True
@@ -202,9 +201,7 @@ class Replica(Generic[M]):
         if node.role is Role.LEADER:
             if self._gave_up or now_ms - self._hurt_since_ms < timeout_ms:
                 return False
-            logger.warning(
-                "broker %d: its replica is damaged: it gives up leading %s", self.host.broker_id, self.name
-            )
+            replica_event(logging.WARNING, "leader_damaged", "is given up as leader: it is damaged", self)
             self._gave_up = True
             node.step_down(now_ms)
             self.host.mark(self)
@@ -513,7 +510,7 @@ class Replica(Generic[M]):
         self.staged = staged
         self._served_term = node.term
         self.began_serving(staged)
-        logger.info("broker %d serves %s in term %d", self.host.broker_id, self.name, node.term)
+        replica_event(logging.INFO, "leader_won", f"is led by it from term {node.term} on", self)
 
     def _fail_waiters(self) -> None:
         waiters, self._waiters = self._waiters, {}
@@ -556,7 +553,7 @@ class Replica(Generic[M]):
             self._fail_reads()
             self.stopped_serving()
             level = logging.INFO if isinstance(error, UnknownReplica) else logging.ERROR  # it was deleted
-            logger.log(level, "broker %d: %s is out of service: %s", self.host.broker_id, self.name, error)
+            replica_event(level, "replica_retired", f"is out of service: {error}", self)
 
     # -- looking ---------------------------------------------------------------------------------------------
 

@@ -124,7 +124,8 @@ class Service:
         replica.produce(payload, partial(answer, reply), request.before)
 
     def _fetch(self, request: rpc.FetchRequest, payload: memoryview, reply: Reply) -> None:
-        FetchSession(request, reply, self._broker.partition, self._broker.spawn).serve()
+        broker = self._broker
+        FetchSession(request, reply, broker.partition, broker.spawn, broker.counters).serve()
 
     def _list_offsets(self, request: rpc.ListOffsetsRequest, payload: memoryview, reply: Reply) -> None:
         self._broker.spawn(answer_with(reply, partial(self._find_offsets, request)))
@@ -275,7 +276,9 @@ class Service:
                 if connection.peer.role == "client"
             }
         )
-        reply.ok(rpc.BrokerStatusResponse(broker.row(), rows, clients, software_version(), broker.started_ms))
+        totals = broker.counters.totals()
+        version, since = software_version(), broker.started_ms
+        reply.ok(rpc.BrokerStatusResponse(broker.row(), rows, clients, version, since, totals))
 
 
 async def _lend(reply: Reply, work: Callable[[], Coroutine[Any, Any, tuple[rpc.Struct, bytes]]]) -> None:

@@ -125,6 +125,8 @@ class TransactionReplica(CoordinatorReplica[TransactionsState]):
     """Transactional ids whose markers are due now."""
     _waiting: dict[str, list[_Waiting]]
     """By transactional id."""
+    _open: set[Identity]
+    """Of transactions that have begun and not ended, as far as applied: to count them."""
 
     def encode(self, command: Any) -> bytes:
         return encode_command(command)
@@ -142,6 +144,8 @@ class TransactionReplica(CoordinatorReplica[TransactionsState]):
         self._settling = {}
         self._to_send = []
         self._waiting = {}
+        known = self.machine.transactions.values()
+        self._open = {each.identity for each in known if each.phase is Phase.ONGOING}
         for transaction in self.machine.ending():
             self._settle(self._coordinator, transaction, 0.0)
         self.call_later("scan", ABORT_SCAN_MS / 1000, self._scan)
@@ -297,10 +301,29 @@ class TransactionReplica(CoordinatorReplica[TransactionsState]):
     def applied(self, entry: Entry, result: object) -> object:
         coordinator = self._coordinator
         if coordinator is not None and isinstance(result, Transaction):
+            self._count(result)
             # a producer that has the next transaction already tells the partitions itself; let it
             is_hurried = result.phase is not Phase.ONGOING or result.transactional_id in self._waiting
             self._settle(coordinator, result, 0.0 if is_hurried else _CARRY_S)
         return result
+
+    def _count(self, transaction: Transaction) -> None:
+        """Whether one has begun, or ended, with this change."""
+        counters, ended = self.host.counters, transaction.ended
+        if ended is not None and ended.identity in self._open:
+            self._open.remove(ended.identity)
+            if ended.commit:
+                counters.transactions_committed += 1
+            else:
+                counters.transactions_aborted += 1
+        if transaction.phase is Phase.ONGOING and transaction.identity not in self._open:
+            self._open.add(transaction.identity)
+            counters.transactions_begun += 1
+
+    @property
+    def open_transactions(self) -> int:
+        """How many are open here, while this replica leads."""
+        return 0 if self._coordinator is None else len(self._open)
 
     def _settle(self, coordinator: TransactionCoordinator, transaction: Transaction, delay_s: float) -> None:
         """Take in what is applied: if it is an end, see to it that all hear of it."""

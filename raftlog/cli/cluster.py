@@ -1,27 +1,15 @@
-"""``raftlog start``, ``status``, ``upgrade`` and ``shutdown``: a cluster as a whole."""
+"""``raftlog start``, ``shutdown``, ``upgrade``, ``drain`` and ``rebalance``: a cluster as a whole."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from raftlog.cli import session
 from raftlog.cli.session import ClusterOption, JsonOption, connected, console, print_json, table
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from raftlog.client.descriptions import (
-        ClusterDescription,
-        PartitionDescription,
-        TopicDescription,
-    )
-
-NUMBERS = frozenset(
-    {"partition", "partitions", "term", "start", "committed", "end", "replicas held", "leads", "pid"}
-)
+from raftlog.cli.status import brokers_table
 
 
 def start(
@@ -34,7 +22,8 @@ def start(
     data_dir: Annotated[
         Path | None,
         typer.Option(
-            envvar="RAFTLOG_DATA_DIR", help="Where brokers keep their data; what is there is recovered."
+            envvar="RAFTLOG_DATA_DIR",
+            help="Where brokers keep their data; what is there is recovered. $VARIABLES are each node's own.",
         ),
     ] = None,
     ephemeral: Annotated[
@@ -43,37 +32,40 @@ def start(
     brokers_per_node: Annotated[
         int, typer.Option("--brokers-per-node", min=1, help="For nodes with many cores.")
     ] = 1,
+    replace_after: Annotated[
+        float,
+        typer.Option(
+            "--replace-after",
+            min=0.0,
+            metavar="SECONDS",
+            help="A broker that is away for longer is replaced, if there are other nodes.",
+        ),
+    ] = 30.0,
 ) -> None:
     """Start a cluster on the Ray that runs, recover it from its data, or attach to it when it is up."""
-    directory = None if data_dir is None else str(data_dir.expanduser().absolute())
     log = session.session(ctx).start(
         name=cluster,
         brokers=brokers,
-        data_dir=directory,
+        data_dir=None if data_dir is None else directory_of(data_dir),
         ephemeral=ephemeral,
         brokers_per_node=brokers_per_node,
+        replace_after=replace_after,
     )
     try:
-        _print_brokers(console(), log.describe_cluster())
+        described = log.describe_cluster()
+        out = console()
+        out.print(f"cluster [bold]{described.name}[/bold]  {described.cluster_id}")
+        out.print()
+        out.print(brokers_table(described))
     finally:
         log.close()
 
 
-def status(ctx: typer.Context, cluster: ClusterOption = "default", as_json: JsonOption = False) -> None:
-    """Show brokers, and each partition's leader, term and commit position; name what is under-replicated."""
-    with connected(ctx, cluster) as log:
-        described = log.describe_cluster()
-        topics = [log.describe_topic(name) for name in sorted(log.topics())]
-    if as_json:
-        print_json({"cluster": described, "topics": topics})
-        return
-    out = console()
-    _print_brokers(out, described)
-    if topics:
-        out.print()
-        print_partitions(out, topics)
-    out.print()
-    out.print(_summary(described, topics))
+def directory_of(named: Path) -> str:
+    """The data directory as every node is told of it: ``~`` and what is relative are those of whoever says
+    it, variables those of each node."""
+    text = str(named.expanduser())
+    return text if text.startswith("$") else str(Path(text).absolute())
 
 
 def shutdown(
@@ -124,7 +116,15 @@ def rebalance(
     if not moves:
         out.print("nothing to move")
         return
-    rows = table("topic", "partition", "brokers", "to", "MB to copy", "why", right=NUMBERS | {"MB to copy"})
+    rows = table(
+        "topic",
+        "partition",
+        "brokers",
+        "to",
+        "MB to copy",
+        "why",
+        right=frozenset({"partition", "MB to copy"}),
+    )
     for move in moves:
         rows.add_row(
             move.topic,
@@ -139,66 +139,3 @@ def rebalance(
     total = sum(move.bytes for move in moves) / 1e6
     verb = "would change" if dry_run else "change"
     out.print(f"{len(moves)} partitions {verb}, {total:.1f} MB to copy")
-
-
-def _print_brokers(out: Console, described: ClusterDescription) -> None:
-    out.print(f"cluster [bold]{described.name}[/bold]  {described.cluster_id}")
-    out.print()
-    rows = table("broker", "state", "address", "node", "pid", "replicas held", "leads", right=NUMBERS)
-    for broker in described.brokers:
-        colour = {"alive": "green", "draining": "yellow"}.get(broker.state, "red")
-        rows.add_row(
-            str(broker.id),
-            f"[{colour}]{broker.state}[/{colour}]",
-            str(broker.address),
-            broker.node_id[:12],
-            str(broker.pid),
-            str(broker.replicas),
-            str(broker.leaders),
-        )
-    out.print(rows)
-
-
-def print_partitions(out: Console, topics: list[TopicDescription]) -> None:
-    """A table with one line per partition: leader, term, replicas, offsets, and who is behind."""
-    rows = table(
-        "topic",
-        "partition",
-        "leader",
-        "term",
-        "replicas",
-        "start",
-        "committed",
-        "end",
-        "behind",
-        right=NUMBERS,
-    )
-    for topic in topics:
-        for partition in topic.partitions:
-            rows.add_row(
-                topic.name,
-                str(partition.index),
-                "[red]none[/red]" if partition.leader is None else str(partition.leader),
-                str(partition.term),
-                " ".join(map(str, partition.replicas)),
-                str(partition.start_offset),
-                str(partition.committed),
-                str(partition.end_offset),
-                f"[yellow]{' '.join(map(str, partition.lagging))}[/yellow]",
-            )
-    out.print(rows)
-
-
-def is_under_replicated(partition: PartitionDescription) -> bool:
-    """Whether a replica is behind, or there is no leader to tell."""
-    return partition.leader is None or bool(partition.lagging)
-
-
-def _summary(described: ClusterDescription, topics: list[TopicDescription]) -> str:
-    partitions = [partition for topic in topics for partition in topic.partitions]
-    behind = sum(map(is_under_replicated, partitions))
-    alive = sum(broker.state == "alive" for broker in described.brokers)
-    counts = f"{alive} of {len(described.brokers)} brokers alive, {len(partitions)} partitions"
-    if behind:
-        return f"{counts}, [yellow]{behind} under-replicated[/yellow]"
-    return f"{counts}, [green]none under-replicated[/green]"

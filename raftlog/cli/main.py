@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from raftlog.cli import cluster, consume, groups, produce, topics, transactions, verify
+from raftlog.cli import cluster, consume, groups, produce, recover, status, topics, transactions, verify
 from raftlog.cli.session import abandon_stdout, print_error
 from raftlog.errors import RaftlogError
 
@@ -51,13 +51,14 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("start")(cluster.start)
-app.command("status")(cluster.status)
+app.command("status")(status.status)
 app.add_typer(topics.app, name="topics")
 app.add_typer(groups.app, name="groups")
 app.add_typer(transactions.app, name="transactions")
 app.command("produce")(produce.produce)
 app.command("consume")(consume.consume)
 app.command("verify")(verify.verify)
+app.command("recover")(recover.recover)
 app.command("upgrade")(cluster.upgrade)
 app.command("drain")(cluster.drain)
 app.command("rebalance")(cluster.rebalance)

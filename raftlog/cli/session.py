@@ -41,6 +41,7 @@ class _Start(Protocol):
         data_dir: str | None,
         ephemeral: bool,
         brokers_per_node: int,
+        replace_after: float,
     ) -> Log: ...
 
 
@@ -81,7 +82,13 @@ def _plan(name: str, begin: bool) -> list[Any]:
 
 
 def _start(
-    *, name: str, brokers: int | None, data_dir: str | None, ephemeral: bool, brokers_per_node: int
+    *,
+    name: str,
+    brokers: int | None,
+    data_dir: str | None,
+    ephemeral: bool,
+    brokers_per_node: int,
+    replace_after: float,
 ) -> Log:
     import raftlog
     from raftlog.actors.launch import attach_ray
@@ -93,6 +100,7 @@ def _start(
         data_dir=data_dir,
         ephemeral=ephemeral,
         brokers_per_node=brokers_per_node,
+        replace_after=replace_after,
     )
 
 

@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from raftlog.cli.cluster import is_under_replicated, print_partitions
 from raftlog.cli.session import ClusterOption, JsonOption, connected, console, print_json, table, write_out
+from raftlog.cli.status import is_under_replicated, partitions_table
 from raftlog.errors import ConfigError
 
 app = typer.Typer(help="List, create, alter, describe and delete topics.", no_args_is_help=True)
@@ -130,7 +130,7 @@ def describe(
     for key, value in sorted(described.config.items()):
         out.print(f"  {key} = {value}", markup=False)
     out.print()
-    print_partitions(out, [described])
+    out.print(partitions_table([described]))
 
 
 @app.command()

@@ -260,7 +260,11 @@ class ClusterClient:
                 async with asyncio.timeout(left):
                     connection = await self.seek_leader(view)
             except TimeoutError as error:
-                raise RequestTimeout(f"no leader of {view} in {timeout:g} s", indeterminate=False) from error
+                nobody = self.last_error is not None and not self.connections.open_ones()
+                reason = f": {self.last_error}" if nobody else ""
+                raise RequestTimeout(
+                    f"no leader of {view} in {timeout:g} s{reason}", indeterminate=False
+                ) from error
             try:
                 return await self.call(connection, request, payload, timeout=left)
             except (NotLeader, UnknownReplica) as error:

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Collection, Iterable
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 
@@ -36,6 +36,8 @@ class Bootstrap(msgspec.Struct, frozen=True):
     cluster_id: str
     secret: bytes
     addresses: tuple[Address, ...]
+    transport: str | None = None
+    """What :func:`raftlog.connect` was asked for; None: streams, and there is no Ray with other ways."""
 
     def __repr__(self) -> str:
         return f"Bootstrap(name={self.name!r}, cluster_id={self.cluster_id!r}, addresses={self.addresses!r})"
@@ -159,7 +161,7 @@ class Connections:
             return self._seams.random.choice(preferred or opened)
         if self._search is None or self._search.done():
             self._search = asyncio.get_running_loop().create_task(self._find())
-            self._search.add_done_callback(_seen)
+            self._search.add_done_callback(seen)
         search = self._search
         try:
             return await asyncio.shield(search)  # it goes on when who asked has no more time
@@ -194,9 +196,13 @@ class Connections:
                     if not isinstance(failure, RaftlogError) or not is_retriable(failure):
                         raise failure
                     error = failure
+        way = ""
+        if self._bootstrap.transport == "streams":
+            way = "; a client that cannot reach these ports connects with transport='actor'"
         raise ConnectionLost(
             f"no broker of cluster {self._bootstrap.name!r} answers at "
             + ", ".join(f"{host}:{port}" for host, port in addresses)
+            + way
         ) from error
 
     def _dial(self, address: Address) -> asyncio.Task[RpcConnection]:
@@ -264,7 +270,7 @@ class Connections:
             await asyncio.wait(tasks)
 
 
-def _seen(search: asyncio.Task[RpcConnection]) -> None:
-    """Why it failed is of no interest when nobody waits any more."""
-    if not search.cancelled():
-        search.exception()
+def seen(task: asyncio.Task[Any]) -> None:
+    """For a task's end: why it failed is of no interest when nobody waits any more."""
+    if not task.cancelled():
+        task.exception()

@@ -56,6 +56,8 @@ class BrokerDescription(msgspec.Struct, frozen=True):
     """How many it holds."""
     leaders: int
     """How many of them lead."""
+    totals: dict[str, int]
+    """What has gone through it since it was started: records_in, bytes_in, bytes_out, elections_won."""
 
 
 class MemberDescription(msgspec.Struct, frozen=True):
@@ -169,6 +171,7 @@ def describe_brokers(
                 pid=shown.pid,
                 replicas=len(held),
                 leaders=sum(each.role == LEADER for each in held),
+                totals={} if status is None else status.totals,
             )
         )
     return described

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import atexit
 import contextlib
+import dataclasses
 import os
 import sys
 import threading
@@ -12,6 +13,8 @@ import weakref
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypeVar
+
+import msgspec
 
 from raftlog.client.admin import CALL_TIMEOUT_S, Admin
 from raftlog.client.cluster import Bootstrap, ClusterClient
@@ -28,6 +31,7 @@ from raftlog.client.identity_pool import process_pool
 from raftlog.client.io_thread import IoThread, io_thread
 from raftlog.client.offsets import Offset, Place
 from raftlog.client.transaction_admin import OpenTransaction, TransactionAdmin, TransactionDescription
+from raftlog.client.transports import network_for, transport_of
 from raftlog.config import ConsumerConfig, ProducerConfig, TopicConfig
 from raftlog.errors import Closed, NotRunning, RaftlogError
 from raftlog.net.network import real_seams
@@ -92,6 +96,12 @@ class Log:
     def bootstrap(self) -> Bootstrap:
         """How to reach the cluster."""
         return self._bootstrap
+
+    @property
+    def transport(self) -> str:
+        """How it reaches the brokers: "streams" or "actor". (A Log that came out of a pickle, or was made
+        before a fork, says "auto" until it has found out.)"""
+        return transport_of(self._connected().cluster.seams.network)
 
     @property
     def closed(self) -> bool:
@@ -515,7 +525,7 @@ async def _make(bootstrap: Bootstrap) -> ClusterClient:
 def process_client(bootstrap: Bootstrap) -> ClusterClient:
     """A client of this process, on the loop that runs it."""
     return ClusterClient(
-        real_seams(),
+        dataclasses.replace(real_seams(), network=network_for(bootstrap)),
         bootstrap,
         process_client_id(),
         refresh_through_ray(bootstrap),
@@ -537,7 +547,9 @@ def refresh_through_ray(bootstrap: Bootstrap) -> Callable[[], Awaitable[Bootstra
             found = launch.find(bootstrap.name, REFRESH_TIMEOUT_S)
         except NotRunning:
             return bootstrap
-        return found if found.cluster_id == bootstrap.cluster_id else bootstrap
+        if found.cluster_id != bootstrap.cluster_id:
+            return bootstrap
+        return msgspec.structs.replace(found, transport=bootstrap.transport)
 
     async def refresh() -> Bootstrap:
         return await asyncio.get_running_loop().run_in_executor(None, find)

@@ -33,6 +33,7 @@ from raftlog.controller.reconcile import (
     proposed,
     starts,
 )
+from raftlog.controller.sampling import View, log_news
 from raftlog.errors import RaftlogError, StaleController
 from raftlog.net.rpc import MetadataCommandRequest
 from raftlog.net.rpc_cluster import ImageRequest, LedRow, ReportRequest, ReportResponse
@@ -44,6 +45,7 @@ from raftlog.state.metadata_commands import (
     SetDraining,
     TakeControl,
 )
+from raftlog.telemetry.logs import log_event
 
 logger = logging.getLogger("raftlog.controller")
 
@@ -111,6 +113,7 @@ class Controller:
         rests_since: since when, by the loop's clock, there is nothing to do, nothing under way, and no news
             in the metadata; None: there is.
         seen: applied index of the metadata that it decided on last.
+        view: what it saw last; None: nothing yet.
     """
 
     def __init__(self, client: ClusterClient, hands: Hands, policy: Policy | None = None) -> None:
@@ -120,12 +123,12 @@ class Controller:
         self._loop = asyncio.get_running_loop()
         self._wake = asyncio.Event()
         self._image: MetadataState | None = None
-        self._observed: Observed | None = None
         self._away_since_ms: dict[int, int] = {}
         self._epoch: int | None = None
         self._aside_until = 0.0
         self.rests_since: float | None = None
         self.seen = -1
+        self.view: View | None = None
 
     async def run(self) -> None:
         """Look, decide and act, for ever."""
@@ -154,6 +157,8 @@ class Controller:
         for action in starts(self._image, surroundings.nodes, surroundings.processes):
             await self._hands.start(action)  # first of all: without brokers there is nobody to ask
         image, observed = await self._look(surroundings)
+        before, self.view = self.view, View(image, observed, self._loop.time())
+        log_news(logger, before, self.view)
         actions = await self._decided(image, observed)
         if actions or self.seen != image.applied_index or not is_at_rest(image, observed):
             self.rests_since = None
@@ -267,7 +272,8 @@ class Controller:
         epoch = self._epoch
         assert epoch is not None, "in control"
         for action in commands:
-            logger.info("controller %d: %s", epoch, action)
+            event = "partition_assigned" if isinstance(action, Assign) else "broker_removed"
+            log_event(logger, logging.INFO, event, "controller %d: %s", epoch, action, controller=epoch)
             try:
                 if isinstance(action, Assign):
                     replicas = list(action.replicas)

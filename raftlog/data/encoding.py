@@ -16,6 +16,7 @@ from raftlog.client.accumulator import RECORD_OVERHEAD
 from raftlog.client.producer import too_large
 from raftlog.errors import ConfigError, InvalidRecord, UnknownPartition
 from raftlog.record.arrow import Integers, np, pa
+from raftlog.record.arrow_headers import headers_of, timestamps_of
 from raftlog.record.arrow_rows import ArrowRows, as_column
 from raftlog.record.batch import BATCH_HEADER_BYTES, compression_named
 from raftlog.record.partitioner import DefaultPartitioner
@@ -54,6 +55,8 @@ class Layout:
     key: str | None
     partition: str | None
     compression: str = "lz4"
+    headers: str | None = None
+    timestamp: str | None = None
 
 
 def encode_table(table: pa.Table, layout: Layout) -> pa.Table:
@@ -70,17 +73,15 @@ def encode(table: pa.Table, layout: Layout) -> Iterator[Batch]:
 
     Raises:
         ConfigError: there is no such column.
-        InvalidRecord: a column holds something else than bytes or text.
+        InvalidRecord: a column holds something that does not belong there.
         RecordTooLarge, UnknownPartition: about one of the rows.
     """
-    values = _column(table, layout.value, "value")
-    keys = None if layout.key is None else _column(table, layout.key, "key")
-    now_ms = time_ns() // 1_000_000
-    longest = ArrowRows(values, keys, now_ms).longest
+    rows = _rows(table, layout)
+    longest = rows.longest
     if longest + RECORD_OVERHEAD + BATCH_HEADER_BYTES > layout.bytes_max:
         raise too_large(longest, layout.bytes_max, layout.topic)
     compression = compression_named(layout.compression)
-    for partition, some in _by_partition(table, layout, values, keys, now_ms):
+    for partition, some in _by_partition(table, layout, rows):
         start = 0
         while start < len(some):
             batch, end = some.pack(start, min(BATCH_BYTES, layout.bytes_max), compression)
@@ -88,36 +89,47 @@ def encode(table: pa.Table, layout: Layout) -> Iterator[Batch]:
             start = end
 
 
-def _column(table: pa.Table, name: str, what: str) -> pa.LargeBinaryArray:
+def _rows(table: pa.Table, layout: Layout) -> ArrowRows:
+    """The columns that become records."""
+    values = _bytes(table, layout.value, "value")
+    keys = None if layout.key is None else _bytes(table, layout.key, "key")
+    now_ms = time_ns() // 1_000_000
+    timestamps: int | Integers = now_ms
+    if layout.timestamp is not None:
+        timestamps = timestamps_of(_column(table, layout.timestamp, "timestamp"), layout.timestamp, now_ms)
+    headers = None
+    if layout.headers is not None:
+        headers = headers_of(_column(table, layout.headers, "headers"), layout.headers)
+    return ArrowRows(values, keys, timestamps, headers)
+
+
+def _column(table: pa.Table, name: str, what: str) -> pa.ChunkedArray:
     if name not in table.column_names:
         raise ConfigError(f"{what}={name!r}: there are the columns {', '.join(table.column_names)}")
-    return as_column(table.column(name), what)
+    return table.column(name)
 
 
-def _by_partition(
-    table: pa.Table,
-    layout: Layout,
-    values: pa.LargeBinaryArray,
-    keys: pa.LargeBinaryArray | None,
-    timestamp_ms: int,
-) -> Iterator[tuple[int, Rows]]:
+def _bytes(table: pa.Table, name: str, what: str) -> pa.LargeBinaryArray:
+    column = _column(table, name, what)
+    try:
+        return as_column(column, what)
+    except InvalidRecord as error:
+        raise InvalidRecord(f"column {name!r}: {error.message}") from error
+
+
+def _by_partition(table: pa.Table, layout: Layout, rows: ArrowRows) -> Iterator[tuple[int, Rows]]:
     if layout.partition is not None:
         chosen = _chosen(table, layout, layout.partition)
         for index in np.unique(chosen).tolist():
-            some = pa.array(np.flatnonzero(chosen == index))
-            some_keys = None if keys is None else keys.take(some)
-            yield index, ArrowRows(values.take(some), some_keys, timestamp_ms)
+            yield index, rows.take(np.flatnonzero(chosen == index))
         return
-    rows = ArrowRows(values, keys, timestamp_ms)
     by_key = rows.by_partition(DefaultPartitioner(Random()), layout.partitions)
     yield from [(ANY_PARTITION, rows)] if by_key is None else by_key
 
 
 def _chosen(table: pa.Table, layout: Layout, name: str) -> Integers:
     """The partition of each row, as a column says."""
-    if name not in table.column_names:
-        raise ConfigError(f"partition={name!r}: there are the columns {', '.join(table.column_names)}")
-    column = table.column(name)
+    column = _column(table, name, "partition")
     if not pa.types.is_integer(column.type):
         raise InvalidRecord(f"column {name!r} holds {column.type}, and a partition is an integer")
     chosen: Integers = column.fill_null(-1).to_numpy()

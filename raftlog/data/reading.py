@@ -14,7 +14,7 @@ from raftlog.client.metadata import PartitionView
 from raftlog.client.offsets import ISOLATIONS, LOOKUP_TIMEOUT_S, UNKNOWN_TERM
 from raftlog.client.retry import retry
 from raftlog.errors import NotLeader, RequestTimeout, UnknownReplica, UnknownTopic, from_wire
-from raftlog.net.rpc import FetchPartition, FetchRequest
+from raftlog.net.rpc import FetchPartition, FetchRequest, FetchResponse
 from raftlog.record.arrow import pa
 from raftlog.record.batch import BatchHeader
 from raftlog.record.columns import SCHEMA, decode_columns
@@ -24,10 +24,12 @@ if TYPE_CHECKING:
     from raftlog.client.cluster import ClusterClient
     from raftlog.client.log import Log
     from raftlog.data.spans import Span
+    from raftlog.net.connection import RpcConnection
 
 FETCH_BYTES: Final = 4 * 1024 * 1024
 FETCH_BYTES_MIN: Final = 64 * 1024
 WAIT_MS: Final = 500
+AMISS_S: Final = 0.25
 STALLED_S: Final = 60.0
 """A range that was there when it was resolved is there: who cannot read on for so long gives up."""
 SMALL_BATCH: Final = 1_000
@@ -82,6 +84,37 @@ async def fetch(
         return Fetched(chunk, row.aborted, offset, *end)
 
     return await retry(attempt, random=cluster.seams.random, deadline=deadline)
+
+
+async def arrival(
+    cluster: ClusterClient, places: Sequence[tuple[PartitionView, int]], isolation: int, seconds: float
+) -> None:
+    """Wait until one of these partitions has a record at its offset or behind it, with one long poll to each
+    leader. Returns also when something is amiss with one of them, and after ``seconds`` anyway."""
+    polls: list[asyncio.Future[tuple[FetchResponse, memoryview]]] = []
+    try:
+        async with asyncio.timeout(seconds):
+            leaders = await asyncio.gather(*(cluster.seek_leader(view) for view, _ in places))
+            by_leader: dict[RpcConnection, list[FetchPartition]] = {}
+            for leader, (view, offset) in zip(leaders, places, strict=True):
+                wanted = FetchPartition(view.topic_id, view.index, offset, UNKNOWN_TERM, 1)
+                by_leader.setdefault(leader, []).append(wanted)
+            wait_ms = round(seconds * 1000)
+            for leader, rows in by_leader.items():
+                polls.append(leader.request(FetchRequest(wait_ms, 1, rows, isolation)))
+            done, _ = await asyncio.wait(polls, return_when=asyncio.FIRST_COMPLETED)
+            amiss = any(each.exception() is not None or _has_error(each.result()[0]) for each in done)
+            if amiss:  # whoever reads hears of it, and knows what is to be done; not at once again, though
+                await asyncio.sleep(AMISS_S)
+    except TimeoutError:
+        pass
+    finally:
+        for poll in polls:
+            poll.cancel()
+
+
+def _has_error(response: FetchResponse) -> bool:
+    return any(row.error is not None for row in response.partitions)
 
 
 def batches_of(topic: str, partition: int, fetched: Fetched, end: int) -> Iterator[pa.RecordBatch]:

@@ -32,6 +32,7 @@ import contextlib
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
@@ -91,6 +92,8 @@ def write_topic(
     value: str,
     key: str | None = None,
     partition: str | None = None,
+    headers: str | None = None,
+    timestamp: str | None = None,
     semantics: Literal["exactly-once", "at-least-once"] = "exactly-once",
     commit: Commit | None = None,
     compression: str = "lz4",
@@ -99,7 +102,9 @@ def write_topic(
 ) -> None:
     """See :func:`raftlog.write_topic`."""
     log = log or attach.connect()
-    layout = _layout(log, topic, value, key, partition, compression)
+    layout = replace(
+        _layout(log, topic, value, key, partition, compression), headers=headers, timestamp=timestamp
+    )
     if commit is not None:
         commit = _check_commit(commit)
         check_unmoved(log, *commit)  # the answer may be another one at the end, but then the work was in vain

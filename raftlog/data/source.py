@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from math import ceil
+from typing import TYPE_CHECKING, Any, Final, Literal
 
+import ray
 import ray.data
 from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
@@ -23,6 +25,13 @@ if TYPE_CHECKING:
     from raftlog.client.log import Log
 
 Isolation = Literal["read_committed", "read_uncommitted"]
+
+TASKS_PER_CPU: Final = 4
+"""They are not all of the same length, and nodes may join."""
+TASK_BYTES_WORTH_WHILE: Final = 8 * 1024 * 1024
+"""In memory. Ray takes about 20 ms of a core for a task, which reads as much in that time."""
+TASK_BYTES_MAX: Final = 64 * 1024 * 1024
+"""About: what is lost when a task is tried again."""
 
 
 class TopicDatasource(Datasource):
@@ -52,6 +61,15 @@ class TopicDatasource(Datasource):
     def estimate_inmemory_data_size(self) -> int:
         """In bytes, by samples."""
         return sum(each.size for each in self._spans)
+
+    def tasks_worth_while(self, cpus: int) -> int:
+        """How many tasks to read it with."""
+        size = self.estimate_inmemory_data_size()
+        spread = min(TASKS_PER_CPU * cpus, ceil(size / TASK_BYTES_WORTH_WHILE))
+        count = max(spread, ceil(size / TASK_BYTES_MAX), 1)
+        while (made := max(len(cut(self._spans, count)), 1)) < count:  # spans do not divide into any number
+            count = made
+        return count
 
     def get_read_tasks(
         self, parallelism: int, per_task_row_limit: int | None = None, data_context: object = None
@@ -111,9 +129,22 @@ def read_topic(
 
 
 def dataset_of(source: TopicDatasource, options: dict[str, Any]) -> ray.data.Dataset:
-    """The Dataset that reads a source."""
+    """The Dataset that reads a source.
+
+    Ray would make 200 tasks of whatever there is, most of which would take longer to start than to run; and
+    where it gets fewer than it asked for, it does not run what follows in the same task. So it is told.
+    """
+    if not options.keys() & {"override_num_blocks", "parallelism"}:
+        options = options | {"override_num_blocks": source.tasks_worth_while(_cpus())}
     ds: ray.data.Dataset = ray.data.read_datasource(source, **options)
     return ds
+
+
+def _cpus() -> int:
+    if not ray.is_initialized():
+        ray.init()  # as Ray Data would
+    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    return max(int(resources.get("CPU", 1)), 1)
 
 
 def check_columns(columns: Sequence[str] | None) -> list[str]:

@@ -8,8 +8,10 @@ commits nothing.
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import CancelledError, Future
 from dataclasses import replace
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final, Literal
@@ -17,7 +19,9 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 import ray.data
 
 from raftlog.client import attach
+from raftlog.client.offsets import ISOLATIONS, LOOKUP_TIMEOUT_S
 from raftlog.data.groups import committed_offsets
+from raftlog.data.reading import arrival
 from raftlog.data.sink import check_unmoved
 from raftlog.data.source import Isolation, TopicDatasource, check_columns, check_isolation, dataset_of
 from raftlog.data.spans import Offsets, Span, Where, find_spans, offsets_of_spans, weigh
@@ -26,8 +30,10 @@ from raftlog.errors import ConfigError
 if TYPE_CHECKING:
     from raftlog.client.log import Log
 
-LOOK_S: Final = 0.25
-"""How often a stream that waits looks for new records, at most."""
+IDLE_S: Final = 5.0
+"""How long a stream that has nothing waits for a record before it looks for partitions that are new."""
+FILLING_S: Final = 0.25
+"""How often it looks whether a batch that is not full has become so, at most."""
 
 
 class DatasetStream(Iterator[ray.data.Dataset]):
@@ -54,6 +60,8 @@ class DatasetStream(Iterator[ray.data.Dataset]):
         self._rows_max, self._bytes_max, self._seconds_max = limits
         self._options = options
         self._stopped = threading.Event()
+        self._waiting: Future[None] | None = None
+        """For a record to come."""
         self._given: Offsets | None = None
         """Of the batch that was handed out last, until it is known to be committed."""
         spans = self._resolve(start, group)
@@ -65,6 +73,9 @@ class DatasetStream(Iterator[ray.data.Dataset]):
         """No further batch, also where somebody waits for one; from any thread. The one in hand is not
         concerned."""
         self._stopped.set()
+        waiting = self._waiting
+        if waiting is not None:
+            waiting.cancel()
 
     def __next__(self) -> ray.data.Dataset:
         self._settle()
@@ -104,10 +115,34 @@ class DatasetStream(Iterator[ray.data.Dataset]):
                 full = rows >= self._rows_max or sum(each.size for each in weighed) >= self._bytes_max
                 if full or self._last is not None or now - since >= self._seconds_max:
                     return limited(weighed, self._rows_max, self._bytes_max)
+                self._stopped.wait(min(FILLING_S, self._seconds_max / 4))
             elif self._last is not None:
                 return None
-            self._stopped.wait(min(LOOK_S, self._seconds_max / 4))
+            else:
+                self._idle(spans)
         return None
+
+    def _idle(self, spans: Sequence[Span]) -> None:
+        """Until there is a record behind one of these, or for a while."""
+        waiting = self._waiting = asyncio.run_coroutine_threadsafe(
+            self._arrival(spans), self._runtime.io.loop
+        )
+        try:
+            if not self._stopped.is_set():  # whoever stops it from now on finds what to cancel
+                waiting.result()
+        except CancelledError:
+            pass
+        finally:
+            waiting.cancel()
+            self._waiting = None
+
+    async def _arrival(self, spans: Sequence[Span]) -> None:
+        cluster = self._runtime.cluster
+        places = [
+            (await cluster.partition(each.topic, each.partition, timeout=LOOKUP_TIMEOUT_S), each.end)
+            for each in spans
+        ]
+        await arrival(cluster, places, ISOLATIONS[self._isolation], IDLE_S)
 
     def _resolve(self, start: Where, group: str | None = None) -> list[Span]:
         return find_spans(self._log, self._topics, start, "latest", group, self._isolation)

@@ -59,6 +59,9 @@ class Seams:
     random: random.Random
     wall_ms: Callable[[], int]
     """Wall clock, milliseconds since the epoch; may jump."""
+    clock_s: Callable[[], float]
+    """For measuring: seconds that never go back, exact also within a turn of the loop, whose own time stands
+    still meanwhile."""
 
 
 class RealListener:
@@ -106,4 +109,4 @@ class RealNetwork:
 def real_seams(seed: int | None = None) -> Seams:
     """Production's seams. ``seed`` is for tests; by default the operating system's entropy seeds the
     Random."""
-    return Seams(RealNetwork(), random.Random(seed), lambda: time.time_ns() // 1_000_000)
+    return Seams(RealNetwork(), random.Random(seed), lambda: time.time_ns() // 1_000_000, time.perf_counter)

@@ -319,9 +319,8 @@ class ReplicaRow(Struct, frozen=True):
     applied_index: int
     durable_index: int
     voters: list[int]
-    """Broker ids."""
     lagging: list[int] = []
-    """On a leader: broker ids whose replica is not caught up."""
+    """On a leader: those whose replica is not caught up; like voters, broker ids."""
     fault: str = ""
     """Why the replica is out of service; empty while it serves."""
 
@@ -333,6 +332,8 @@ class BrokerStatusResponse(Struct, frozen=True):
     """Who is connected (client ids)."""
     version: str
     started_ms: int
+    totals: dict[str, int] = {}
+    """What has gone through it since then (``raftlog.telemetry.counters``)."""
 
 
 class BrokerStatusRequest(Request[BrokerStatusResponse], frozen=True):
@@ -347,7 +348,6 @@ class BrokerStatusRequest(Request[BrokerStatusResponse], frozen=True):
 # -- groups --------------------------------------------------------------------------------------------------
 
 # All go to the leader of the ``__groups`` partition (topic_id, partition) that the group's name hashes to.
-
 
 JOIN_EPOCH: Final = 0
 LEAVE_EPOCH: Final = -1

@@ -88,6 +88,10 @@ class Reply:
 
     def fail(self, error: RaftlogError) -> None:
         """Answer with an error, which is raised on the other side as the same class."""
+        connection = self._connection
+        if connection is not None:
+            errors, name = connection._server.errors, type(error).__name__
+            errors[name] = errors.get(name, 0) + 1
         self._send(_ERROR, encode_error(error), ())
 
     def _send(self, kind: int, header: Struct, payload: Sequence[Buffer]) -> None:
@@ -363,6 +367,7 @@ class RpcServer:
     Attributes:
         connections: those whose handshake is complete.
         in_flight_bytes: of unanswered requests on all connections.
+        errors: how many requests were answered with an error, by the name of its class.
     """
 
     def __init__(
@@ -380,6 +385,7 @@ class RpcServer:
         self.limits = limits
         self.connections: set[ServerConnection] = set()
         self.in_flight_bytes = 0
+        self.errors: dict[str, int] = {}
         self._listener: Listener | None = None
         self._serial = 0
         self._handshaking: dict[ServerConnection, None] = {}
@@ -393,12 +399,13 @@ class RpcServer:
         Raises:
             OSError: the address is in use or not of this machine.
         """
-        self._listener = await self.seams.network.listen(self._accept, host, port)
+        self._listener = await self.seams.network.listen(self.accept, host, port)
         address = self._listener.address
         self.local = msgspec.structs.replace(self.local, address=address)
         return address
 
-    def _accept(self) -> ServerConnection:
+    def accept(self) -> ServerConnection:
+        """The protocol of a new connection, whatever brings its bytes."""
         self._serial += 1
         return ServerConnection(self, self._serial)
 

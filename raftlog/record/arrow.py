@@ -15,9 +15,10 @@ except ImportError as error:
         f"Arrow columns need pyarrow and numpy ({error}): pip install 'raftlog[data]'"
     ) from error
 
-__all__ = ["Booleans", "Bytes", "Column", "Integers", "np", "npt", "pa"]
+__all__ = ["Booleans", "Bytes", "Column", "Integers", "Unsigned", "np", "npt", "pa"]
 
 Integers: TypeAlias = npt.NDArray[np.int64]
+Unsigned: TypeAlias = npt.NDArray[np.uint64]
 Bytes: TypeAlias = npt.NDArray[np.uint8]
 Booleans: TypeAlias = npt.NDArray[np.bool_]
 Column: TypeAlias = pa.Array | pa.ChunkedArray | npt.NDArray[np.generic]

@@ -36,10 +36,23 @@ class Identity(msgspec.Struct, frozen=True, array_like=True):
     """(broker id, replica id) of the metadata group's first configuration, learners included."""
     addresses: dict[int, tuple[int, str, int]] = {}
     """Broker id -> (incarnation, host, port), as last heard of."""
+    survivors: tuple[int, ...] = ()
+    """The brokers with which the cluster went on when it had lost its majority for good (``raftlog
+    recover``); () if that never happened."""
+    recovering: bool = False
+    """That has begun in this directory and is not finished: no broker may run here before."""
 
     def next_incarnation(self) -> Identity:
         """The identity of the broker's next start."""
         return msgspec.structs.replace(self, incarnation=self.incarnation + 1)
+
+    def check_recovered(self) -> None:
+        """Raise DataDirError if a recovery of this directory has begun and is not finished."""
+        if self.recovering:
+            raise DataDirError(
+                f"the recovery of broker {self.broker_id}'s directory was not finished: run `raftlog "
+                "recover` again, with the same directories"
+            )
 
     def check(
         self, *, cluster_id: str | None = None, broker_id: int | None = None, disk_id: bytes | None = None
@@ -70,12 +83,13 @@ async def load_identity(disk: Disk) -> Identity:
     """The directory's identity.
 
     Raises:
-        DataDirError: it has none: it was never founded.
+        DataDirError: it has none: it was never founded. Or it is being recovered.
         DamagedData: the file does not check.
     """
     identity = await find_identity(disk)
     if identity is None:
         raise DataDirError(f"the data directory has no {IDENTITY_PATH}: no broker was founded in it")
+    identity.check_recovered()
     return identity
 
 

@@ -71,6 +71,9 @@ class RecordKind(IntEnum):
     RESET = 6
     """The body of a CHECKPOINT whose log is empty behind its last entry: a snapshot from the leader replaced
     the log. Nothing that stands before this record in the journal belongs to the replica any more."""
+    ENTRY_REF_AGAIN = 7
+    """An ENTRY_REF once more, of a frame that has been synced since it was written: should it not check, it
+    is damaged and not torn, wherever this record stands."""
 
 
 class Place(NamedTuple):
@@ -158,9 +161,13 @@ def encode_hard_state(position: int, replica_id: int, state: HardState) -> bytes
     return _LENGTH_CRC.pack(HARD_STATE_BYTES, crc32c(after)) + after
 
 
-def encode_entry_ref(position: int, replica_id: int, entry: Entry, place: Place) -> bytes:
+def encode_entry_ref(
+    position: int, replica_id: int, entry: Entry, place: Place, *, synced: bool = False
+) -> bytes:
+    """An ENTRY_REF record, or an ENTRY_REF_AGAIN."""
     body = bytes(entry.frame[:FRAME_HEADER_BYTES]) + _PLACE.pack(*place)
-    return _record(position, RecordKind.ENTRY_REF, replica_id, body)
+    kind = RecordKind.ENTRY_REF_AGAIN if synced else RecordKind.ENTRY_REF
+    return _record(position, kind, replica_id, body)
 
 
 def encode_checkpoint(

@@ -112,7 +112,8 @@ class Group:
         for entry in log.memory.entries[index - log.memory.first_index :]:
             place = log.place_of(entry.index)
             if place is not None:
-                self.add(encode_entry_ref(self.position, replica_id, entry, place))
+                synced = entry.index <= log.durable_index
+                self.add(encode_entry_ref(self.position, replica_id, entry, place, synced=synced))
             else:
                 self._add_frame(replica_id, entry.frame)
 
@@ -132,7 +133,7 @@ class Group:
             header = entry.header
             if entry.place is not None:
                 head = Entry.of(header, header.encode())
-                self.add(encode_entry_ref(self.position, replica_id, head, entry.place))
+                self.add(encode_entry_ref(self.position, replica_id, head, entry.place, synced=True))
             else:
                 assert entry.frame is not None
                 self._add_frame(replica_id, entry.frame)

@@ -27,6 +27,7 @@ from typing import Final, ParamSpec, TypeVar
 from raftlog.errors import DataDirError, DataDirLocked, StorageFailed, StorageFull
 from raftlog.record.frame import Buffer
 from raftlog.storage.disk import DiskFile, Write
+from raftlog.telemetry.counters import Latency
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -130,6 +131,8 @@ class RealDisk:
         self._lock_fd = -1
         self._closed = False
         self.boot_id: Final = _boot_id()
+        self.syncs: Final = Latency()
+        """Of the journal's groups that are synced."""
 
     async def _run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         assert not kwargs
@@ -179,8 +182,13 @@ class RealDisk:
         self._finish(commit)
 
     def _finish(self, commit: _Commit) -> None:
-        if commit.small and commit.sync:
-            self._average_s += (commit.took_s - self._average_s) * _AVERAGE_SHARE
+        if commit.sync and commit.error is None:
+            syncs = self.syncs
+            syncs.count += 1
+            if syncs.count >= syncs.next:
+                syncs.add(commit.took_s)
+            if commit.small:
+                self._average_s += (commit.took_s - self._average_s) * _AVERAGE_SHARE
         _release(commit.files)
         commit.done(commit.error)
 

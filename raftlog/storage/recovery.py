@@ -2,14 +2,13 @@
 
 1. :mod:`raftlog.storage.journal_scan` says which records of the journal count.
 2. They are replayed in order. An entry truncates its replica's log at its own index, so an entry that was
-replaced once
-   stays replaced however often the journal is replayed (etcd-io/etcd#22442 shows what happens otherwise).
+   replaced once stays replaced however often the journal is replayed (etcd-io/etcd#22442 shows what happens
+   otherwise).
 3. Large frames that the journal only refers to are looked up in their segments. One above the sync floor that
-does not
-   check is part of the torn tail: the journal ends before it. Below the floor it is damage.
+   does not check is part of the torn tail: the journal ends before it. Below the floor it is damage, and so
+   it is where the record says that the frame had been synced when it was referred to again.
 4. Segments are trusted up to what the last checkpoint or their own index file says (both are written after
-the sync), are
-   tied together by names, offsets and the chain of crcs, and the journal's entries go on top.
+   the sync), are tied together by names, offsets and the chain of crcs, and the journal's entries go on top.
 """
 
 from __future__ import annotations
@@ -52,6 +51,8 @@ class JournaledEntry:
     header: FrameHeader
     frame: memoryview | None
     place: Place | None
+    synced: bool = False
+    """Its frame was, in that place, before this record was written."""
 
 
 @dataclass(slots=True)
@@ -124,11 +125,12 @@ def _replay_record(replica: Replayed, sequence: int, record: Record) -> None:
         else:
             header, place = decode_entry_ref(record.body)
             frame = None
+        synced = kind == RecordKind.ENTRY_REF_AGAIN
         entries = replica.entries
         while entries and entries[-1].header.index >= header.index:
             entries.pop()
         if replica.checkpoint is None or header.index > replica.checkpoint.index:
-            entries.append(JournaledEntry(record.position, sequence, header, frame, place))
+            entries.append(JournaledEntry(record.position, sequence, header, frame, place, synced))
 
 
 class FrameSource:
@@ -174,6 +176,7 @@ async def replay_whole(scan: JournalScan, source: FrameSource) -> dict[int, Repl
             for entry in replica.entries:
                 if (
                     entry.place is not None
+                    and not entry.synced
                     and entry.position >= scan.floor
                     and (torn is None or entry.position < torn)
                     and await source.read(replica_id, entry) is None

@@ -22,6 +22,7 @@ from types import CodeType, ModuleType
 from typing import Final
 
 from raftlog.testing.mutation import Mutation
+from raftlog.testing.mutations_controller import CONTROLLER
 from raftlog.testing.mutations_coordination import COORDINATION
 from raftlog.testing.run import Verdict, run_once
 from raftlog.testing.swarm import SEGMENT_BYTES_MIN, Profile, draw
@@ -290,6 +291,7 @@ MUTATIONS: Final = (
         "each.fetch_offset, each.last_term = end[0] + 1, end[1]\n",
     ),
     *COORDINATION,
+    *CONTROLLER,
 )
 
 

@@ -85,7 +85,8 @@ class SimCluster:
 
     def seams(self, node: str, host: str) -> Seams:
         """The seams of a simulated process."""
-        return Seams(self.network.for_node(node, host), self._fork(), partial(self.loop.wall_ms, node))
+        network = self.network.for_node(node, host)
+        return Seams(network, self._fork(), partial(self.loop.wall_ms, node), self.loop.time)
 
     def client(self, node: str) -> ClusterClient:
         """A client in a process of its own. When nobody answers at the addresses it has, it hears where the

@@ -32,7 +32,8 @@ class Member:
         self.heard: list[str] = []
         self.learned = 0
         self.received: list[tuple[str, Any]] = []
-        seams = Seams(world.network.for_node(self.name, self.name), random.Random(broker_id), lambda: 0)
+        network = world.network.for_node(self.name, self.name)
+        seams = Seams(network, random.Random(broker_id), lambda: 0, world.loop.time)
         local = Local("c", "broker", broker_id, self.name, incarnation)
         self.server = RpcServer(seams, local, SECRET, self)
         world.run(self.server.start(self.name, PORT), self.name)

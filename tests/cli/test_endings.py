@@ -131,8 +131,8 @@ def test_a_wrong_value_is_named_before_anything_is_asked(command: list[str], sai
 
 def test_a_bug_is_one_line_unless_the_traceback_is_asked_for() -> None:
     code = (
-        "from raftlog.cli import main, cluster\n"
-        "cluster.connected = None\n"
+        "from raftlog.cli import main, status\n"
+        "status.connected = None\n"
         "main.sys.argv = ['raftlog', 'status']\n"
         "main.main()"
     )

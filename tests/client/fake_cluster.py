@@ -520,6 +520,7 @@ class SimWorld:
             self.network.for_node(node, node),
             random.Random(self.random.random()),
             partial(self.loop.wall_ms, node),
+            self.loop.time,
         )
 
     def log(self, node: str = "client") -> aio.Log:

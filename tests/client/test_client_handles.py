@@ -516,7 +516,7 @@ def test_waiting_is_awaiting_and_nothing_else_is() -> None:
     """What blocks in one face is awaited in the other; making handles and looking at properties is
     neither."""
     plain = {"producer", "consumer", "records", "closed", "name", "cluster_id", "bootstrap", "transaction"}
-    plain |= {"process", "member", "positions_for_commit"}
+    plain |= {"process", "member", "positions_for_commit", "transport"}
     for cls in (aio.Log, aio.Producer, aio.Transaction, aio.Consumer):
         for name in surface(cls):
             assert inspect.iscoroutinefunction(getattr(cls, name)) == (name not in plain), (cls, name)

@@ -23,6 +23,14 @@ def invoices(log: raftlog.Log) -> list[float]:
         return sorted(json.loads(record.value)["due"] for record in consumer.records(until="end"))
 
 
+def content(log: raftlog.Log, topic: str) -> list[Any]:
+    with log.consumer(topic) as consumer:
+        return sorted(
+            (each.partition, each.key, each.value, each.timestamp_ms)
+            for each in consumer.records(until="end")
+        )
+
+
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_data")
 def test_from_nothing_to_a_pipeline(
@@ -31,7 +39,7 @@ def test_from_nothing_to_a_pipeline(
     monkeypatch.setattr(raftlog, "start", lambda: log)
     monkeypatch.setattr(attach, "connect", lambda: log)
     monkeypatch.chdir(tmp_path)
-    begin, read, transform, write, stream, archive = PROGRAMS
+    begin, read, transform, write, stream, copy, archive = PROGRAMS
     scope: dict[str, Any] = {"__name__": "pipeline"}
     for program in (begin, read, transform, write, write):
         exec(program, scope)
@@ -40,10 +48,12 @@ def test_from_nothing_to_a_pipeline(
     exec(begin, scope)
     exec(stream, scope)
     assert invoices(log) == sorted(expected * 2)
+    exec(copy, scope)
+    assert content(log, "orders-copy") == content(log, "orders")
     exec(archive, scope)
     assert sum(positions(log, "archive", [("orders", each) for each in range(6)]).values()) == 2000
     assert scope["raftlog"].read_topic("orders", group="archive").count() == 0
 
 
 def test_every_program_is_one_that_was_run() -> None:
-    assert len(PROGRAMS) == 6
+    assert len(PROGRAMS) == 7

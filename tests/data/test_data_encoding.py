@@ -60,6 +60,32 @@ def test_a_column_may_choose_the_partition() -> None:
     assert encoded(table, partition="p") == {2: [(None, b"a"), (None, b"c")], 0: [(None, b"b")]}
 
 
+def test_headers_and_timestamps_follow_their_rows() -> None:
+    kind = pa.list_(pa.struct([("key", pa.string()), ("value", pa.binary())]))
+    table = pa.table(
+        {
+            "v": [b"a", b"b", b"c"],
+            "k": [b"x", b"y", b"x"],
+            "p": [1, 2, 1],
+            "t": pa.array([3000, 1000, 2000], pa.timestamp("ms", "UTC")),
+            "h": pa.array([[{"key": "n", "value": b"1"}] * 2, None, [{"key": "m", "value": None}]], kind),
+        }
+    )
+    expected = {
+        (b"a", 3000, (("n", b"1"), ("n", b"1"))),
+        (b"b", 1000, ()),
+        (b"c", 2000, (("m", None),)),
+    }
+    for settings in ({}, {"key": "k"}, {"key": "k", "partition": "p"}, {"partition": "p"}):
+        found = [
+            (each.value, each.timestamp_ms, each.headers)
+            for _, _, batch in encode(table, layout(headers="h", timestamp="t", **settings))
+            for each in decode_batch(batch, "t", 0)
+        ]
+        assert len(found) == 3
+        assert set(found) == expected
+
+
 def test_text_is_utf8_and_large_types_do() -> None:
     for kind in (pa.string(), pa.large_string()):
         assert encoded(pa.table({"v": pa.array(["ü", None], kind)})) == {
@@ -82,8 +108,12 @@ def test_large_values_make_several_batches() -> None:
 @pytest.mark.parametrize(
     ("table", "settings", "error", "text"),
     [
-        ({"v": [1]}, {}, InvalidRecord, "value is bytes"),
-        ({"v": [b""], "k": [1]}, {"key": "k"}, InvalidRecord, "key is bytes"),
+        ({"v": [1]}, {}, InvalidRecord, "column 'v': a record's value is bytes, and this column holds int64"),
+        ({"v": [b""], "k": [1]}, {"key": "k"}, InvalidRecord, "column 'k': a record's key is bytes"),
+        ({"v": [b""], "h": [b"x"]}, {"headers": "h"}, InvalidRecord, "column 'h' holds binary, and headers"),
+        ({"v": [b""], "t": ["now"]}, {"timestamp": "t"}, InvalidRecord, "column 't' holds string"),
+        ({"v": [b""]}, {"headers": "h"}, ConfigError, "headers='h': there are the columns v"),
+        ({"v": [b""]}, {"timestamp": "t"}, ConfigError, "timestamp='t': there are the columns v"),
         ({"x": [b""]}, {}, ConfigError, "there are the columns x"),
         ({"v": [b""], "p": [4]}, {"partition": "p"}, UnknownPartition, "0 to 3"),
         ({"v": [b""], "p": pa.array([None], pa.int32())}, {"partition": "p"}, UnknownPartition, "None"),

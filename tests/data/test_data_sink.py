@@ -63,6 +63,47 @@ def test_order_and_keys_are_kept(log: raftlog.Log) -> None:
     assert by_key == {b"%d" % key: [*range(key, 20_000, 11)] for key in range(11)}
 
 
+@pytest.mark.parametrize("semantics", ["exactly-once", "at-least-once"])
+def test_a_topic_that_is_read_and_written_is_a_copy(log: raftlog.Log, semantics: str) -> None:
+    name, copied = f"original-{semantics}", f"copy-{semantics}"
+    log.create_topic(name, partitions=3)
+    log.create_topic(copied, partitions=3)
+    with log.producer() as producer:
+        for n in range(500):
+            headers = [("n", b"%d" % n), ("n", None)] if n % 3 else []
+            key = None if n % 5 == 0 else b"%d" % (n % 7)
+            value = None if n % 11 == 0 else b"%d" % n
+            producer.send(name, value, key=key, headers=headers, timestamp_ms=10**12 + n * n)
+    ds = raftlog.read_topic(name, log=log)
+    ds = ds.map_batches(lambda table: table, batch_format="pyarrow")
+    raftlog.write_topic(
+        ds,
+        copied,
+        value="value",
+        key="key",
+        partition="partition",
+        headers="headers",
+        timestamp="timestamp",
+        semantics=semantics,  # type: ignore[arg-type]
+        log=log,
+    )
+
+    def content(topic: str) -> list[Any]:
+        with log.consumer(topic) as consumer:
+            return sorted(
+                (
+                    (each.partition, each.timestamp_ms, each.key, each.value, each.headers)
+                    for each in consumer.records(until="end")
+                ),
+                key=repr,
+            )
+
+    assert len(content(name)) == 500
+    assert content(copied) == content(name)
+    with pytest.raises(InvalidRecord, match="column 'value' holds binary, and headers are lists"):
+        raftlog.write_topic(ds, copied, value="value", headers="value", log=log)
+
+
 def test_a_worker_killed_in_mid_write_changes_nothing(log: raftlog.Log, tmp_path: Path) -> None:
     fill(log, "killed", range(1000), partitions=4)
     log.create_topic("killed-out")

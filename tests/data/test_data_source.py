@@ -48,6 +48,23 @@ def test_several_tasks_share_a_partition(log: raftlog.Log) -> None:
     assert rows(ds) == [*range(4000)]
 
 
+def test_there_are_as_many_tasks_as_are_worth_while(log: raftlog.Log) -> None:
+    """Ray's own choice would be 200, and then it would neither fuse reading with what follows nor leave the
+    blocks as they are."""
+    log.create_topic("worth", partitions=2)
+    with log.producer() as producer:
+        for number in range(4000):
+            producer.send("worth", b"%d" % number + b" " * 10_000)
+    ds = raftlog.read_topic("worth", log=log).map_batches(lambda table: table, batch_format="pyarrow")
+    assert rows(ds) == [*range(4000)]
+    source = ds._logical_plan.dag.input_dependencies[0].datasource
+    assert 3 <= source.tasks_worth_while(2) <= 6
+    assert 3 <= source.tasks_worth_while(100) <= 6, "of 40 MB"
+    made = ds.materialize().stats()
+    assert "SplitBlocks" not in made
+    assert "ReadTopic->MapBatches" in made, "in one task"
+
+
 def test_a_task_whose_worker_dies_reads_the_same_again(log: raftlog.Log, tmp_path: Path) -> None:
     fill(log, "dying", range(1000), partitions=2)
     marker = tmp_path / "died"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import raftlog
+from raftlog.data import streaming
 from raftlog.data.spans import Span
 from raftlog.data.streaming import limited
 from raftlog.errors import ConfigError, StaleOffsets
@@ -95,6 +97,37 @@ class TestStream:
         assert found == [*range(50)]
         threading.Timer(0.1, stream.stop).start()
         assert next(stream, None) is None
+
+    def test_idle_asks_nobody_and_hears_of_a_record_at_once(
+        self, log: raftlog.Log, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        log.create_topic("idle", partitions=3)
+        monkeypatch.setattr(streaming, "IDLE_S", 50.0)  # what comes is not found by looking again
+        looks: list[float] = []
+        look = streaming.find_spans
+
+        def spied(*args: Any) -> Any:
+            looks.append(time.monotonic())
+            return look(*args)
+
+        monkeypatch.setattr(streaming, "find_spans", spied)
+        stream = raftlog.stream("idle", group="i", max_seconds=0.01, log=log)
+        written: list[float] = []
+
+        def write() -> None:
+            fill(log, "idle", range(1))
+            written.append(time.monotonic())
+
+        threading.Timer(2.0, write).start()
+        batch = next(stream)
+        found = time.monotonic() - written[0]
+        assert rows(batch) == [0]
+        assert found < 1.0
+        assert len([each for each in looks if each < written[0] - 0.5]) <= 2, "for two seconds"
+        threading.Timer(0.5, stream.stop).start()
+        stopped = time.monotonic()
+        assert next(stream, None) is None
+        assert time.monotonic() - stopped < 10.0, "a wait is broken off"
 
     def test_two_streams_of_a_group(self, log: raftlog.Log) -> None:
         fill(log, "both", range(100))

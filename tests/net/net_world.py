@@ -100,6 +100,7 @@ class RpcWorld:
             self.network.for_node(node, f"h{node}"),
             random.Random(node),
             lambda: self.loop.wall_ms(node),
+            self.loop.time,
         )
 
     def run(self, node: str, coro: Coroutine[Any, Any, T]) -> T:

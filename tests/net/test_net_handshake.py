@@ -70,7 +70,7 @@ def test_a_server_that_does_not_know_the_secret_is_found_out(world: RpcWorld) ->
             """Whatever."""
 
     def accept() -> ServerConnection:
-        connection = server._accept()
+        connection = server.accept()
         connection._handshake = Impostor(server.local, server.secret, "client", server.seams.random)
         return connection
 

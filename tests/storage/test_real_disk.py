@@ -259,3 +259,20 @@ def test_group_commit_on_a_real_disk(tmp_path: Path) -> None:
         await store.close()
 
     run(main())
+
+
+def test_how_long_syncs_take_is_known(tmp_path: Path) -> None:
+    async def main() -> None:
+        disk = RealDisk(tmp_path)
+        file = await disk.open("journal", create=True)
+        for number in range(3):
+            await disk.commit([Write(file, number, (b"x",))])
+        await disk.commit([Write(file, 3, (b"y",))], sync=False)
+        assert disk.syncs.count == 3, "what is only written is no sync"
+        taken = disk.syncs.take()
+        assert len(taken) == 3
+        assert all(0 < seconds < 10 for seconds in taken)
+        file.close()
+        await disk.close()
+
+    asyncio.run(main())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -21,14 +22,14 @@ from salvage_kit import (
     repaired,
     segments,
 )
-from storage_kit import Writer, append, contents, grow, run, spec, submit
+from storage_kit import DISK_ID, SMALL, Writer, append, contents, grow, run, spec, submit
 
 from raftlog.errors import CorruptFrame, DamagedData
 from raftlog.raft.types import Entry, HardState
 from raftlog.record.frame import FrameKind
 from raftlog.storage.damage import BrokenLog
 from raftlog.storage.real_disk import RealDisk
-from raftlog.storage.segment import SEGMENT_HEADER_BYTES, replica_folder
+from raftlog.storage.segment import SEGMENT_HEADER_BYTES, replica_folder, segment_path
 from raftlog.storage.store import BrokerStore
 from raftlog.storage.verify import verify
 from raftlog.testing.disk import CrashMode, SimDisk
@@ -423,6 +424,41 @@ def test_the_journal_carries_a_damaged_replica_along() -> None:
         await grow(store, store.logs[2], 400, size=200)
         disk = await crashed(store, disk)
         store = await open_store(disk)
+        assert await contents(store.logs[1]) == frames
+        await store.close()
+        await peer.close()
+
+    run(main())
+
+
+@pytest.mark.parametrize("damaged", ["first", "last"])
+def test_a_large_frame_that_was_synced_is_not_torn_in_a_journal_that_only_repeats_it(damaged: str) -> None:
+    """Found by seed 3000026: the journal file that a start begins has all entries of a damaged replica once
+    more, above the floor. Killed before the next mark, a broker cut them off at the next start."""
+
+    async def main() -> None:
+        disk, other = SimDisk(), SimDisk()
+        stores = [await filled(each, count=20) for each in (disk, other)]
+        for store in stores:
+            await grow(store, store.logs[1], 3, size=3000, commit=False)
+            await store.create(spec(2, partition=1))  # its mark says that all before is synced
+        (store, peer), log = stores, stores[0].logs[1]
+        frames = await contents(log)
+        place = log.place_of(21 if damaged == "first" else 23)
+        assert place is not None, "it stands in the segment, and nothing of it is flushed"
+        path = segment_path(1, place.base_index, place.base_offset)
+        disk = await crashed(store, disk)
+        disk.flip(path, place.position + 1000)
+        unmarked = replace(SMALL, idle_mark_seconds=60)
+        for _ in range(3):
+            store = await BrokerStore.open(disk, unmarked, disk_id=DISK_ID)
+            assert list(store.damaged) == [1]
+            for _ in range(100):
+                await asyncio.sleep(0)
+            assert disk.commits_done == 1, "the file has begun, and no later mark tells of that"
+            disk = await crashed(store, disk)
+        store = await open_store(disk)
+        await repaired(store, peer)
         assert await contents(store.logs[1]) == frames
         await store.close()
         await peer.close()
