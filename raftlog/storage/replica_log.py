@@ -28,6 +28,7 @@ from raftlog.raft.types import ConfState, Entry, HardState, Snapshot
 from raftlog.record.frame import Buffer, FrameKind
 from raftlog.storage.journal_format import Checkpoint, Place
 from raftlog.storage.segment import Segment, batch_base_offset, decode_conf
+from raftlog.storage.segment_index import NO_TIMESTAMP
 from raftlog.storage.segment_reader import SegmentReader
 from raftlog.storage.snapshot_file import LogSnapshot
 from raftlog.storage.spec import ReplicaSpec, StorageConfig
@@ -413,6 +414,7 @@ class ReplicaLog:
     async def find_time(self, timestamp_ms: int, limit_index: int) -> int | None:
         """Base offset of the first batch, up to ``limit_index``, whose greatest timestamp is at least
         ``timestamp_ms``; None if there is none."""
+        timestamp_ms = max(timestamp_ms, NO_TIMESTAMP + 1)  # what stands for none is no batch's
         if timestamp_ms > self.memory.base_time:
             entry = self.memory.find_time(timestamp_ms)
             if entry is None or entry.index > limit_index:

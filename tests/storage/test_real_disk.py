@@ -47,8 +47,11 @@ def test_store_on_a_real_directory(tmp_path: Path) -> None:
     run(main())
 
 
-def test_abort_leaves_what_a_kill_leaves(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_abort_leaves_what_a_kill_leaves(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What was acknowledged is there, nothing is logged or left running, and the directory is free."""
+    monkeypatch.setattr(real_disk, "_SMALL_BYTES", -1)  # so that there is something under way
 
     async def main() -> None:
         store = await BrokerStore.open(RealDisk(tmp_path), SMALL, disk_id=DISK_ID)
