@@ -18,7 +18,7 @@ configuration than the metadata want, or old replicas have not left.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, TypeAlias
 
@@ -234,7 +234,10 @@ def _joins(
 ) -> Iterator[JoinBroker]:
     """One new broker, on the node that lacks one most."""
     leaving = {broker.node_id for broker in image.brokers.values() if broker.draining}
-    usable = [node for node in observed.nodes.values() if not node.draining and node.id not in leaving]
+    usable = _machines(
+        [node for node in observed.nodes.values() if not node.draining and node.id not in leaving],
+        policy.brokers_per_node,
+    )
     if not usable:
         return
     staying = [
@@ -254,6 +257,20 @@ def _joins(
     node = min(usable, key=lambda node: (here[node.id], node.id))
     if here[node.id] < max(policy.brokers_per_node, -(-wanted // len(usable))):
         yield JoinBroker(node.id)
+
+
+def _machines(nodes: Sequence[Node], brokers_per_node: int) -> Sequence[Node]:
+    """Nodes without those that are others once more. One that comes back has another id, and for a while the
+    old one is not known to be dead: both have the same data, and they are one machine."""
+    if len({node.disks for node in nodes}) == 1:
+        return nodes  # they all see the same directories
+    found: list[Node] = []
+    alike: Counter[frozenset[int]] = Counter()
+    for node in nodes:
+        if not node.disks or alike[node.disks] * brokers_per_node < len(node.disks):
+            found.append(node)
+        alike[node.disks] += 1
+    return found
 
 
 def _drains(image: MetadataState, observed: Observed) -> Iterator[DrainBroker]:

@@ -131,6 +131,16 @@ def test_a_node_that_comes_gets_a_broker() -> None:
     assert decide(state, seen(state, nodes=leaving), 0, POLICY) == []
 
 
+def test_a_node_that_comes_back_before_its_old_self_is_known_to_be_dead_gets_no_other_broker() -> None:
+    state = image(3, *BALANCED)
+    observed = seen(state, {0, 1})
+    twice = {f"n{each}": Node(f"n{each}", disks=frozenset({each})) for each in range(3)}
+    twice["n2-again"] = Node("n2-again", disks=frozenset({2}))
+    assert decide(state, dataclasses.replace(observed, nodes=twice), 500, POLICY) == []
+    both = {**twice, "new": Node("new")}
+    assert decide(state, dataclasses.replace(observed, nodes=both), 500, POLICY) == [JoinBroker("new")]
+
+
 def test_a_node_has_as_many_brokers_as_it_should() -> None:
     state = image(1)
     nodes = {"n0": Node("n0", disks=frozenset({0}))}

@@ -1,0 +1,107 @@
+"""Ray as an operator starts it: by ``ray start``, a head and workers, each with a disk of its own; and
+killed, process by process."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+BIN = Path(sys.executable).parent
+SECRET = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "cd" * 32}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def until(what: str, condition: Callable[[], bool], seconds: float = 90.0) -> None:
+    """Look again and again until it holds."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {seconds:.0f} s: {what}"
+        threading.Event().wait(0.1)
+
+
+def descendants(pid: int) -> list[int]:
+    """The processes that a process has started, and those that these have, as Linux lists them."""
+    children: dict[int, list[int]] = {}
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has just ended
+            fields = status.read_text().rpartition(")")[2].split()
+            children.setdefault(int(fields[1]), []).append(int(status.parent.name))
+    found = list(children.get(pid, ()))
+    for child in found:
+        found += children.get(child, ())
+    return found
+
+
+class RayNodes:
+    """A Ray cluster.
+
+    Args:
+        disks: folder of the nodes' disks; node N's is ``$RAFTLOG_DISK``, its ``disk-N``.
+        sessions: where Ray keeps its own; a short path, for there are sockets below it.
+        count: how many nodes.
+    """
+
+    def __init__(self, disks: Path, sessions: str, count: int) -> None:
+        self.address = f"127.0.0.1:{free_port()}"
+        self.environment = {**os.environ, **SECRET, "RAY_ADDRESS": self.address}
+        self._disks = disks
+        self._nodes: dict[int, subprocess.Popen[bytes]] = {}
+        head = ["--head", f"--port={self.address.rpartition(':')[2]}", "--include-dashboard=false"]
+        self._head = [*head, f"--temp-dir={sessions}"]
+        try:
+            for number in range(count):
+                self.start(number)
+                self.until_alive(number + 1)
+        except BaseException:  # also interrupted: nothing of it may stay
+            self.kill()
+            raise
+
+    def start(self, number: int) -> None:
+        """Start Ray on a node; node 0 is the head."""
+        role = [f"--address={self.address}"] if number else self._head
+        ports = [f"--dashboard-agent-listen-port={free_port()}", "--node-ip-address=127.0.0.1"]
+        self._nodes[number] = subprocess.Popen(
+            [str(BIN / "ray"), "start", *role, *ports, "--num-cpus=1", "--block", "--disable-usage-stats"],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, **SECRET, "RAFTLOG_DISK": str(self._disks / f"disk-{number}")},
+            start_new_session=True,
+        )
+
+    def run(self, *command: str, input: str | None = None) -> subprocess.CompletedProcess[str]:
+        """A command of Ray or raftlog, as its user."""
+        program = [str(BIN / command[0]), *command[1:]]
+        return subprocess.run(
+            program, capture_output=True, text=True, timeout=180, env=self.environment, input=input
+        )
+
+    def until_alive(self, nodes: int) -> None:
+        def are_there() -> bool:
+            return self.run("ray", "status").stdout.count(" 1 node_") == nodes
+
+        until(f"{nodes} nodes", are_there)
+
+    def kill(self, *numbers: int) -> None:
+        """SIGKILL every process of these nodes (of all, if none is named), by its id."""
+        chosen = [self._nodes.pop(number) for number in numbers or list(self._nodes)]
+        pids = [pid for node in chosen if node.poll() is None for pid in (node.pid, *descendants(node.pid))]
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):  # it went with another one
+                os.kill(pid, signal.SIGKILL)
+        for node in chosen:
+            node.wait(30)
+        until("they are gone", lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids))
