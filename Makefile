@@ -96,11 +96,13 @@ bench: $(BENCH)  ## Side by side with NATS, Kafka and Ray, some minutes; writes 
 	$(SAY) "bench: side by side"
 	@$(BIN)/python bench/run.py $(ARGS)
 
-bench-full: $(BENCH)  ## The same with longer turns and more rounds; and failover
+bench-full: $(BENCH)  ## The same with longer turns and more rounds; failover; nodes that come and go
 	$(SAY) "bench: transactions"
 	@$(BIN)/python bench/transactions.py
 	$(SAY) "bench: failover"
 	@$(BIN)/python bench/failover.py
+	$(SAY) "bench: nodes come and go"
+	@$(BIN)/python bench/elastic.py
 	$(SAY) "bench: side by side, in full"
 	@$(BIN)/python bench/run.py --size full $(ARGS)
 

@@ -110,6 +110,28 @@ def of_plain(_results: Results) -> float | None:
     return None if found is None else float(found["contenders"][SERIAL]["ratio_to_plain"]["median"])
 
 
+def worst_of(kind: str) -> Measure:
+    """The worst acknowledgement in the steps of that kind, in ms: of ``elastic.py``."""
+
+    def measure(_results: Results) -> float | None:
+        found = script("elastic")
+        if found is None:
+            return None
+        return max(float(one["worst_ms"]) for one in found["steps"] if one["kind"] == kind)
+
+    return measure
+
+
+def killed(name: str) -> Measure:
+    """From the kill of a leader's broker to the next acknowledgement, in ms: of ``failover.py``."""
+
+    def measure(_results: Results) -> float | None:
+        found = script("failover")
+        return None if found is None else float(found["failover"]["all"][name])
+
+    return measure
+
+
 def of_kafka(_results: Results) -> float | None:
     """The same against Kafka's transactions."""
     found = script("transactions")
@@ -203,6 +225,21 @@ AIMS: Final[tuple[Aim, ...]] = (
             Limit("at least 0.8 x plain", of_plain, ge, 0.8),
             Limit("at least 1 x Kafka's", of_kafka, ge, 1.0),
         ),
+    ),
+    Aim(
+        "worst acknowledgement while nodes join and drain, and leaders move",
+        (Limit("at most 100 ms", worst_of("planned"), le, 100.0),),
+    ),
+    Aim(
+        "a leader's broker is killed",
+        (
+            Limit("p50 at most 150 ms", killed("p50_ms"), le, 150.0),
+            Limit("at most 1,000 ms", killed("max_ms"), le, 1000.0),
+        ),
+    ),
+    Aim(
+        "worst acknowledgement when a node is killed",
+        (Limit("at most 2,500 ms", worst_of("node kill"), le, 2500.0),),
     ),
 )
 

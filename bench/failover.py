@@ -47,28 +47,33 @@ class Acknowledged(NamedTuple):
     number: int
     sent_at: float
     at: float
-    offset: int
+    place: tuple[int, int]
+    """Partition and offset."""
 
 
 class Stream(threading.Thread):
-    """Sends a numbered record every :data:`INTERVAL_S` until stopped, and keeps every acknowledgement."""
+    """Sends a numbered record every ``interval`` seconds until stopped, to one partition after another, and
+    keeps every acknowledgement."""
 
-    def __init__(self, log: Log, topic: str) -> None:
+    def __init__(self, log: Log, topic: str, *, interval: float = INTERVAL_S, partitions: int = 1) -> None:
         super().__init__(name="stream", daemon=True)
         self.acknowledged: list[Acknowledged] = []
         self.failed: dict[int, BaseException] = {}
         self.sent = 0
         self._log = log
         self._topic = topic
+        self._interval = interval
+        self._partitions = partitions
         self._stopping = threading.Event()
         self._news = threading.Condition()
 
     def run(self) -> None:
         with self._log.producer(linger_ms=0) as producer:
-            while not self._stopping.wait(INTERVAL_S):
+            while not self._stopping.wait(self._interval):
                 number, sent_at = self.sent, time.perf_counter()
                 self.sent += 1
-                delivery = producer.send(self._topic, number.to_bytes(8, "big"))
+                partition = number % self._partitions
+                delivery = producer.send(self._topic, number.to_bytes(8, "big"), partition=partition)
                 delivery.add_done_callback(self._listener(number, sent_at))
 
     def _listener(self, number: int, sent_at: float) -> Callable[[Any], None]:
@@ -77,7 +82,9 @@ class Stream(threading.Thread):
             error = delivery.exception()
             with self._news:
                 if error is None:
-                    self.acknowledged.append(Acknowledged(number, sent_at, at, delivery.result().offset))
+                    found = delivery.result()
+                    place = found.partition, found.offset
+                    self.acknowledged.append(Acknowledged(number, sent_at, at, place))
                 else:
                     self.failed[number] = error
                 self._news.notify_all()
@@ -158,12 +165,12 @@ def kill_leader(log: Log, topic: str, stream: Stream, kind: str) -> dict[str, An
 def read_back(log: Log, topic: str, stream: Stream) -> dict[str, int]:
     """Compare what the topic holds with what was acknowledged."""
     seen: Counter[int] = Counter()
-    places: dict[int, int] = {}
+    places: dict[int, tuple[int, int]] = {}
     with log.consumer(topic) as consumer:
         for record in consumer.records(until="end", idle_timeout=WRITE_TIMEOUT_S):
             number = int.from_bytes(record.value or b"", "big")
             seen[number] += 1
-            places[number] = record.offset
+            places[number] = record.partition, record.offset
     return {
         "sent": stream.sent,
         "acknowledged": len(stream.acknowledged),
@@ -171,7 +178,7 @@ def read_back(log: Log, topic: str, stream: Stream) -> dict[str, int]:
         "read": sum(seen.values()),
         "lost": sum(one.number not in seen for one in stream.acknowledged),
         "doubled": sum(times - 1 for times in seen.values()),
-        "moved": sum(places.get(one.number, one.offset) != one.offset for one in stream.acknowledged),
+        "moved": sum(places.get(one.number, one.place) != one.place for one in stream.acknowledged),
     }
 
 

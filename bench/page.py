@@ -216,6 +216,25 @@ def failover_table(_results: Results) -> str:
     )
 
 
+def elastic_table(_results: Results) -> str:
+    """Of ``elastic.py``."""
+    found = script("elastic")
+    if found is None:
+        return "Not measured."
+    rows = [
+        [one["step"], f"{one['seconds']:.1f}", number(one["p50_ms"]), number(one["worst_ms"])]
+        for one in found["steps"]
+    ]
+    counts, rate = found["records"], found["records_per_s"]
+    table = markdown(["", "settled after s", "acknowledged, p50 ms", "worst ms"], rows)
+    return (
+        f"{table}\n\n{rate:.0f} records/s: {counts['sent']:,} sent, {counts['failed']} failed, "
+        f"{counts['lost']} lost, {counts['doubled']} doubled, {counts['moved']} moved. "
+        f"The group read all of them, and {counts['read_again_by_group']:,} again where a member took over "
+        "before a commit."
+    )
+
+
 def data_table(_results: Results) -> str:
     """Of ``data.py``."""
     found = script("data")
@@ -251,6 +270,7 @@ PARTS: Final[dict[str, Callable[[Results], str]]] = {
     "contenders": contenders_table,
     "cost": cost_table,
     "data": data_table,
+    "elastic": elastic_table,
     "failover": failover_table,
     "machine": machine_text,
     "p99": tails,

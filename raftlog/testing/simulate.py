@@ -178,7 +178,6 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
 def main(argv: Sequence[str]) -> int:
     """The command; returns its exit code."""
     arguments = _arguments(argv)
-    logging.disable(logging.CRITICAL)  # brokers log what faults do to them
     if arguments.mutations:
         from raftlog.testing.mutations import run_all
 
@@ -201,4 +200,5 @@ def _with_fixed_hashes() -> None:
 
 if __name__ == "__main__":
     _with_fixed_hashes()
+    logging.disable(logging.CRITICAL)  # brokers log what faults do to them
     sys.exit(main(sys.argv[1:]))
