@@ -256,18 +256,18 @@ class Replica(Generic[M]):
         )
 
     def check_in_service(self) -> None:
-        """Raise if this replica was retired. For a client that is no end: where the storage of one broker
-        failed, another one leads soon.
+        """Raise if this replica was retired. For a client that is no end: where a broker's storage failed, or a
+        newer process of it has taken over, another one leads soon.
 
         Raises:
-            NotLeader: its storage failed.
+            NotLeader: it is out of service.
             UnknownReplica: it was deleted.
         """
         fault = self.fault
-        if isinstance(fault, StorageFailed):
-            raise NotLeader(f"{self.name} is out of service: {fault}", leader=None, term=self.node.term)
-        if fault is not None:
+        if isinstance(fault, UnknownReplica):
             raise fault
+        if fault is not None:
+            raise NotLeader(f"{self.name} is out of service: {fault}", leader=None, term=self.node.term)
 
     def check_level(self, command: CommandStruct) -> None:
         """Raise NeedsUpgrade if not every broker of the cluster knows the command."""
