@@ -256,8 +256,8 @@ class Replica(Generic[M]):
         )
 
     def check_in_service(self) -> None:
-        """Raise if this replica was retired. For a client that is no end: where a broker's storage failed, or a
-        newer process of it has taken over, another one leads soon.
+        """Raise if this replica was retired. For a client that is no end: where the storage failed, or a
+        newer process of the broker has taken over, another one leads soon.
 
         Raises:
             NotLeader: it is out of service.
