@@ -8,8 +8,9 @@ from collections.abc import Callable, Set
 from functools import partial
 from typing import Any, TypeAlias
 
+from raftlog.broker.host import Host
 from raftlog.broker.membership import Wanted
-from raftlog.broker.replica import Done, Host, M, Replica
+from raftlog.broker.replica import Done, M, Replica
 from raftlog.raft.config import RecoveredLog
 from raftlog.state.image import Partition
 from raftlog.storage.replica_log import ReplicaLog

@@ -1,8 +1,8 @@
 """A broker: many replicas, one store, one server, one clock.
 
 The broker drives its replicas. Whatever has something to do is *marked*; marked replicas are pumped together,
-once per turn of the loop or at the end of what one socket read brought, and what they want sent leaves in one
-frame per connection. That is where the cost of a message is shared between groups.
+once per turn of the loop (:mod:`raftlog.broker.cycle`), and what they want sent leaves in one frame per
+connection. That is where the cost of a message is shared between groups.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import msgspec
 
 from raftlog.broker import events
 from raftlog.broker.assigned import AssignedReplica
+from raftlog.broker.cycle import Cycle
 from raftlog.broker.group_replica import GroupReplica
 from raftlog.broker.hosting import Hosting
 from raftlog.broker.internal_topics import InternalTopics
@@ -127,9 +128,7 @@ class Broker:
         self._disk = disk
         self._loop = asyncio.get_running_loop()
         self.hosting = Hosting(self)
-        self._dirty: list[Replica[Any]] = []
-        self._pump_due = False
-        """Somebody will call :meth:`pump`."""
+        self.mark: Final = Cycle(self).mark
         self._tasks: set[asyncio.Task[None]] = set()
         self._closed = False
         self._saving = asyncio.Lock()
@@ -161,7 +160,6 @@ class Broker:
         self.internal_topics: InternalTopics
         self._registered: asyncio.Task[None]
         store.on_fault = self._store_fault
-        store.settle_with(self.gather, self.pump)
 
     @classmethod
     async def start(
@@ -321,36 +319,6 @@ class Broker:
         self._tasks.discard(task)
         if not task.cancelled() and task.exception() is not None:
             logger.error("broker %d: a task failed", self.broker_id, exc_info=task.exception())
-
-    def mark(self, replica: Replica[Any]) -> None:
-        if not replica.dirty:
-            replica.dirty = True
-            self._dirty.append(replica)
-            if not self._pump_due:
-                self._pump_due = True
-                self._loop.call_soon(self.pump)
-
-    def gather(self) -> None:
-        """What is marked from here on is pumped by the caller, who calls :meth:`pump` within this turn."""
-        self._pump_due = True
-
-    def pump(self) -> None:
-        """Let the marked replicas do what they want. First what others wait for: messages leave, and the
-        journal begins to write."""
-        self._pump_due = True
-        try:
-            while self._dirty:
-                dirty, self._dirty = self._dirty, []
-                for replica in dirty:
-                    replica.hand_out()
-                self.peers.flush()
-                self.store.begin()
-                for replica in dirty:
-                    replica.follow_up()
-                    self.pulse.pumped(replica)
-        finally:
-            self._pump_due = False
-        self.peers.flush()
 
     def leadership_changed(self, replica: Replica[Any], before: SoftState | None) -> None:
         events.leadership_changed(self, replica, before)

@@ -14,10 +14,11 @@ from functools import partial
 from typing import Any, Protocol, Self
 
 from raftlog.broker.assigned import AssignedReplica, Complete
+from raftlog.broker.host import Host
 from raftlog.broker.internal_topics import partition_of
 from raftlog.broker.markers import Markers
 from raftlog.broker.recovery import restored
-from raftlog.broker.replica import Done, Host, M
+from raftlog.broker.replica import Done, M
 from raftlog.errors import ConfigError, RaftlogError
 from raftlog.raft.config import RecoveredLog
 from raftlog.record.frame import FrameKind

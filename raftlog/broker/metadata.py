@@ -15,10 +15,11 @@ from typing import Any, ClassVar, Final, Protocol
 
 import msgspec
 
+from raftlog.broker.host import Host
 from raftlog.broker.internal_topics import METADATA_TOPIC, check_reserved
 from raftlog.broker.membership import Wanted
 from raftlog.broker.recovery import restored
-from raftlog.broker.replica import Done, Host, Replica
+from raftlog.broker.replica import Done, Replica
 from raftlog.config import TopicConfig, validate_topic_name
 from raftlog.controller.placement import BrokerInfo, place
 from raftlog.errors import (

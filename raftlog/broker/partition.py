@@ -7,8 +7,9 @@ import struct
 from typing import Any, Final, Protocol
 
 from raftlog.broker.assigned import AssignedReplica, Complete
+from raftlog.broker.host import Host
 from raftlog.broker.recovery import restored
-from raftlog.broker.replica import Done, Host
+from raftlog.broker.replica import Done
 from raftlog.broker.retention import EXPIRY_INTERVAL_MS, Retention, last_index_below
 from raftlog.errors import OffsetOutOfRange, RaftlogError
 from raftlog.net.rpc import READ_COMMITTED, READ_UNCOMMITTED, CommittedBefore, ProduceResponse

@@ -97,7 +97,7 @@ class Peers:
         self._on_learned = on_learned
         self._on_replaced = on_replaced
         self._links: dict[int, _Link] = {}
-        self._waiting: set[_Link] = set()
+        self._waiting: dict[_Link, None] = {}
         self._gone: set[int] = set()
         self._closed = False
         self.book: dict[int, Address] = {}
@@ -138,7 +138,7 @@ class Peers:
         self.book.pop(broker_id, None)
         link = self._links.pop(broker_id, None)
         if link is not None and link.task is not None:
-            self._waiting.discard(link)
+            self._waiting.pop(link, None)
             link.task.cancel()
             self._on_down(broker_id)
         return True
@@ -176,7 +176,7 @@ class Peers:
         if link is None or link.bulk is None:
             return
         (link.bulk_out if isinstance(message, _BULK) else link.control_out).append(message)
-        self._waiting.add(link)
+        self._waiting[link] = None
 
     def broadcast(self, message: OneWay) -> None:
         """Send a small message to every peer at once, on the control connection."""
@@ -187,7 +187,7 @@ class Peers:
         """Send what is queued: at most one frame per connection."""
         if not self._waiting:
             return
-        for link in sorted(self._waiting, key=lambda link: link.broker_id):
+        for link in self._waiting:
             if link.control_out:
                 _send(link.control, *encode_messages(link.control_out))
                 link.control_out = []
@@ -299,4 +299,4 @@ def _send(connection: RpcConnection | None, message: OneWay, payload: Sequence[B
     """Send, or drop what a connection that is down or closing cannot take: its link hears of that in a
     moment."""
     if connection is not None and not connection.closed:
-        connection.send(message, payload)
+        connection.send(message, payload, is_lone=True)

@@ -1,9 +1,9 @@
 """A replica: drives one RawNode and the state machine behind it.
 
-The host's whole part in Raft is a cycle of two halves. :meth:`Replica.hand_out`: what the core says must
-become durable goes to the store, messages go to the peers. :meth:`Replica.follow_up`, when that is under way
-for all replicas: committed entries are applied. What comes back (a sync that is done, a message, time) goes
-into the core. Everything here is synchronous and runs on the broker's loop.
+The host's whole part in Raft is a cycle of three steps, each taken for all replicas before the next.
+:meth:`Replica.hand_out`: the core's messages go to the peers. :meth:`Replica.store`: what must become durable
+goes to the store. :meth:`Replica.follow_up`: committed entries are applied. What comes back (a sync that is
+done, a message, time) goes into the core. Everything here is synchronous and runs on the broker's loop.
 
 On a leader there are two machines: ``machine`` is the applied state; ``staged`` is the applied state plus
 every entry above it in the log. Decisions (which offset, is it a duplicate, may the topic be created) are
@@ -16,20 +16,22 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine, Mapping, Set
+from collections.abc import Callable, Mapping, Set
 from contextlib import suppress
 from functools import partial
-from typing import Any, Final, Generic, Protocol, TypeVar
+from typing import Any, Final, Generic, TypeVar
 
 from raftlog.broker.events import replica_event
+from raftlog.broker.host import Host
+from raftlog.broker.leader_time import LeaderTime
 from raftlog.broker.machine import StateMachine, stage
 from raftlog.broker.membership import Membership, Wanted
-from raftlog.broker.snapshots import SnapshotExchange, SnapshotSlots
-from raftlog.config import BrokerConfig
+from raftlog.broker.snapshots import SnapshotExchange
 from raftlog.errors import LeadershipLost, NotLeader, RaftlogError, StorageFailed, UnknownReplica
-from raftlog.raft.config import RaftConfig, RecoveredLog
+from raftlog.raft.config import RecoveredLog
 from raftlog.raft.raw_node import RawNode
 from raftlog.raft.types import (
+    Append,
     Entry,
     InstallSnapshot,
     InstallSnapshotResponse,
@@ -43,8 +45,6 @@ from raftlog.raft.types import (
 from raftlog.record.frame import Buffer
 from raftlog.state.command import CommandStruct, needs_upgrade
 from raftlog.storage.replica_log import ReplicaLog
-from raftlog.storage.store import BrokerStore
-from raftlog.telemetry.counters import Counters
 
 logger = logging.getLogger("raftlog.broker")
 
@@ -57,46 +57,6 @@ _HURT_PATIENCE: Final = 3
 
 
 M = TypeVar("M", bound=StateMachine)
-
-
-class Host(Protocol):
-    """What a replica needs of its broker."""
-
-    @property
-    def broker_id(self) -> int: ...
-
-    @property
-    def store(self) -> BrokerStore: ...
-
-    @property
-    def config(self) -> BrokerConfig: ...
-
-    @property
-    def feature_level(self) -> int:
-        """Of the cluster: leaders propose no command that needs a higher one."""
-
-    @property
-    def snapshot_slots(self) -> SnapshotSlots: ...
-
-    @property
-    def counters(self) -> Counters: ...
-
-    def raft_config(self, replica_id: int) -> RaftConfig: ...
-
-    def now_ms(self) -> int: ...
-
-    def wall_ms(self) -> int: ...
-
-    def random_for(self, replica_id: int) -> Any: ...
-
-    def mark(self, replica: Replica[Any]) -> None:
-        """The replica has something to do: have it :meth:`hand_out` and :meth:`follow_up` soon."""
-
-    def send(self, broker_id: int, message: Message) -> None: ...
-
-    def spawn(self, work: Coroutine[Any, Any, None]) -> object: ...
-
-    def leadership_changed(self, replica: Replica[Any], before: SoftState | None) -> None: ...
 
 
 class Replica(Generic[M]):
@@ -138,10 +98,11 @@ class Replica(Generic[M]):
         self._reads: dict[int, asyncio.Future[None]] = {}
         self._reads_asked = 0
         self._soft: SoftState | None = None
-        self._ready: Ready | None = None
-        """What of it was handed out and is to be followed up."""
-        self._ahead: tuple[int, int] | None = None
-        """Since when the log's time is ahead of the clock, and where it stood."""
+        self._append: Append | None = None
+        """What was handed out and is to be stored."""
+        self._handed_out: list[Ready] = []
+        """What is to be followed up."""
+        self._time = LeaderTime()
         self._campaign_at = 0
         self._hurt_since_ms = -1
         self._gave_up = False
@@ -157,15 +118,24 @@ class Replica(Generic[M]):
         """A message from a peer."""
         if self.fault is not None:
             return
+        node = self.node
+        rested = node.quiet
         try:
-            self.node.step(message, self.host.now_ms())
+            node.step(message, self.host.now_ms())
         except AssertionError as error:
             self.halt(f"cannot take {type(message).__name__} from replica {message.sender}", error)
         else:
             kind = type(message)
             if kind is InstallSnapshot or kind is InstallSnapshotResponse:
                 self._step_snapshot(message)
-        self.host.mark(self)
+        self._mark_after(rested)
+
+    def _mark_after(self, rested: bool) -> None:
+        """Have what the core was told carried out, if anything comes of it; ``rested``: it was quiet
+        before."""
+        node = self.node
+        if rested or node.quiet or node.has_ready() or self.log.amnesiac or self.fault is not None:
+            self.host.mark(self)
 
     def _step_snapshot(self, message: Message) -> None:
         """The core has settled terms; the bytes are ours."""
@@ -286,18 +256,18 @@ class Replica(Generic[M]):
         )
 
     def check_in_service(self) -> None:
-        """Raise if this replica was retired. For a client that is no end: where the storage of one broker
-        failed, another one leads soon.
+        """Raise if this replica was retired. For a client that is no end: where the storage failed, or a
+        newer process of the broker has taken over, another one leads soon.
 
         Raises:
-            NotLeader: its storage failed.
+            NotLeader: it is out of service.
             UnknownReplica: it was deleted.
         """
         fault = self.fault
-        if isinstance(fault, StorageFailed):
-            raise NotLeader(f"{self.name} is out of service: {fault}", leader=None, term=self.node.term)
-        if fault is not None:
+        if isinstance(fault, UnknownReplica):
             raise fault
+        if fault is not None:
+            raise NotLeader(f"{self.name} is out of service: {fault}", leader=None, term=self.node.term)
 
     def check_level(self, command: CommandStruct) -> None:
         """Raise NeedsUpgrade if not every broker of the cluster knows the command."""
@@ -327,15 +297,8 @@ class Replica(Generic[M]):
         self._waiters.setdefault(index, []).append(done)
 
     def leader_time_ms(self) -> int:
-        """The time that an entry proposed now gets: it never goes back along the log.
-
-        Where the log is ahead of the clock (somebody's was wrong, or was set back), time goes on at half its
-        pace until the clock has caught up: stood it still, no timeout would end meanwhile."""
-        wall_ms, last_ms, now_ms = self.host.wall_ms(), self.node.last_leader_time_ms, self.host.now_ms()
-        since_ms, began_ms = self._ahead or (now_ms, last_ms)
-        time_ms = max(last_ms, began_ms + (now_ms - since_ms) // 2)
-        self._ahead = (since_ms, began_ms) if wall_ms < time_ms else None
-        return max(wall_ms, time_ms)
+        """The time that an entry proposed now gets: it never goes back along the log."""
+        return self._time.of(self.node.last_leader_time_ms, self.host.wall_ms(), self.host.now_ms())
 
     async def confirm_leadership(self) -> None:
         """Wait until a quorum has confirmed that this replica leads: what it has applied then covers all
@@ -356,32 +319,38 @@ class Replica(Generic[M]):
     # -- the cycle -------------------------------------------------------------------------------------------
 
     def hand_out(self) -> None:
-        """First half: give the core's next Append to the store and its messages to the peers."""
+        """First: what the core has for its peers leaves."""
         self.dirty = False
         node = self.node
         if self.fault is not None or self._exchange.installing or not node.has_ready():
             return
+        ready = node.ready()
+        self._handed_out.append(ready)
         host, hosts = self.host, self.hosts
-        ready = self._ready = node.ready()
-        append = ready.append
-        if append is not None:
-            host.store.append(self.log, append, partial(self._durable, append.sequence))
-            # Not of a successor, whose entries may come before this replica has left the leadership.
-            if self.staged is not None and node.role is Role.LEADER and node.term == self._served_term:
-                stage(self.staged, append.entries)
         for message in ready.messages:
             broker_id = hosts.get(message.to)
             if broker_id is not None:
                 host.send(broker_id, message)
+        self._append = ready.append
+
+    def store(self) -> None:
+        """Second: what it says must become durable goes to the store."""
+        append = self._append
+        if append is None:
+            return
+        self._append = None
+        self.host.store.append(self.log, append, partial(self._durable, append.sequence))
+        # Not of a successor, whose entries may come before this replica has left the leadership.
+        if self.staged is not None and self.node.role is Role.LEADER and self.node.term == self._served_term:
+            stage(self.staged, append.entries)
 
     def follow_up(self) -> None:
-        """Second half: everything else that it asks for. If there is more then, the replica is marked
-        again."""
-        ready, self._ready = self._ready, None
+        """Third: everything else that it asks for. If there is more then, the replica is marked again."""
+        handed_out, self._handed_out = self._handed_out, []
         if self.fault is not None or self._exchange.installing:
             return
         node, host = self.node, self.host
-        if ready is not None:
+        for ready in handed_out:
             if ready.committed and not self._apply(ready.committed):
                 return
             if ready.reads:
@@ -392,9 +361,9 @@ class Replica(Generic[M]):
                 host.spawn(self._load(load))
             for follower in ready.snapshots:
                 self._exchange.begin(follower)
-            if node.has_ready():
-                host.mark(self)
-                return
+        if handed_out and node.has_ready():
+            host.mark(self)
+            return
         if self.staged is None and node.serving:
             self._begin_serving()
         if self.log.amnesiac and not node.amnesiac:
@@ -412,8 +381,9 @@ class Replica(Generic[M]):
         if error is not None:
             self.retire(error if isinstance(error, RaftlogError) else StorageFailed(str(error)))
         elif self.fault is None:
+            rested = self.node.quiet
             self.node.on_durable(sequence)
-            self.host.mark(self)
+            self._mark_after(rested)
 
     def _apply(self, entries: tuple[Entry, ...]) -> bool:
         """Apply; False when the replica had to halt."""

@@ -78,7 +78,6 @@ class Service:
     def on_request(
         self, connection: ServerConnection, request: rpc.Request[Any], payload: memoryview, reply: Reply
     ) -> None:
-        self._broker.gather()  # on_batch_end pumps
         if type(request) is rpc.MetadataCommandRequest and connection.peer.role == "client":
             raise ProtocolError("clients change metadata through requests of their own")
         if isinstance(request, _FOR_CONTROLLERS) and connection.peer.role != "controller":
@@ -89,7 +88,6 @@ class Service:
 
     def on_one_way(self, connection: ServerConnection, message: rpc.Struct, payload: memoryview) -> None:
         broker = self._broker
-        broker.gather()
         if type(message) is rpc.ProduceRequest:
             try:
                 broker.partition(message.topic_id, message.partition).produce(payload, _nobody_waits)
@@ -115,9 +113,6 @@ class Service:
             broker.pulse.heard(connection.peer.broker_id, connection.peer.incarnation, message)
         elif type(message) is rpc.Addresses:
             broker.learn(message.brokers)
-
-    def on_batch_end(self) -> None:
-        self._broker.pump()
 
     def on_close(self, connection: ServerConnection, error: Exception | None) -> None:
         self._coordination.connection_lost(connection)

@@ -17,22 +17,9 @@ import msgspec
 from raftlog.errors import CorruptFrame, ProtocolError
 from raftlog.net.rpc import RaftMessages
 from raftlog.raft import types as t
-from raftlog.record.frame import Buffer, iter_frames
+from raftlog.record.frame import Buffer, split_frames
 
 _APPEND: Final = 3
-_TYPES: Final[dict[int, type[Any]]] = {
-    1: t.VoteRequest,
-    2: t.VoteResponse,
-    4: t.AppendResponse,
-    5: t.Heartbeat,
-    6: t.HeartbeatResponse,
-    7: t.InstallSnapshot,
-    8: t.InstallSnapshotResponse,
-    9: t.TimeoutNow,
-    10: t.ReadIndexRequest,
-    11: t.ReadIndexResponse,
-}
-"""By tag; all but AppendRequest, whose entries travel in the payload."""
 
 
 class _AppendRow(msgspec.Struct, frozen=True, array_like=True, tag_field="t", tag=_APPEND):
@@ -45,6 +32,24 @@ class _AppendRow(msgspec.Struct, frozen=True, array_like=True, tag_field="t", ta
     prev_term: int
     prev_crc: int
     commit: int
+
+
+class _Rows(msgspec.Struct, array_like=True):
+    """All messages of a frame. A struct, for of other types msgspec works out the form at every call."""
+
+    rows: list[
+        _AppendRow
+        | t.VoteRequest
+        | t.VoteResponse
+        | t.AppendResponse
+        | t.Heartbeat
+        | t.HeartbeatResponse
+        | t.InstallSnapshot
+        | t.InstallSnapshotResponse
+        | t.TimeoutNow
+        | t.ReadIndexRequest
+        | t.ReadIndexResponse
+    ]
 
 
 def encode_messages(messages: Sequence[t.Message]) -> tuple[RaftMessages, list[Buffer]]:
@@ -89,24 +94,22 @@ def decode_messages(frame: RaftMessages, payload: memoryview) -> list[t.Message]
     messages: list[t.Message] = []
     position = appends = 0
     try:
-        for row in frame.messages:
-            tag = row[0]
-            if tag == _APPEND:
+        for row in msgspec.convert((frame.messages,), _Rows).rows:
+            if isinstance(row, _AppendRow):
                 end = position + lengths[appends]
                 messages.append(_append_request(row, payload[position:end]))
                 position = end
                 appends += 1
             else:
-                messages.append(msgspec.convert(row, _TYPES[tag]))
-    except (LookupError, TypeError, msgspec.ValidationError) as error:
+                messages.append(row)
+    except (LookupError, msgspec.ValidationError) as error:
         raise ProtocolError(f"malformed Raft message: {error!r}") from error
     if appends != len(lengths):
         raise ProtocolError(f"entries of {len(lengths)} messages announced, {appends} came")
     return messages
 
 
-def _append_request(row: Any, frames: memoryview) -> t.AppendRequest:
-    head = msgspec.convert(row, _AppendRow)
+def _append_request(head: _AppendRow, frames: memoryview) -> t.AppendRequest:
     entries = _entries(frames)
     if entries and (
         entries[0].index != head.prev_index + 1 or entries[-1].index != head.prev_index + len(entries)
@@ -130,9 +133,6 @@ def _entries(frames: memoryview) -> tuple[t.Entry, ...]:
     if not frames:
         return ()
     try:
-        return tuple(
-            t.Entry.of(header, frames[position : position + header.length])
-            for header, position in iter_frames(frames)
-        )
+        return tuple([t.Entry(*fields) for fields in split_frames(frames)])
     except CorruptFrame as error:
         raise ProtocolError(f"damaged entry from a peer: {error}") from error

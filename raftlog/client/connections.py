@@ -15,7 +15,7 @@ from typing import Final
 import msgspec
 
 from raftlog.client.retry import is_retriable
-from raftlog.errors import Closed, ConnectionLost, RaftlogError
+from raftlog.errors import Closed, ConnectionLost, IncompatibleVersion, RaftlogError
 from raftlog.net.connection import RpcConnection
 from raftlog.net.handshake import Local
 from raftlog.net.network import Seams, seen
@@ -182,8 +182,10 @@ class Connections:
         return await self._first(list(self._bootstrap.addresses))
 
     async def _first(self, addresses: list[Address]) -> RpcConnection:
-        """The first of these that answers, a few dialed at a time."""
+        """The first of these that answers, a few dialed at a time. One that speaks no version of ours is not
+        all: others may, while releases are replaced."""
         error: RaftlogError = ConnectionLost(f"no address of cluster {self._bootstrap.name!r} is known")
+        stranger: IncompatibleVersion | None = None
         self._seams.random.shuffle(addresses)
         for start in range(0, len(addresses), DIALS_AT_ONCE):
             pending = {self._dial(address) for address in addresses[start : start + DIALS_AT_ONCE]}
@@ -193,9 +195,14 @@ class Connections:
                     failure = task.exception() if not task.cancelled() else Closed("this client is closed")
                     if failure is None:
                         return task.result()
-                    if not isinstance(failure, RaftlogError) or not is_retriable(failure):
+                    if isinstance(failure, IncompatibleVersion):
+                        stranger = failure
+                    elif not isinstance(failure, RaftlogError) or not is_retriable(failure):
                         raise failure
-                    error = failure
+                    else:
+                        error = failure
+        if stranger is not None:
+            raise stranger
         way = ""
         if self._bootstrap.transport == "streams":
             way = "; a client that cannot reach these ports connects with transport='actor'"

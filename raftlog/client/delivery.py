@@ -16,6 +16,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
+from functools import partial
 from typing import Any, Final
 
 from raftlog.errors import NotPicklable, NotRunning, RequestTimeout, UseAfterFork
@@ -110,19 +111,7 @@ class Completion:
             self.hurry()
         loop = asyncio.get_running_loop()
         future = loop.create_future()
-
-        def settle() -> None:
-            if not future.done():
-                future.set_result(None)
-
-        def wake() -> None:
-            if _running_loop() is loop:
-                settle()
-                return
-            with contextlib.suppress(RuntimeError):  # that loop was closed: nobody waits any more
-                loop.call_soon_threadsafe(settle)
-
-        self.add_callback(wake)
+        self.add_callback(partial(_settle, future) if loop is self._loop else partial(_wake, loop, future))
         await future
 
     def look_at(self, index: int) -> None:
@@ -335,6 +324,17 @@ class BatchDelivery:
 
     def __reduce__(self) -> Any:
         raise not_picklable("a BatchDelivery", "what batch_delivery.result() returns")
+
+
+def _settle(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
+
+
+def _wake(loop: asyncio.AbstractEventLoop, future: asyncio.Future[None]) -> None:
+    """Tell who waits on another loop than the one that completes batches."""
+    with contextlib.suppress(RuntimeError):  # that loop was closed: nobody waits any more
+        loop.call_soon_threadsafe(_settle, future)
 
 
 def wait_for_all(batches: Sequence[Completion], timeout: float | None) -> bool:

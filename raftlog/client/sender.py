@@ -30,7 +30,6 @@ from raftlog.client.window import Identity, Verdict
 from raftlog.errors import (
     Busy,
     Closed,
-    ConnectionLost,
     DeliveryTimeout,
     LeadershipLost,
     NotLeader,
@@ -52,8 +51,6 @@ UNSENT_BYTES_MAX: Final = 1024 * 1024
 """With acks=0 nothing but the socket's buffer slows a producer down."""
 UNACKNOWLEDGED_METADATA_AGE_S: Final = 1.0
 """With acks=0 nobody says that the leader has moved."""
-
-_PRODUCED = asyncio.Future[tuple[ProduceResponse, memoryview]]
 
 
 class Sender:
@@ -234,6 +231,8 @@ class Sender:
             if queue.view.deleted:
                 self._fail_queue(queue, UnknownTopic(f"topic {queue.view.topic!r} was deleted"))
                 return
+            if not (queue.ready or queue.open or window.retry or window.broken):
+                return  # nothing to send: the usual end of it
             if window.needs_identity() and not self._begin_window(queue):
                 return
             resend = window.may_resend()
@@ -269,27 +268,31 @@ class Sender:
         assert batch.encoded, "a batch that is sent was encoded"
         queue.connection = connection
         batch.sent_at = now
-        future = connection.request(queue.request, batch.encoded)
-        future.add_done_callback(partial(self._answered, batch, batch.attempt, connection))
+        answered = partial(self._answered, batch, batch.attempt, connection)
+        connection.ask(queue.request, batch.encoded, answered)
 
     def _answered(
-        self, batch: ProducerBatch, attempt: int, connection: RpcConnection, future: _PRODUCED
+        self,
+        batch: ProducerBatch,
+        attempt: int,
+        connection: RpcConnection,
+        response: ProduceResponse | None,
+        _payload: memoryview | None,
+        error: RaftlogError | None,
     ) -> None:
-        error = (
-            future.exception() if not future.cancelled() else ConnectionLost("cancelled", indeterminate=True)
-        )
         if batch.done or attempt != batch.attempt or self._stopped:
             return
         queue = batch.queue
-        if error is None:
-            queue.failures = 0
-            queue.window.acknowledged(batch)
-            self._settle(batch, future.result()[0].base_offset)
-        elif isinstance(error, RaftlogError):
+        if error is not None:
             self._refused(queue, batch, connection, error)
-        else:
-            raise error
+            self._advance(queue)
+            return
+        assert response is not None, "an answer is a response or an error"
+        queue.failures = 0
+        queue.window.acknowledged(batch)
         self._advance(queue)
+        # last, for a thread that waits for it has to wait for this one's turn to end
+        self._settle(batch, response.base_offset)
 
     def _refused(
         self, queue: PartitionQueue, batch: ProducerBatch, connection: RpcConnection, error: RaftlogError

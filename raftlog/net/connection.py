@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Final, TypeVar
 
 import msgspec
@@ -17,6 +18,8 @@ from raftlog.net.rpc import OneWay, Request
 from raftlog.net.stream import FrameStream, Limits, logger
 
 R = TypeVar("R", bound=msgspec.Struct)
+Answered = Callable[[R | None, memoryview | None, RaftlogError | None], None]
+"""Told the response and the payload that came with it, or the error."""
 
 _RESPONSE_DECODERS: Final = {api: msgspec.msgpack.Decoder(cls.response) for api, cls in REQUESTS.items()}
 _REQUEST: Final = int(Kind.REQUEST)
@@ -60,7 +63,7 @@ class RpcConnection(FrameStream):
         self._on_frame = self._on_challenge
         self._is_open = False
         self._ready: asyncio.Future[None] = self._loop.create_future()
-        self._pending: dict[int, asyncio.Future[Any]] = {}
+        self._pending: dict[int, Answered[Any]] = {}
         self._correlation = 0
         self.rpc_version = 0
         self.peer: Hello
@@ -192,17 +195,22 @@ class RpcConnection(FrameStream):
             payload: raw bytes that follow it; the buffers must not change afterwards.
         """
         future: asyncio.Future[tuple[R, memoryview]] = self._loop.create_future()
+        self.ask(request, payload, partial(_settle, future))
+        return future
+
+    def ask(self, request: Request[R], payload: Sequence[Buffer], answered: Answered[R]) -> None:
+        """As :meth:`request`, without a future: ``answered`` is called as soon as the answer is read, or with
+        why there will be none, but never before this returns. It must not raise."""
         if self._closing:
-            future.set_exception(self._lost_error(sent=False))
-            return future
+            self._loop.call_soon(answered, None, None, self._lost_error(sent=False))
+            return
         correlation = self._correlation = (self._correlation + 1) & _CORRELATION_MAX
         assert correlation not in self._pending, "more than 2^32 requests in flight"
         size = sum(map(len, payload)) if payload else 0
         head = encode_head(_REQUEST, request.api, self.rpc_version, correlation, request, size)
         is_lone = not self._pending
-        self._pending[correlation] = future
+        self._pending[correlation] = answered
         self._write(head, payload, size, is_lone=is_lone)
-        return future
 
     async def call(
         self, request: Request[R], payload: Sequence[Buffer] = (), *, timeout: float
@@ -227,8 +235,8 @@ class RpcConnection(FrameStream):
                 RequestTimeout(f"no answer to {what} from {self._address} within {timeout} s")
             )
 
-    def send(self, message: OneWay, payload: Sequence[Buffer] = ()) -> None:
-        """Send a one-way message (one of ``catalogue.ONE_WAY``).
+    def send(self, message: OneWay, payload: Sequence[Buffer] = (), *, is_lone: bool = False) -> None:
+        """Send a one-way message (one of ``catalogue.ONE_WAY``); ``is_lone``: no other is about to follow.
 
         Raises:
             ConnectionLost: the connection is closed; nothing was sent.
@@ -236,27 +244,27 @@ class RpcConnection(FrameStream):
         if self._closing:
             raise self._lost_error(sent=False)
         size = sum(map(len, payload)) if payload else 0
-        self._write(encode_head(_ONE_WAY, message.api, self.rpc_version, 0, message, size), payload, size)
+        head = encode_head(_ONE_WAY, message.api, self.rpc_version, 0, message, size)
+        self._write(head, payload, size, is_lone=is_lone)
 
     def _on_message(self, frame: Frame) -> None:
         kind, api, _, correlation, header, payload = frame
-        future = self._pending.get(correlation)
-        if future is None:
+        answered = self._pending.get(correlation)
+        if answered is None:
             raise ProtocolError(f"answer to request {correlation}, which was not asked")
         if kind == _RESPONSE:
             try:
                 response = _RESPONSE_DECODERS[api].decode(header)
             except (msgspec.DecodeError, KeyError, ValueError) as cause:
                 raise ProtocolError(f"response of rpc {api} that does not decode: {cause}") from cause
-            if not future.done():
-                future.set_result((response, payload))
+            del self._pending[correlation]
+            answered(response, payload, None)
         elif kind == Kind.ERROR:
             error = decode_error(header)
-            if not future.done():
-                future.set_exception(error)
+            del self._pending[correlation]
+            answered(None, None, error)
         else:
             raise ProtocolError(f"a frame of kind {kind} from the accepting side")
-        del self._pending[correlation]
 
     # -- the end ---------------------------------------------------------------------------------------------
 
@@ -271,9 +279,8 @@ class RpcConnection(FrameStream):
 
     def _fail_pending(self) -> None:
         pending, self._pending = self._pending, {}
-        for future in pending.values():
-            if not future.done():
-                future.set_exception(self._lost_error(sent=True))
+        for answered in pending.values():
+            self._loop.call_soon(answered, None, None, self._lost_error(sent=True))
 
     def _on_garbage(self, error: ProtocolError) -> None:
         logger.warning("closed %r: %s", self, error)
@@ -291,3 +298,14 @@ class RpcConnection(FrameStream):
         self._is_open = False
         if self._on_close is not None:
             self._on_close(self, error)
+
+
+def _settle(
+    future: asyncio.Future[Any], response: Any, payload: memoryview | None, error: RaftlogError | None
+) -> None:
+    if future.done():
+        return
+    if error is None:
+        future.set_result((response, payload))
+    else:
+        future.set_exception(error)

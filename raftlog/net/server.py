@@ -56,9 +56,6 @@ class Handler(Protocol):
     def on_one_way(self, connection: ServerConnection, message: Struct, payload: memoryview) -> None:
         """Take a message that has no answer."""
 
-    def on_batch_end(self) -> None:
-        """All frames of one received chunk were dispatched."""
-
     def on_close(self, connection: ServerConnection, error: Exception | None) -> None:
         """The connection is gone; None: the peer closed it in good order."""
 
@@ -295,10 +292,6 @@ class ServerConnection(FrameStream):
 
     def _on_batch_end(self) -> None:
         if self._is_open:
-            try:
-                self._handler.on_batch_end()
-            except Exception as error:  # noqa: BLE001 - a bug must not take the connection down
-                self._report("on_batch_end", error)
             self._check_budgets()
 
     # -- budgets ---------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ class Durability:
     """Sequences of one node. ``index``: the log is durable up to here. ``term``: term and vote of this term
     are."""
 
-    __slots__ = ("_flights", "_held", "_unassigned", "confirmed", "handed", "index", "term")
+    __slots__ = ("_flights", "_held", "confirmed", "handed", "index", "term", "unassigned")
 
     def __init__(self, index: int, term: int) -> None:
         self.index = index
@@ -34,21 +34,17 @@ class Durability:
         self._flights: deque[list[int]] = deque()
         """[sequence, last index it proves, term it proves], oldest first."""
         self._held: deque[tuple[int, Message]] = deque()
-        self._unassigned: list[Message] = []
+        self.unassigned: list[Message] = []
         """Held for the next Append, which has no sequence yet."""
 
     def hold(self, message: Message) -> None:
         """Keep ``message`` back until everything changed so far is durable."""
-        self._unassigned.append(message)
+        self.unassigned.append(message)
 
     @property
     def is_idle(self) -> bool:
         """Whether nothing is on its way to the disk."""
-        return self.confirmed == self.handed and not self._unassigned
-
-    @property
-    def has_unassigned(self) -> bool:
-        return bool(self._unassigned)
+        return self.confirmed == self.handed and not self.unassigned
 
     def hand_out(self, last_index: int, term: int) -> int:
         """Another Append goes to storage; it will prove ``last_index`` and ``term``. Returns its sequence."""
@@ -58,7 +54,7 @@ class Durability:
 
     def assign(self) -> list[Message]:
         """Tie messages held since the last call to the last Append; returns those that need not wait."""
-        messages, self._unassigned = self._unassigned, []
+        messages, self.unassigned = self.unassigned, []
         if self.confirmed == self.handed:
             return messages
         self._held.extend((self.handed, message) for message in messages)

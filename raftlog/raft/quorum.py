@@ -34,7 +34,7 @@ def is_voter(conf: ConfState, replica: int) -> bool:
 
 
 def _half_index(voters: Iterable[int], match: Mapping[int, int]) -> int:
-    indexes = sorted(match.get(voter, 0) for voter in voters)
+    indexes = sorted([match.get(voter, 0) for voter in voters])
     # In ascending order, the element at (n - 1) // 2 and all n // 2 after it are at least as high: a
     # majority.
     return indexes[(len(indexes) - 1) // 2]

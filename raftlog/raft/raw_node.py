@@ -392,14 +392,15 @@ class RawNode:
     def has_ready(self) -> bool:
         """Whether ``ready()`` has anything to hand out."""
         node = self._node
-        log = node.log
+        log, handed = node.log, node.handed_state
         return bool(
             node.pump_wanted
             or node.messages
             or log.taken != log.commit
             or log.handed != log.last_index
-            or node.hard_state_changed
-            or node.durability.has_unassigned
+            or node.term != handed.term
+            or node.vote != handed.vote
+            or node.durability.unassigned
             or node.loads
             or node.snapshots
             or node.reads_done

@@ -65,8 +65,8 @@ class Disk(Protocol):
     def begin_commit(
         self, writes: Sequence[Write], done: Callable[[BaseException | None], None], sync: bool = True
     ) -> None:
-        """As :meth:`commit`, without a coroutine: ``done`` is called on the loop, later, with None or with
-        what ``commit`` would have raised."""
+        """As :meth:`commit`, without a coroutine: ``done`` is called on the loop, now or later, with None or
+        with what ``commit`` would have raised."""
 
     async def write(self, writes: Sequence[Write], *, sync: bool = True) -> None:
         """The lazy lane: all writes, then (with ``sync``) a sync of each file."""

@@ -108,10 +108,6 @@ class Journal:
         self._sync_timer: asyncio.TimerHandle | None = None
         self._on_fault = on_fault
         self._on_durable = on_durable
-        self.on_settling: Callable[[], None] = _nothing
-        """Told before all who waited for a group are, and """
-        self.on_settled: Callable[[], None] = _nothing
-        """after it."""
         self._on_roll = on_roll
         self._current: JournalFile | None = None
         self._queue: list[_Item] = []
@@ -406,10 +402,8 @@ class Journal:
             if not waiter.done():
                 waiter.set_result(None)
         self._busy = False
-        self.on_settling()
         for item in items:
             self._tell(item.done, None)
-        self.on_settled()  # which may begin the next group
         if self._queue or self._due_now() or self._mark_due or self._closing:
             self._wake_up()
 
@@ -550,7 +544,3 @@ class Journal:
             self._wake_up()
         at = due if due > loop.time() else loop.time() + self._config.idle_mark_seconds
         self._mark_timer = loop.call_at(at, self._idle)
-
-
-def _nothing() -> None:
-    """Until the host listens."""

@@ -38,7 +38,10 @@ _RECORD = struct.Struct(">IIQBQ")
 RECORD_HEADER_BYTES: Final = _RECORD.size
 
 _MARK = struct.Struct(">Q")
+_WHOLE_MARK = struct.Struct(">QBQQ")
 _HARD_STATE = struct.Struct(">QQQ")
+_WHOLE_HARD_STATE = struct.Struct(">QBQQQQ")
+"""With _AFTER_CRC in front: these two are in every group."""
 _PLACE = struct.Struct(">QQQ")
 _CHECKPOINT = struct.Struct(">QQQQQIQQQ")
 MARK_BYTES: Final = RECORD_HEADER_BYTES + _MARK.size
@@ -147,12 +150,15 @@ def _record(position: int, kind: int, replica_id: int, body: bytes) -> bytes:
 
 
 def encode_mark(position: int, floor: int) -> bytes:
-    return _record(position, RecordKind.MARK, 0, _MARK.pack(floor))
+    after = _WHOLE_MARK.pack(position, RecordKind.MARK, 0, floor)
+    return _LENGTH_CRC.pack(MARK_BYTES, crc32c(after)) + after
 
 
 def encode_hard_state(position: int, replica_id: int, state: HardState) -> bytes:
-    body = _HARD_STATE.pack(state.term, state.vote, state.commit)
-    return _record(position, RecordKind.HARD_STATE, replica_id, body)
+    after = _WHOLE_HARD_STATE.pack(
+        position, RecordKind.HARD_STATE, replica_id, state.term, state.vote, state.commit
+    )
+    return _LENGTH_CRC.pack(HARD_STATE_BYTES, crc32c(after)) + after
 
 
 def encode_entry_ref(

@@ -1,7 +1,9 @@
 """The Disk of production: a directory of a local file system.
 
-One thread serves the journal's lane, so that its latency is that of the write and the sync plus one hand-over
-each way; a small pool serves lazy writes, reads that must wait, and everything about names.
+The journal's lane: a small commit is carried out on the loop's own thread while the device is quick, for to
+hand it to another thread and back takes as long as the sync. Large ones, and all while the device is slow, go
+to one thread of their own, in order, and the loop goes on meanwhile. A small pool serves lazy writes, reads
+that must wait, and everything about names.
 """
 
 from __future__ import annotations
@@ -38,6 +40,12 @@ _NOWAIT: Final[int] = getattr(os, "RWF_NOWAIT", 0)
 _BOOT_ID_PATH: Final = Path("/proc/sys/kernel/random/boot_id")
 _READ_CHUNK: Final = 1 << 30
 """Linux moves at most 2 GiB in one call."""
+_SMALL_BYTES: Final = 32 << 10
+"""A commit up to this is small."""
+_QUICK_S: Final = 0.001
+"""The device is quick while small commits take less than this, on average."""
+_AVERAGE_SHARE: Final = 0.125
+"""Of the newest one in the average."""
 
 
 class RealFile:
@@ -115,6 +123,10 @@ class RealDisk:
             raise DataDirError(f"the data directory {root} is not writable by this user")
         self._queue: SimpleQueue[_Commit | None] = SimpleQueue()
         self._writer: threading.Thread | None = None
+        self._handed_over = 0
+        """Commits that the thread has and is not done with."""
+        self._average_s = 0.0
+        """How long small commits take."""
         self._pool = ThreadPoolExecutor(_POOL_THREADS, thread_name_prefix="raftlog-disk")
         self._lock_fd = -1
         self._closed = False
@@ -142,20 +154,43 @@ class RealDisk:
         if self._closed:
             loop.call_soon(done, StorageFailed("the disk is closed"))
             return
-        if self._writer is None:
-            self._writer = threading.Thread(
-                target=_serve_commits,
-                args=(self._queue, loop, self.syncs),
-                name="raftlog-journal",
-                daemon=True,
-            )
-            self._writer.start()
         try:
             files = _acquire(writes)
         except StorageFailed as error:
             loop.call_soon(done, error)
             return
-        self._queue.put(_Commit(writes, sync, files, done))
+        small = len(writes) == 1 and sum(map(len, writes[0].buffers)) <= _SMALL_BYTES
+        commit = _Commit(writes, sync, files, done, small)
+        if small and not self._handed_over and self._average_s < _QUICK_S:
+            commit.carry_out()
+            self._finish(commit)
+            return
+        if self._writer is None:
+            self._writer = threading.Thread(
+                target=_serve_commits,
+                args=(self._queue, loop, self._returned),
+                name="raftlog-journal",
+                daemon=True,
+            )
+            self._writer.start()
+        self._handed_over += 1
+        self._queue.put(commit)
+
+    def _returned(self, commit: _Commit) -> None:
+        """The thread is done with a commit."""
+        self._handed_over -= 1
+        self._finish(commit)
+
+    def _finish(self, commit: _Commit) -> None:
+        if commit.sync and commit.error is None:
+            syncs = self.syncs
+            syncs.count += 1
+            if syncs.count >= syncs.next:
+                syncs.add(commit.took_s)
+            if commit.small:
+                self._average_s += (commit.took_s - self._average_s) * _AVERAGE_SHARE
+        _release(commit.files)
+        commit.done(commit.error)
 
     async def write(self, writes: Sequence[Write], *, sync: bool = True) -> None:
         files = [_real(write.file) for write in writes]
@@ -214,7 +249,7 @@ class RealDisk:
 
 
 class _Commit:
-    __slots__ = ("done", "files", "sync", "writes")
+    __slots__ = ("done", "error", "files", "small", "sync", "took_s", "writes")
 
     def __init__(
         self,
@@ -222,16 +257,24 @@ class _Commit:
         sync: bool,
         files: list[RealFile],
         done: Callable[[BaseException | None], None],
+        small: bool,
     ) -> None:
         self.writes = writes
         self.sync = sync
         self.files = files
         self.done = done
+        self.small = small
+        self.took_s = 0.0
+        self.error: BaseException | None = None
 
-    def finish(self, error: BaseException | None) -> None:
-        """On the loop, when the thread is done with the files."""
-        _release(self.files)
-        self.done(error)
+    def carry_out(self) -> None:
+        """Write and sync, on whichever thread."""
+        began = time.perf_counter()
+        try:
+            _write_all(self.writes, self.sync)
+        except BaseException as caught:  # noqa: BLE001 - whatever it is, the waiter must hear of it
+            self.error = caught
+        self.took_s = time.perf_counter() - began
 
 
 def _settle(future: asyncio.Future[None], error: BaseException | None) -> None:
@@ -245,21 +288,14 @@ def _settle(future: asyncio.Future[None], error: BaseException | None) -> None:
 
 
 def _serve_commits(
-    queue: SimpleQueue[_Commit | None], loop: asyncio.AbstractEventLoop, syncs: Latency
+    queue: SimpleQueue[_Commit | None],
+    loop: asyncio.AbstractEventLoop,
+    returned: Callable[[_Commit], None],
 ) -> None:
     while (commit := queue.get()) is not None:
-        error: BaseException | None = None
-        try:
-            began = time.perf_counter()
-            _write_all(commit.writes, commit.sync)
-            if commit.sync:
-                syncs.count += 1
-                if syncs.count >= syncs.next:
-                    syncs.add(time.perf_counter() - began)
-        except BaseException as caught:  # noqa: BLE001 - whatever it is, the waiter must hear of it
-            error = caught
+        commit.carry_out()
         with contextlib.suppress(RuntimeError):  # the loop was closed while the write was under way
-            loop.call_soon_threadsafe(commit.finish, error)
+            loop.call_soon_threadsafe(returned, commit)
 
 
 async def _in_thread(

@@ -28,6 +28,7 @@ from raftlog.raft.types import ConfState, Entry, HardState, Snapshot
 from raftlog.record.frame import Buffer, FrameKind
 from raftlog.storage.journal_format import Checkpoint, Place
 from raftlog.storage.segment import Segment, batch_base_offset, decode_conf
+from raftlog.storage.segment_index import NO_TIMESTAMP
 from raftlog.storage.segment_reader import SegmentReader
 from raftlog.storage.snapshot_file import LogSnapshot
 from raftlog.storage.spec import ReplicaSpec, StorageConfig
@@ -218,8 +219,9 @@ class ReplicaLog:
 
     def set_committed(self, index: int) -> None:
         """Entries up to ``index`` are committed: from now on they may be flushed, and never truncated."""
-        assert index <= self.last_index, (index, self.last_index)
-        self.committed = max(self.committed, index)
+        assert index <= self.memory.last_index, (index, self.last_index)
+        if index > self.committed:
+            self.committed = index
 
     # -- append (called by the store) ------------------------------------------------------------------------
 
@@ -235,12 +237,12 @@ class ReplicaLog:
             return 0, None
         first = entries[0].index
         dropped = 0
-        if first <= self.last_index:
+        if first <= self.memory.last_index:
             dropped = self._truncate(first)
             # A large frame might overwrite the bytes of a truncated one, which a crash before this append is
             # durable would bring back. Until then everything goes through the journal.
             self._direct_barrier = len(self._pending) + 1
-        assert first == self.last_index + 1, f"append of {first} leaves a gap after {self.last_index}"
+        assert first == self.memory.last_index + 1, f"append of {first} leaves a gap after {self.last_index}"
         direct: dict[int, Segment] | None = None
         direct_bytes = 1 << 62 if self._direct_barrier else self.config.direct_bytes
         for entry in entries:
@@ -297,12 +299,16 @@ class ReplicaLog:
     def made_durable(self, count: int) -> None:
         """The oldest ``count`` appends under way are durable."""
         reached = 0
+        pending = self._pending
         for _ in range(count):
-            reached = self._pending.popleft()[1] or reached
-        # What a later append, still under way, has truncated is not what became durable.
-        limit = min((first for first, _ in self._pending if first), default=self.last_index + 1) - 1
-        self.durable_index = max(self.durable_index, min(reached, limit))
-        self._direct_barrier = max(0, self._direct_barrier - count)
+            reached = pending.popleft()[1] or reached
+        if pending:
+            # What a later append, still under way, has truncated is not what became durable.
+            reached = min([reached, *(first - 1 for first, _ in pending if first)])
+        if reached > self.durable_index:
+            self.durable_index = reached
+        if self._direct_barrier:
+            self._direct_barrier = max(0, self._direct_barrier - count)
 
     def checkpoint(self) -> Checkpoint:
         """What a CHECKPOINT record says of this replica now. Its commit index must not speak of entries that
@@ -408,6 +414,7 @@ class ReplicaLog:
     async def find_time(self, timestamp_ms: int, limit_index: int) -> int | None:
         """Base offset of the first batch, up to ``limit_index``, whose greatest timestamp is at least
         ``timestamp_ms``; None if there is none."""
+        timestamp_ms = max(timestamp_ms, NO_TIMESTAMP + 1)  # what stands for none is no batch's
         if timestamp_ms > self.memory.base_time:
             entry = self.memory.find_time(timestamp_ms)
             if entry is None or entry.index > limit_index:
@@ -440,11 +447,12 @@ class ReplicaLog:
 
     def is_segment_end(self, index: int) -> bool:
         """A segment ends with this entry: after applying it the host calls :meth:`save_snapshot`."""
-        if index >= self.memory.first_index:
-            if index > self.memory.last_index:
+        memory = self.memory
+        place = index - memory.first_index
+        if place >= 0:
+            if place >= len(memory.entries):
                 return False
-            end = self.memory.position_of(index) + len(self.memory.at(index).frame)
-            return end >= self.spec.segment_bytes
+            return memory.positions[place] + len(memory.entries[place].frame) >= self.spec.segment_bytes
         slot = bisect_right(self.segments, index + 1, key=_base_index) - 1
         return slot > 0 and self.segments[slot].base_index == index + 1
 

@@ -193,12 +193,6 @@ class BrokerStore:
         be the next."""
         self._journal.begin()
 
-    def settle_with(self, settling: Callable[[], None], settled: Callable[[], None]) -> None:
-        """From now on call ``settling`` before, and ``settled`` after, all ``done`` of appends that became
-        durable together: what they bring about can be carried out at once for all."""
-        self._journal.on_settling = settling
-        self._journal.on_settled = settled
-
     @property
     def pending_bytes(self) -> int:
         """Bytes appended and not yet durable."""

@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import asyncio
 import random as random_module
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import partial
 from typing import Final
 
-from raftlog.errors import DataDirLocked, StorageFailed, StorageFull
+from raftlog.errors import DataDirLocked, RaftlogError, StorageFailed, StorageFull
 from raftlog.storage.disk import DiskFile, Write
 
 SECTOR_BYTES: Final = 512
@@ -105,6 +106,8 @@ class SimDisk:
         random: decides what a crash keeps.
         latency: seconds that a synced write takes; ``read_latency`` a read that is not cached.
         capacity: bytes it holds; None: no limit.
+        prompt: a commit that is begun is done at once, as RealDisk's are while the device is quick; not while
+            the disk stalls, or is busy with another.
         record: keep ``trace``.
 
     Attributes:
@@ -118,12 +121,14 @@ class SimDisk:
         latency: float = 0.0,
         read_latency: float = 0.0,
         capacity: int | None = None,
+        prompt: bool = False,
         record: bool = False,
     ) -> None:
         self.random = random or random_module.Random(0)
         self.latency = latency
         self.read_latency = read_latency
         self.capacity = capacity
+        self.prompt = prompt
         self.cached = True
         """False: ``try_read`` finds nothing in memory."""
         self.syncs = 0
@@ -189,6 +194,7 @@ class SimDisk:
             latency=self.latency,
             read_latency=self.read_latency,
             capacity=self.capacity,
+            prompt=self.prompt,
             record=self.trace is not None,
         )
         disk.boot_id = self.boot_id
@@ -278,24 +284,42 @@ class SimDisk:
 
     async def commit(self, writes: Sequence[Write], *, sync: bool = True) -> None:
         async with self._lane:
-            if not self._again:  # else what was handed over since the first try is not in it
-                self.commits += 1
-            ordinal, synced = self.commits, self.commits_done
-            try:
+            with self._counted(writes, sync):
                 await self._write(writes, sync=sync)
-            except StorageFull:
-                self._again = True
-                raise
-            self._again = False
-            if any(write.buffers for write in writes):
-                self.commits_marked = synced
-            self.commits_written = ordinal
-            if sync:
-                self.commits_done = ordinal
+
+    @contextmanager
+    def _counted(self, writes: Sequence[Write], sync: bool) -> Iterator[None]:
+        """Around what a commit does."""
+        if not self._again:  # else what was handed over since the first try is not in it
+            self.commits += 1
+        ordinal, synced = self.commits, self.commits_done
+        try:
+            yield
+        except StorageFull:
+            self._again = True
+            raise
+        self._again = False
+        if any(write.buffers for write in writes):
+            self.commits_marked = synced
+        self.commits_written = ordinal
+        if sync:
+            self.commits_done = ordinal
 
     def begin_commit(
         self, writes: Sequence[Write], done: Callable[[BaseException | None], None], sync: bool = True
     ) -> None:
+        stalls = asyncio.get_running_loop().time() < self._stalled_until
+        if self.prompt and not (stalls or self._begun or self._lane.locked()):
+            try:
+                with self._counted(writes, sync):
+                    files = self._put_all(writes)
+                    if sync:
+                        self._sync_all(files)
+            except RaftlogError as error:
+                done(error)
+            else:
+                done(None)
+            return
         work = asyncio.get_running_loop().create_task(self.commit(writes, sync=sync))
         self._begun.add(work)
         work.add_done_callback(partial(self._commit_ended, done))
@@ -309,6 +333,12 @@ class SimDisk:
         await self._write(writes, sync=sync)
 
     async def _write(self, writes: Sequence[Write], *, sync: bool) -> None:
+        files = self._put_all(writes)
+        await self._delay(self.latency if sync else 0.0)
+        if sync:
+            self._sync_all(files)
+
+    def _put_all(self, writes: Sequence[Write]) -> dict[str, _Node]:
         self._check_alive()
         files: dict[str, _Node] = {}
         for write in writes:
@@ -318,10 +348,11 @@ class SimDisk:
             if write.buffers:
                 self._put_pending(file, write.position, b"".join(write.buffers))
             files[file.path] = file._node
-        await self._delay(self.latency if sync else 0.0)
-        if sync:
-            for path, node in files.items():
-                self._sync(path, node)
+        return files
+
+    def _sync_all(self, files: dict[str, _Node]) -> None:
+        for path, node in files.items():
+            self._sync(path, node)
 
     def _put_pending(self, file: SimFile, position: int, data: bytes) -> None:
         if self._failing_writes:

@@ -239,6 +239,8 @@ class Watch:
             if replica.fault is not None:
                 _check_fault(replica, replica.fault)
                 continue
+            if replica.dirty:
+                continue  # what it took in is not carried out yet: that comes at the end of this turn
             core = replica.node._node  # not through its properties: this line runs a million times a minute
             log = core.log
             state = (

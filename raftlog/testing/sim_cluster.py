@@ -72,8 +72,7 @@ class SimCluster:
         self.brokers: dict[int, Broker] = {}
         """Those that run."""
         self.disks = {
-            broker_id: SimDisk(self._fork(), latency=self.random.uniform(*sync_seconds))
-            for broker_id in range(brokers)
+            broker_id: self._new_disk(self.random, broker_name(broker_id)) for broker_id in range(brokers)
         }
         self.watch = Watch(self.loop)
         """Holds every invariant after every event."""
@@ -131,6 +130,11 @@ class SimCluster:
             storage=self.storage,
         )
 
+    def _new_disk(self, rng: random.Random, name: str) -> SimDisk:
+        """An empty one; every third carries out commits at once."""
+        prompt = random.Random(f"{self._seed}/{name}/prompt").random() < 1 / 3
+        return SimDisk(self._fork(), latency=rng.uniform(*self._sync_seconds), prompt=prompt)
+
     def join_broker(self) -> int:
         """Start a new broker on an empty disk; returns its id once it runs. After an error the next call goes
         on with the same disk, so that the cluster knows it.
@@ -140,7 +144,7 @@ class SimCluster:
         """
         joiner = f"joining-{self._joined}"
         rng = random.Random(f"{self._seed}/{joiner}")
-        disk = SimDisk(self._fork(), latency=rng.uniform(*self._sync_seconds))
+        disk = self._new_disk(rng, joiner)
         addresses = tuple((broker_name(broker_id), PORT) for broker_id in self.brokers)
         plan = JoiningPlan(self.plan.cluster_id, self.plan.cluster_name, self.plan.secret, addresses)
         work = join(self.seams(joiner, joiner), disk, plan, node_id=joiner, random=rng)

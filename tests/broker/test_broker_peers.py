@@ -63,9 +63,6 @@ class Member:
         if isinstance(message, Addresses):
             self.peers.learn(message.brokers)
 
-    def on_batch_end(self) -> None:
-        self.peers.flush()
-
     def on_close(self, connection: ServerConnection, error: Exception | None) -> None:
         """The dialling side finds out by itself."""
 

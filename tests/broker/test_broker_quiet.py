@@ -55,9 +55,9 @@ def count_sent(world: World, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     sent: Counter[str] = Counter()
     send = RpcConnection.send
 
-    def counted(self: RpcConnection, message: Any, payload: Any = ()) -> None:
+    def counted(self: RpcConnection, message: Any, payload: Any = (), **how: Any) -> None:
         sent[type(message).__name__] += 1
-        send(self, message, payload)
+        send(self, message, payload, **how)
 
     monkeypatch.setattr(RpcConnection, "send", counted)
     for broker in world.cluster.brokers.values():

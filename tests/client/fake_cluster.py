@@ -208,6 +208,7 @@ class FakeBroker:
         self.id = broker_id
         self.address = ("", 0)
         self.incarnation = 1
+        self.rpc_versions = (rpc.RPC_VERSION_MIN, rpc.RPC_VERSION_MAX)
         self.server: RpcServer
         self.up = True
         self.silent = False
@@ -218,7 +219,15 @@ class FakeBroker:
 
     async def start(self, seams: Seams, host: str, port: int) -> None:
         self.seams = seams
-        local = Local(self.cluster.cluster_id, "broker", broker_id=self.id, incarnation=self.incarnation)
+        least, most = self.rpc_versions
+        local = Local(
+            self.cluster.cluster_id,
+            "broker",
+            broker_id=self.id,
+            incarnation=self.incarnation,
+            version_min=least,
+            version_max=most,
+        )
         self.server = RpcServer(seams, local, SECRET, self)
         self.address = await self.server.start(host, port)
 
@@ -240,9 +249,6 @@ class FakeBroker:
     # -- Handler ---------------------------------------------------------------------------------------------
 
     def on_open(self, connection: ServerConnection) -> None:
-        pass
-
-    def on_batch_end(self) -> None:
         pass
 
     def on_close(self, connection: ServerConnection, error: Exception | None) -> None:

@@ -18,6 +18,7 @@ from raftlog.errors import (
     Closed,
     ConfigError,
     ConnectionLost,
+    IncompatibleVersion,
     InvalidTopic,
     LeadershipLost,
     NotLeader,
@@ -28,6 +29,7 @@ from raftlog.errors import (
     UnknownTopic,
 )
 from raftlog.net.rpc import (
+    RPC_VERSION_MAX,
     CreateTopicRequest,
     InitProducerRequest,
     MetadataRequest,
@@ -221,6 +223,28 @@ def test_a_broker_that_cannot_help_is_not_the_only_one_asked(world: SimWorld) ->
     assert run(world, work) > 0
     assert len(asked) == 2
     assert asked[0] != asked[1]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_broker_of_another_release_is_not_the_only_one_asked(seed: int) -> None:
+    world = SimWorld(3, seed)
+
+    def replace(broker_id: int) -> None:
+        broker, node = world.cluster.brokers[broker_id], f"broker-{broker_id}"
+        broker.rpc_versions = (RPC_VERSION_MAX + 1, RPC_VERSION_MAX + 1)
+        world.run(broker.stop(), node=node)
+        world.run(broker.restart(world.seams(node), node), node=node)
+
+    async def work(client: ClusterClient) -> int:
+        return (await client.connections.any()).peer.broker_id
+
+    replace(0)
+    replace(1)
+    assert run(world, work) == 2
+    replace(2)
+    with pytest.raises(IncompatibleVersion):
+        run(world, work)
+    world.close()
 
 
 def test_many_partitions_look_for_their_leaders_together(world: SimWorld) -> None:

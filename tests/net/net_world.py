@@ -46,12 +46,10 @@ class Recorder:
         self.closed: list[tuple[ServerConnection, Exception | None]] = []
         self.requests: list[Request[Any]] = []
         self.one_way: list[tuple[Struct, bytes]] = []
-        self.batches: list[int] = []
         self.hold = False
         self.held: list[Reply] = []
         self.refuse: RaftlogError | None = None
         self.raises: Exception | None = None
-        self._since_batch = 0
 
     def on_open(self, connection: ServerConnection) -> None:
         if self.refuse is not None:
@@ -61,7 +59,6 @@ class Recorder:
     def on_request(
         self, connection: ServerConnection, request: Request[Any], payload: memoryview, reply: Reply
     ) -> None:
-        self._since_batch += 1
         self.requests.append(request)
         if self.raises is not None:
             raise self.raises
@@ -71,14 +68,9 @@ class Recorder:
             reply.ok(ProduceResponse(getattr(request, "partition", 0), 0), (payload,))
 
     def on_one_way(self, connection: ServerConnection, message: Struct, payload: memoryview) -> None:
-        self._since_batch += 1
         self.one_way.append((message, bytes(payload)))
         if self.raises is not None:
             raise self.raises
-
-    def on_batch_end(self) -> None:
-        self.batches.append(self._since_batch)
-        self._since_batch = 0
 
     def on_close(self, connection: ServerConnection, error: Exception | None) -> None:
         self.closed.append((connection, error))

@@ -35,7 +35,7 @@ def acknowledges_before_the_sync(patch: pytest.MonkeyPatch) -> None:
 
 def votes_before_the_sync(patch: pytest.MonkeyPatch) -> None:
     def assign(self: Durability) -> list[Any]:
-        messages, self._unassigned = self._unassigned, []
+        messages, self.unassigned = self.unassigned, []
         return list(messages)
 
     patch.setattr(Durability, "assign", assign)

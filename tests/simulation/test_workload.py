@@ -103,7 +103,7 @@ def promises_not_held_back(patch: Patch) -> None:
     """Votes and the like leave before term and vote are synced."""
 
     def assign(self: Durability) -> list[Any]:
-        messages, self._unassigned = self._unassigned, []
+        messages, self.unassigned = self.unassigned, []
         return messages
 
     patch.setattr(Durability, "assign", assign)

@@ -102,6 +102,19 @@ def test_entries_by_index() -> None:
     run(main())
 
 
+def test_the_least_timestamp_there_is_finds_the_first_batch() -> None:
+    async def main() -> None:
+        store = await BrokerStore.open(SimDisk(), SMALL, disk_id=DISK_ID)
+        log = await store.create(spec(1))
+        assert await log.find_time(-(1 << 63), 1) is None
+        await append(store, log, [Writer(log).entry(1, payload=b"", kind=FrameKind.NOOP)])
+        assert await log.find_time(-(1 << 63), 1) is None
+        await append(store, log, [Writer(log).entry(1, payload=batch(0, 1, 150, 5))])
+        assert await log.find_time(-(1 << 63), 2) == 0
+
+    run(main())
+
+
 def test_find_time() -> None:
     async def main() -> None:
         disk = SimDisk()

@@ -7,6 +7,8 @@ import os
 import stat
 import subprocess
 import sys
+import threading
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ from storage_kit import DISK_ID, SMALL, Writer, contents, grow, run, spec, submi
 
 from raftlog.errors import DataDirError, DataDirLocked, StorageFailed, StorageFull
 from raftlog.storage import real_disk
-from raftlog.storage.disk import Write
+from raftlog.storage.disk import DiskFile, Write
 from raftlog.storage.identity import Identity, store_identity
 from raftlog.storage.real_disk import RealDisk
 from raftlog.storage.store import BrokerStore
@@ -45,8 +47,11 @@ def test_store_on_a_real_directory(tmp_path: Path) -> None:
     run(main())
 
 
-def test_abort_leaves_what_a_kill_leaves(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_abort_leaves_what_a_kill_leaves(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What was acknowledged is there, nothing is logged or left running, and the directory is free."""
+    monkeypatch.setattr(real_disk, "_SMALL_BYTES", -1)  # so that there is something under way
 
     async def main() -> None:
         store = await BrokerStore.open(RealDisk(tmp_path), SMALL, disk_id=DISK_ID)
@@ -276,3 +281,92 @@ def test_how_long_syncs_take_is_known(tmp_path: Path) -> None:
         await disk.close()
 
     asyncio.run(main())
+
+
+class Clock:
+    """A perf_counter by which each commit takes ``seconds``."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        self.now += self.seconds
+        return self.now
+
+
+async def lanes(disk: RealDisk, file: DiskFile, sizes: list[int]) -> list[str]:
+    """On which thread each of these commits was carried out, begun one after another without a pause."""
+    loop = asyncio.get_running_loop()
+    here = threading.current_thread()
+    found: list[str] = []
+    ends = [loop.create_future() for _ in sizes]
+
+    def done(number: int, error: BaseException | None) -> None:
+        assert error is None
+        assert threading.current_thread() is here, "told on the loop"
+        ends[number].set_result(None)
+
+    for number, size in enumerate(sizes):
+        disk.begin_commit([Write(file, 0, [bytes(size)])], partial(done, number))
+        found.append("loop" if ends[number].done() else "thread")
+    await asyncio.gather(*ends)
+    return found
+
+
+def test_a_small_commit_is_done_at_once_and_a_large_one_in_a_thread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(real_disk.time, "perf_counter", Clock())
+
+    async def main() -> None:
+        disk = RealDisk(tmp_path)
+        file = await disk.open("a", create=True)
+        assert await lanes(disk, file, [400, 400]) == ["loop", "loop"]
+        # in order: a small one does not overtake a large one
+        assert await lanes(disk, file, [1 << 20, 400]) == ["thread", "thread"]
+        assert await lanes(disk, file, [400]) == ["loop"]
+        file.close()
+        await disk.close()
+
+    run(main())
+
+
+def test_while_the_device_is_slow_the_loop_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr(real_disk.time, "perf_counter", clock)
+
+    async def main() -> None:
+        disk = RealDisk(tmp_path)
+        file = await disk.open("a", create=True)
+        clock.seconds = 0.1
+        assert await lanes(disk, file, [400]) == ["loop"], "nothing is known yet"
+        assert await lanes(disk, file, [400]) == ["thread"]
+        clock.seconds = 0.0001
+        found = [(await lanes(disk, file, [400]))[0] for _ in range(60)]
+        assert found[0] == "thread", "one quick commit is no quick device"
+        assert found[-1] == "loop"
+        file.close()
+        await disk.close()
+
+    run(main())
+
+
+def test_a_sync_that_fails_on_the_loop_is_told_as_one_in_the_thread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(fd: int) -> None:
+        raise OSError(5, "Input/output error")
+
+    async def main() -> None:
+        disk = RealDisk(tmp_path)
+        file = await disk.open("a", create=True)
+        told: list[BaseException | None] = []
+        with monkeypatch.context() as patch:
+            patch.setattr(real_disk.os, "fdatasync", broken)
+            disk.begin_commit([Write(file, 0, [b"x"])], told.append)
+        assert [type(error) for error in told] == [StorageFailed]
+        file.close()
+        await disk.close()
+
+    run(main())

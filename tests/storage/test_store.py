@@ -134,13 +134,12 @@ def test_who_waits_for_the_next_group_is_not_told_with_this_one() -> None:
         log = await store.create(spec(1))
         settled: list[int] = []
 
-        def go_on() -> None:
+        def go_on(_: BaseException | None) -> None:
             settled.append(disk.commits_done)
             store.begin()
 
-        store.settle_with(lambda: None, go_on)
         before = disk.commits
-        submit(store, log, [Writer(log).entry(1)])
+        store.append(log, Append(1, None, (Writer(log).entry(1),)), go_on)
         store.begin()
         submit(store, log, [Writer(log).entry(1)])
         await store._journal.checkpoint([log])

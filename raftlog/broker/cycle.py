@@ -1,0 +1,71 @@
+"""The broker's cycle: what its replicas have to do is done for all of them together, once a turn of the loop.
+
+Whatever gives a replica something to do (a message, a tick, a proposal, a sync that is done) marks it. The
+marked ones are pumped when all that came in this turn has been taken in: so what they want sent to one peer
+leaves in one frame, and what they want durable shares a write.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+from raftlog.broker.replica import Replica
+
+if TYPE_CHECKING:
+    from raftlog.broker.broker import Broker
+
+
+class Cycle:
+    """Of one broker.
+
+    Args:
+        broker: whose.
+    """
+
+    def __init__(self, broker: Broker) -> None:
+        self._broker = broker
+        self._loop = asyncio.get_running_loop()
+        self._marked: list[Replica[Any]] = []
+        self._due = False
+        """:meth:`_pump` is about to be called, or runs."""
+
+    def mark(self, replica: Replica[Any]) -> None:
+        """The replica has something to do."""
+        if not replica.dirty:
+            replica.dirty = True
+            self._marked.append(replica)
+            if not self._due:
+                self._due = True
+                self._loop.call_soon(self._pump)
+
+    def _pump(self) -> None:
+        """First what others wait for: messages leave, then a leader's answers. Then the journal begins to
+        write. It may be done when that call returns: then acknowledgements leave, too, before followers apply
+        what is committed, for which nobody waits."""
+        broker = self._broker
+        followers: dict[Replica[Any], None] = {}
+        try:
+            while self._marked or followers:
+                marked, self._marked = self._marked, []
+                for replica in marked:
+                    replica.hand_out()
+                broker.peers.flush()
+                for replica in marked:
+                    replica.store()
+                    if replica.staged is None:
+                        followers[replica] = None
+                    else:
+                        self._follow_up(replica)
+                broker.store.begin()
+                if not self._marked:
+                    for replica in followers:
+                        self._follow_up(replica)
+                    followers.clear()
+        finally:
+            self._due = False
+        broker.peers.flush()
+
+    def _follow_up(self, replica: Replica[Any]) -> None:
+        replica.follow_up()
+        self._broker.pulse.pumped(replica)

@@ -1,0 +1,98 @@
+"""The order in which a broker lets its replicas do what they want."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from raftlog.broker.cycle import Cycle
+
+
+class Spy:
+    """A broker that notes what its cycle does, with a disk that is done when a commit begins."""
+
+    def __init__(self) -> None:
+        self.did: list[str] = []
+        self.stored: list[Member] = []
+        self.peers = self.store = self.pulse = self
+        self.cycle = Cycle(self)  # type: ignore[arg-type]
+
+    def flush(self) -> None:
+        self.did.append("flush")
+
+    def pumped(self, replica: Any) -> None:
+        self.did.append(f"{replica.name} may rest")
+
+    def begin(self) -> None:
+        stored, self.stored = self.stored, []
+        if stored:
+            self.did.append("sync")
+        for member in stored:
+            self.cycle.mark(member)  # type: ignore[arg-type]
+
+
+class Member:
+    """A replica with one thing to store."""
+
+    def __init__(self, spy: Spy, name: str, *, leads: bool) -> None:
+        self.spy = spy
+        self.name = name
+        self.dirty = False
+        self.staged = self if leads else None
+        self._to_store = True
+
+    def hand_out(self) -> None:
+        self.dirty = False
+        self.spy.did.append(f"{self.name} sends")
+
+    def store(self) -> None:
+        if self._to_store:
+            self._to_store = False
+            self.spy.stored.append(self)
+            self.spy.did.append(f"{self.name} stores")
+
+    def follow_up(self) -> None:
+        self.spy.did.append(f"{self.name} applies")
+
+
+def carried_out(*leads: bool) -> list[str]:
+    """What one turn of the loop does, in which members, leaders or not, have been marked twice."""
+
+    async def main() -> list[str]:
+        spy = Spy()
+        members = [Member(spy, "leader" if each else "follower", leads=each) for each in leads]
+        for member in members * 2:
+            spy.cycle.mark(member)  # type: ignore[arg-type]
+        assert not spy.did, "not before the turn ends"
+        await asyncio.sleep(0)
+        found, spy.did = spy.did, []
+        await asyncio.sleep(0)
+        assert not spy.did
+        return found
+
+    return asyncio.run(main())
+
+
+def test_a_follower_acknowledges_before_it_applies() -> None:
+    did = carried_out(False)
+    assert [each for each in did if each.startswith("follower") or each == "sync"] == [
+        "follower sends",
+        "follower stores",
+        "sync",
+        "follower sends",
+        "follower applies",
+        "follower may rest",
+    ]
+    assert did.index("flush", did.index("sync")) < did.index("follower applies")
+
+
+def test_a_leaders_entries_and_answers_leave_before_its_own_sync() -> None:
+    did = carried_out(True)
+    assert did[:5] == ["leader sends", "flush", "leader stores", "leader applies", "leader may rest"]
+    assert did[5] == "sync"
+
+
+def test_all_that_is_marked_in_a_turn_shares_a_frame_and_a_sync() -> None:
+    did = carried_out(True, False, False)
+    assert did[:4] == ["leader sends", "follower sends", "follower sends", "flush"]
+    assert did.count("sync") == 1
