@@ -26,10 +26,12 @@ class PartitionView:
         self.index = index
         self.replicas: list[int] = [*row.replicas, *row.leaving]
         """Brokers that may know who leads."""
-        self.leader = row.leader
+        self.leader = NO_LEADER
         """Broker id, or NO_LEADER."""
-        self.term = row.term
+        self.term = 0
+        """Who leads in an older term is of no interest."""
         self.deleted = False
+        self.learn(row.leader, row.term)
 
     def __repr__(self) -> str:
         return f"{self.topic}[{self.index}]"
@@ -46,9 +48,16 @@ class PartitionView:
         return changed
 
     def deny(self, broker: int, term: int) -> None:
-        """Take in that ``broker`` says it does not lead in ``term``."""
-        if term > self.term or (term == self.term and self.leader == broker):
-            self.leader, self.term = NO_LEADER, term
+        """Take in that ``broker`` says it does not lead, in its term.
+
+        It counts from the broker that is thought to lead, which then leads in no term up to the one it was
+        thought to lead in, if its own is newer. That newer term itself says nothing: nobody may ever lead in it,
+        and a broker that dies before it has stored it comes back in an older one.
+        """
+        if broker == self.leader and term >= self.term:
+            self.leader = NO_LEADER
+            if term > self.term:
+                self.term += 1
 
 
 class TopicView:

@@ -53,7 +53,6 @@ def view(leader: int, term: int) -> PartitionView:
         ((0, 3), (1, 3), (0, 3)),
         ((0, 3), (NO_LEADER, 4), (0, 3)),
         ((NO_LEADER, 3), (1, 3), (1, 3)),
-        ((NO_LEADER, 3), (1, 2), (NO_LEADER, 3)),
     ],
 )
 def test_the_newer_term_counts_and_a_term_has_one_leader(
@@ -64,17 +63,25 @@ def test_the_newer_term_counts_and_a_term_has_one_leader(
     assert (partition.leader, partition.term) == after
 
 
-def test_a_denial_counts_from_the_leader_itself_or_from_a_newer_term() -> None:
+def test_a_denial_counts_from_the_leader_itself() -> None:
     partition = view(0, 3)
     partition.deny(1, 3)
-    assert partition.leader == 0
+    partition.deny(2, 5)
     partition.deny(0, 2)
-    assert partition.leader == 0
+    assert (partition.leader, partition.term) == (0, 3)
     partition.deny(0, 3)
     assert (partition.leader, partition.term) == (NO_LEADER, 3)
+
+
+def test_a_term_in_which_nobody_leads_hides_no_leader() -> None:
+    """A candidate may tell of its term, and die before it has stored it (seed 3104516)."""
     partition = view(0, 3)
-    partition.deny(2, 5)
-    assert (partition.leader, partition.term) == (NO_LEADER, 5)
+    partition.deny(0, 9)
+    assert not partition.learn(0, 3), "it has said that it leads in term 3 no more"
+    assert partition.learn(0, 4)
+    assert (partition.leader, partition.term) == (0, 4)
+    partition = view(NO_LEADER, 9)
+    assert partition.learn(0, 4)
 
 
 def answer(version: int, *topics: TopicRow, unknown: tuple[str, ...] = ()) -> MetadataResponse:
