@@ -187,8 +187,8 @@ class MetadataReplica(Replica[MetadataState]):
 
     def wanted_members(self, able: Set[int]) -> Wanted | None:
         """Every broker takes part. Voters stay voters, and up to five are made of the others, as they are up
-        to date. One that drains gives its vote to another; where there is none it keeps it, for three voters
-        bear more than two, unless an odd number is left."""
+        to date. One that drains gives its vote to another; where there is none it keeps it, or gets it back,
+        for three voters bear more than two, unless an odd number is left."""
         image = self.machine
         members = {broker.metadata_replica for broker in image.brokers.values()}
         members |= {member for broker_id, member in image.founders if broker_id not in image.removed}
@@ -201,6 +201,9 @@ class MetadataReplica(Replica[MetadataState]):
         leader = min((member for member in voters if member in able), default=None)
         for member in before:
             if member in draining and (len(voters) < len(before) - 1 or len(voters) % 2 == 0):
+                voters.append(member)
+        for member in sorted(members & able & draining):
+            if member not in voters and len(voters) % 2 == 0:
                 voters.append(member)
         if not voters:
             return None

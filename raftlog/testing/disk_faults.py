@@ -44,7 +44,9 @@ class DiskFaults:
         if name not in ("rot of the journal", "wipe"):
             return True
         nemesis = self._nemesis
-        return nemesis.spare > 0 and nemesis.spare_copies > 0 and self.atlas.may_lose(broker_id)
+        if nemesis.spare <= 0 or nemesis.spare_copies <= 0 or not self.atlas.may_lose(broker_id):
+            return False
+        return nemesis.mover.is_quorum(nemesis.sound - {broker_id})
 
     @property
     def _random(self) -> random.Random:

@@ -135,6 +135,11 @@ class Nemesis:
             copies = min(copies, REPLICATION_MAX)
         return (copies - 1) // 2 - len(self.lost | self.suspect | self._forgetful())
 
+    @property
+    def sound(self) -> set[int]:
+        """Brokers that have all that they ever acknowledged."""
+        return set(self._whole) - self.suspect - self._forgetful()
+
     def _forgetful(self) -> set[int]:
         """Brokers that lost power, or failed a sync, under a topic that is synced now and then, and have not
         caught up since."""

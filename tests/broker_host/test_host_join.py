@@ -278,6 +278,22 @@ def test_a_wiped_disk_is_a_new_broker_that_takes_the_place_of_the_old_one(host: 
     check_records(host, count)
 
 
+def test_who_drains_votes_again_where_otherwise_two_would_be_left(host: Moving) -> None:
+    """It gave its vote away while there were four; then one of the others was lost, and two voters bear nothing."""
+    added = host.cluster.join_broker()
+    wait_for_metadata(host, {0, 1, 2, added})
+    host.alter(0, 1, added)
+    host.wait(host.has_settled)
+    host.cluster.cut_power(2)
+    del host.cluster.disks[2]
+    mover = Mover(host.cluster, Policy(brokers=3), {2})
+    mover.drain([1], True)
+    wait_for_metadata(host, {0, 2, added}, {1})
+    mover.govern()
+    host.wait(lambda: is_forgotten(host, 2))
+    wait_for_metadata(host, {0, 1, added})
+
+
 def test_a_replacement_that_was_interrupted_is_gone_on_with(host: Moving) -> None:
     host.produce(10)
     victim = host.followers()[0]
