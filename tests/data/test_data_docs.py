@@ -50,7 +50,8 @@ def test_from_nothing_to_a_pipeline(
     assert invoices(log) == sorted(expected * 2)
     exec(copy, scope)
     assert content(log, "orders-copy") == content(log, "orders")
-    exec(archive, scope)
+    exec(archive.replace("/data/orders", str(tmp_path / "orders")), scope)
+    assert list((tmp_path / "orders").glob("*.parquet"))
     assert sum(positions(log, "archive", [("orders", each) for each in range(6)]).values()) == 2000
     assert scope["raftlog"].read_topic("orders", group="archive").count() == 0
 
