@@ -53,6 +53,8 @@ def start(
         brokers_per_node: for nodes with many cores.
         replace_after: seconds that a broker may be away before it is replaced.
 
+    A cluster that runs keeps what it was started with; a warning says so where something else is asked for.
+
     Returns:
         How to reach it.
 
@@ -77,9 +79,13 @@ def start(
     actor = MetadataActor.options(**metadata_options(name)).remote(spec)
     try:
         bootstrap: Bootstrap = _call(actor, "bootstrap", timeout=START_TIMEOUT_S)
+        running: ClusterSpec = _call(actor, "spec", timeout=START_TIMEOUT_S)
     except RaftlogError:
         ray.kill(actor)
         raise
+    kept = ", ".join(f"{field}={value}" for field, value in spec.unlike(running).items())
+    if kept:
+        logger.warning("cluster %r runs already, and with %s: stop and start it to change that", name, kept)
     return bootstrap
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
+from ray_nodes import local_ray
 from typer.testing import CliRunner
 
 from raftlog.cli.main import app
@@ -23,17 +24,8 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def ray_address() -> Iterator[str]:
     """A Ray of this module's own."""
-    import ray
-
-    context = ray.init(
-        address="local",
-        num_cpus=2,
-        include_dashboard=False,
-        log_to_driver=False,
-        _node_ip_address="127.0.0.1",
-    )
-    yield context.address_info["gcs_address"]
-    ray.shutdown()
+    with local_ray() as address:
+        yield address
 
 
 def test_a_cluster_from_start_to_shutdown_and_back(ray_address: str, tmp_path: Path) -> None:

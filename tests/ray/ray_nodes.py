@@ -1,5 +1,5 @@
-"""Ray as an operator starts it: by ``ray start``, a head and workers, each with a disk of its own; and
-killed, process by process."""
+"""Ray for tests. In the process itself, or as an operator starts it: by ``ray start``, a head and workers,
+each with a disk of its own; and killed, process by process. And how to wait for what comes of it."""
 
 from __future__ import annotations
 
@@ -11,8 +11,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    import ray
 
 BIN = Path(sys.executable).parent
 SECRET = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "cd" * 32}
@@ -46,6 +52,29 @@ def descendants(pid: int) -> list[int]:
     return found
 
 
+@contextlib.contextmanager
+def local_ray(**settings: Any) -> Iterator[str]:
+    """A Ray of this process's own, on the loopback interface and quiet; gives its address.
+
+    Args:
+        settings: what else ``ray.init`` is told.
+    """
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    started = ray.init(
+        address="local",
+        num_cpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="ERROR",
+        _node_ip_address="127.0.0.1",
+        **settings,
+    )
+    try:
+        yield started.address_info["gcs_address"]
+    finally:
+        ray.shutdown()
+
+
 class RayNodes:
     """A Ray cluster.
 
@@ -63,9 +92,11 @@ class RayNodes:
         head = ["--head", f"--port={self.address.rpartition(':')[2]}", "--include-dashboard=false"]
         self._head = [*head, f"--temp-dir={sessions}"]
         try:
-            for number in range(count):
+            self.start(0)
+            until("the head listens", self._listens)
+            for number in range(1, count):
                 self.start(number)
-                self.until_alive(number + 1)
+            self.until_alive(count)
         except BaseException:  # also interrupted: nothing of it may stay
             self.kill()
             raise
@@ -88,6 +119,22 @@ class RayNodes:
         return subprocess.run(
             program, capture_output=True, text=True, timeout=180, env=self.environment, input=input
         )
+
+    def raftlog(self, *arguments: str, input: str | None = None) -> str:
+        """What a command of raftlog prints that ends well."""
+        done = self.run("raftlog", *arguments, input=input)
+        assert done.returncode == 0, (arguments, done.stdout, done.stderr)
+        return done.stdout
+
+    def values(self, topic: str) -> list[int]:
+        """The numbers that were produced to a topic, sorted."""
+        return sorted(map(int, self.raftlog("consume", topic, "--format", "%v").split()))
+
+    def _listens(self) -> bool:
+        host, _, port = self.address.rpartition(":")
+        with contextlib.suppress(OSError), socket.create_connection((host, int(port))):
+            return True
+        return False
 
     def until_alive(self, nodes: int) -> None:
         def are_there() -> bool:
