@@ -92,9 +92,7 @@ class RayNodes:
         head = ["--head", f"--port={self.address.rpartition(':')[2]}", "--include-dashboard=false"]
         self._head = [*head, f"--temp-dir={sessions}"]
         try:
-            self.start(0)
-            until("the head listens", self._listens)
-            for number in range(1, count):
+            for number in range(count):
                 self.start(number)
             self.until_alive(count)
         except BaseException:  # also interrupted: nothing of it may stay
@@ -102,16 +100,28 @@ class RayNodes:
             raise
 
     def start(self, number: int) -> None:
-        """Start Ray on a node; node 0 is the head."""
+        """Start Ray on a node; node 0 is the head. Returns when its processes run: two that start at a time
+        on one machine get in each other's way."""
         role = [f"--address={self.address}"] if number else self._head
         ports = [f"--dashboard-agent-listen-port={free_port()}", "--node-ip-address=127.0.0.1"]
-        self._nodes[number] = subprocess.Popen(
-            [str(BIN / "ray"), "start", *role, *ports, "--num-cpus=1", "--block", "--disable-usage-stats"],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            env={**os.environ, **SECRET, "RAFTLOG_DISK": str(self._disks / f"disk-{number}")},
-            start_new_session=True,
-        )
+        said = self._disks / f"ray-start-{number}.txt"
+        with said.open("wb") as output:
+            self._nodes[number] = subprocess.Popen(
+                [
+                    str(BIN / "ray"),
+                    "start",
+                    *role,
+                    *ports,
+                    "--num-cpus=1",
+                    "--block",
+                    "--disable-usage-stats",
+                ],
+                stdout=output,
+                stderr=output,
+                env={**os.environ, **SECRET, "RAFTLOG_DISK": str(self._disks / f"disk-{number}")},
+                start_new_session=True,
+            )
+        until(f"node {number} runs", lambda: "Ray runtime started" in said.read_text())
 
     def run(self, *command: str, input: str | None = None) -> subprocess.CompletedProcess[str]:
         """A command of Ray or raftlog, as its user."""
@@ -129,12 +139,6 @@ class RayNodes:
     def values(self, topic: str) -> list[int]:
         """The numbers that were produced to a topic, sorted."""
         return sorted(map(int, self.raftlog("consume", topic, "--format", "%v").split()))
-
-    def _listens(self) -> bool:
-        host, _, port = self.address.rpartition(":")
-        with contextlib.suppress(OSError), socket.create_connection((host, int(port))):
-            return True
-        return False
 
     def until_alive(self, nodes: int) -> None:
         def are_there() -> bool:
