@@ -182,9 +182,9 @@ class _Rewriting:
         for group in self._loss.groups:
             if group.copies:
                 await self._go_on(group, [])
-        commands = Changes(self._loss)
-        if commands.found or self._loss.metadata.missing:
-            await self._go_on(self._loss.metadata, commands.found)
+        commands, metadata = Changes(self._loss), self._loss.metadata
+        if commands.found or metadata.missing or metadata.fate is not Fate.KEPT:
+            await self._go_on(metadata, commands.found)
         for topic_id, index, replica_id, broker_id in commands.made:
             await self._make_empty(commands.image, topic_id, index, replica_id, broker_id)
 
