@@ -14,7 +14,9 @@ import pytest
 from ray_nodes import local_ray
 from typer.testing import CliRunner
 
+import raftlog
 from raftlog.cli.main import app
+from raftlog.errors import NoRay
 
 pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore")]
 
@@ -72,8 +74,16 @@ def test_without_ray_it_says_what_to_start(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", refuse)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
     for command in (["start"], ["status"], ["shutdown"]):
         result = CliRunner().invoke(app, command)
         assert result.exit_code == 1
         assert result.stderr.startswith("error: no Ray cluster runs here")
         assert "ray start --head" in result.stderr
+    monkeypatch.setenv("RAY_ADDRESS", "192.0.2.1:6379")
+    for command in (["start"], ["status"]):
+        result = CliRunner().invoke(app, command)
+        assert "RAY_ADDRESS=192.0.2.1:6379 does not answer" in result.stderr
+        assert "no Ray here" in result.stderr
+    with pytest.raises(NoRay, match=r"192\.0\.2\.1"):
+        raftlog.start()  # and does not start one of its own instead
