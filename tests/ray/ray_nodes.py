@@ -86,11 +86,13 @@ class RayNodes:
 
     def __init__(self, disks: Path, sessions: str, count: int) -> None:
         self.address = f"127.0.0.1:{free_port()}"
+        self.client_address = f"ray://127.0.0.1:{free_port()}"
         self.environment = {**os.environ, **SECRET, "RAY_ADDRESS": self.address}
         self._disks = disks
         self._nodes: dict[int, subprocess.Popen[bytes]] = {}
-        head = ["--head", f"--port={self.address.rpartition(':')[2]}", "--include-dashboard=false"]
-        self._head = [*head, f"--temp-dir={sessions}"]
+        port, client_port = (each.rpartition(":")[2] for each in (self.address, self.client_address))
+        head = ["--head", f"--port={port}", f"--ray-client-server-port={client_port}"]
+        self._head = [*head, "--include-dashboard=false", f"--temp-dir={sessions}"]
         try:
             for number in range(count):
                 self.start(number)
