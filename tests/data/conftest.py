@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from ray_nodes import local_ray
+from ray_nodes import ray_of_all
 
 import raftlog
 from raftlog.testing import LocalCluster
@@ -38,10 +37,10 @@ def log(cluster: LocalCluster) -> raftlog.Log:
     return cluster.log
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def ray_data() -> Iterator[None]:
-    """A local Ray, unless one runs."""
-    with contextlib.nullcontext() if ray.is_initialized() else local_ray():
+    """A Ray cluster of this session's own."""
+    with ray_of_all():
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
         context.print_on_execution_start = False

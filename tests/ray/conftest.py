@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from ray_nodes import local_ray
+from ray_nodes import ray_of_all
 
 import raftlog
 
@@ -24,7 +24,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
     """A Ray cluster of this session's own."""
-    with local_ray():
+    with ray_of_all():
         yield
 
 

@@ -75,6 +75,11 @@ def local_ray(**settings: Any) -> Iterator[str]:
         ray.shutdown()
 
 
+def ray_of_all() -> contextlib.AbstractContextManager[object]:
+    """The Ray that tests share in which nothing happens to Ray itself: the one that runs, or a local one."""
+    return contextlib.nullcontext() if ray.is_initialized() else local_ray()
+
+
 class RayNodes:
     """A Ray cluster.
 
