@@ -15,11 +15,10 @@ from raftlog.record.frame import FRAME_HEADER_BYTES, Buffer, FrameKind
 
 
 def require_leader(node: Node) -> None:
-    """Raise NotLeader unless ``node`` leads."""
+    """Raise NotLeader unless ``node`` leads. It names no leader: clients take that for a broker's id, of which
+    the core knows nothing."""
     if node.role is not Role.LEADER:
-        raise NotLeader(
-            f"replica {node.id} does not lead in term {node.term}", leader=node.leader or None, term=node.term
-        )
+        raise NotLeader(f"replica {node.id} does not lead in term {node.term}", leader=None, term=node.term)
 
 
 def propose(node: Node, kind: int, payload: Buffer, leader_time_ms: int) -> Entry:
