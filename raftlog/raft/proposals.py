@@ -15,8 +15,8 @@ from raftlog.record.frame import FRAME_HEADER_BYTES, Buffer, FrameKind
 
 
 def require_leader(node: Node) -> None:
-    """Raise NotLeader unless ``node`` leads. It names no leader: clients take that for a broker's id, of which
-    the core knows nothing."""
+    """Raise NotLeader unless ``node`` leads. It names no leader: clients take that for a broker's id, and the
+    core knows replicas."""
     if node.role is not Role.LEADER:
         raise NotLeader(f"replica {node.id} does not lead in term {node.term}", leader=None, term=node.term)
 
