@@ -233,7 +233,7 @@ MUTATIONS: Final = (
         "raftlog.raft.amnesia",
         "return recovered.amnesiac and any(",
         "return False and any(",
-        ("power cut", "usurp", "isolate"),
+        ("power cut", "usurp", "deafen"),
         _INTERVAL,
     ),
     Mutation(
