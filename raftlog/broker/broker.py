@@ -128,7 +128,8 @@ class Broker:
         self._disk = disk
         self._loop = asyncio.get_running_loop()
         self.hosting = Hosting(self)
-        self.mark: Final = Cycle(self).mark
+        self.cycle: Final = Cycle(self)
+        self.mark: Final = self.cycle.mark
         self._tasks: set[asyncio.Task[None]] = set()
         self._closed = False
         self._saving = asyncio.Lock()

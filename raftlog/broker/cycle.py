@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Any
 
+from raftlog.broker.produce import BatchAnswer
 from raftlog.broker.replica import Replica
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ class Cycle:
         self._broker = broker
         self._loop = asyncio.get_running_loop()
         self._marked: list[Replica[Any]] = []
+        self._answers: list[BatchAnswer] = []
+        """Of which something is settled."""
         self._due = False
         """:meth:`_pump` is about to be called, or runs."""
 
@@ -35,9 +38,17 @@ class Cycle:
         if not replica.dirty:
             replica.dirty = True
             self._marked.append(replica)
-            if not self._due:
-                self._due = True
-                self._loop.call_soon(self._pump)
+            self._begin()
+
+    def settle(self, answer: BatchAnswer) -> None:
+        """A batch of it is settled: tell, unless the others follow in this turn."""
+        self._answers.append(answer)
+        self._begin()
+
+    def _begin(self) -> None:
+        if not self._due:
+            self._due = True
+            self._loop.call_soon(self._pump)
 
     def _pump(self) -> None:
         """First what others wait for: messages leave, then a leader's answers. Then the journal begins to
@@ -46,7 +57,7 @@ class Cycle:
         broker = self._broker
         followers: dict[Replica[Any], None] = {}
         try:
-            while self._marked or followers:
+            while self._marked or followers or self._answers:
                 marked, self._marked = self._marked, []
                 for replica in marked:
                     replica.hand_out()
@@ -57,6 +68,7 @@ class Cycle:
                         followers[replica] = None
                     else:
                         self._follow_up(replica)
+                self._send_answers()
                 broker.store.begin()
                 if not self._marked:
                     for replica in followers:
@@ -65,6 +77,11 @@ class Cycle:
         finally:
             self._due = False
         broker.peers.flush()
+
+    def _send_answers(self) -> None:
+        answers, self._answers = self._answers, []
+        for answer in answers:
+            answer.send()
 
     def _follow_up(self, replica: Replica[Any]) -> None:
         replica.follow_up()

@@ -12,7 +12,7 @@ from raftlog.broker.recovery import restored
 from raftlog.broker.replica import Done
 from raftlog.broker.retention import EXPIRY_INTERVAL_MS, Retention, last_index_below
 from raftlog.errors import OffsetOutOfRange, RaftlogError
-from raftlog.net.rpc import READ_COMMITTED, READ_UNCOMMITTED, CommittedBefore, ProduceResponse
+from raftlog.net.rpc import READ_COMMITTED, READ_UNCOMMITTED, CommittedBefore, Produced
 from raftlog.raft.config import RecoveredLog
 from raftlog.raft.types import Entry
 from raftlog.record.batch import BatchHeader, check_batch, stamped
@@ -100,7 +100,7 @@ class PartitionReplica(AssignedReplica[PartitionState]):
     # -- produce ---------------------------------------------------------------------------------------------
 
     def produce(self, batch: Buffer, done: Done, before: CommittedBefore | None = None) -> None:
-        """Append a record batch; ``done(ProduceResponse, None)`` once it is committed and applied.
+        """Append a record batch; ``done(Produced, None)`` once it is committed and applied.
 
         If the transaction ``before`` the batch's own is open here, its marker comes first: both get into the
         log at once, and share a sync.
@@ -120,10 +120,7 @@ class PartitionReplica(AssignedReplica[PartitionState]):
         if duplicate is not None:
             index = self._in_flight.get(duplicate.base_offset)
             if index is None:
-                done(
-                    ProduceResponse(duplicate.base_offset, duplicate.timestamp_ms, self.machine.log_start),
-                    None,
-                )
+                done(Produced(duplicate.base_offset, duplicate.timestamp_ms, self.machine.log_start), None)
             else:
                 self.wait_for(index, done)
             return
@@ -171,7 +168,7 @@ class PartitionReplica(AssignedReplica[PartitionState]):
         if index == entry.index:
             self._timed = 0, 0.0
             self._latency.add(self.host.counters.clock() - since)
-        return ProduceResponse(base_offset, entry.leader_time_ms, self.machine.log_start)
+        return Produced(base_offset, entry.leader_time_ms, self.machine.log_start)
 
     # -- retention -------------------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ from raftlog.broker.governing import Governing
 from raftlog.broker.isolation import readable_end
 from raftlog.broker.metadata import check_topic
 from raftlog.broker.out_of_service import out_of_service_rows
+from raftlog.broker.produce import BatchAnswer, answer_batch, split_batches
 from raftlog.broker.wire import decode_messages
 from raftlog.errors import Busy, ConfigError, ProtocolError, RaftlogError
 from raftlog.net import rpc
@@ -89,10 +90,7 @@ class Service:
     def on_one_way(self, connection: ServerConnection, message: rpc.Struct, payload: memoryview) -> None:
         broker = self._broker
         if type(message) is rpc.ProduceRequest:
-            try:
-                broker.partition(message.topic_id, message.partition).produce(payload, _nobody_waits)
-            except RaftlogError as error:
-                logger.debug("broker %d drops an unacknowledged batch: %s", broker.broker_id, error)
+            self._take_unacknowledged(message, payload)
             return
         try:
             self._from_peer(connection, message, payload)
@@ -120,8 +118,33 @@ class Service:
     # -- records ---------------------------------------------------------------------------------------------
 
     def _produce(self, request: rpc.ProduceRequest, payload: memoryview, reply: Reply) -> None:
-        replica = self._broker.partition(request.topic_id, request.partition)
-        replica.produce(payload, partial(answer, reply), request.before)
+        partition, partitions = self._broker.partition, request.partitions
+        if len(partitions) == 1:
+            (to,) = partitions
+            replica = partition(to.topic_id, to.partition)
+            replica.produce(payload, partial(answer_batch, reply), to.before)
+            return
+        batches = split_batches(request, payload)
+        answer = BatchAnswer(reply, list(map(len, batches)), self._broker.cycle)
+        for number, (to, batch) in enumerate(zip(partitions, batches, strict=True)):
+            try:
+                replica = partition(to.topic_id, to.partition)
+                replica.produce(batch, partial(answer.settle, number), to.before)
+            except RaftlogError as error:
+                answer.settle(number, None, error)
+
+    def _take_unacknowledged(self, message: rpc.ProduceRequest, payload: memoryview) -> None:
+        broker = self._broker
+        try:
+            batches = split_batches(message, payload)
+        except ProtocolError as error:
+            logger.warning("broker %d drops unacknowledged batches: %s", broker.broker_id, error)
+            return
+        for to, batch in zip(message.partitions, batches, strict=True):
+            try:
+                broker.partition(to.topic_id, to.partition).produce(batch, _nobody_waits)
+            except RaftlogError as error:
+                logger.debug("broker %d drops an unacknowledged batch: %s", broker.broker_id, error)
 
     def _fetch(self, request: rpc.FetchRequest, payload: memoryview, reply: Reply) -> None:
         broker = self._broker

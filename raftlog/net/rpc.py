@@ -43,11 +43,24 @@ class WireError(Struct, frozen=True):
 # -- produce and fetch ---------------------------------------------------------------------------------------
 
 
-class ProduceResponse(Struct, frozen=True):
+class Produced(Struct, frozen=True):
+    """Where a batch is in the log."""
+
     base_offset: int
     timestamp_ms: int
     """The leader's time of the append (Kafka's log append time; the records keep their own timestamps)."""
     log_start: int = 0
+    error: WireError | None = None
+    """Why it is not, or not known to be."""
+
+
+class ProduceResponse(Struct, frozen=True):
+    """Comes in parts where some batches are settled before others: none waits for another."""
+
+    batches: list[Produced]
+    numbers: list[int] = []
+    """Which batches of the request these are, counted from 0. Empty: all that are left, in its order; this
+    is the last part then."""
 
 
 class CommittedBefore(Struct, frozen=True):
@@ -57,13 +70,23 @@ class CommittedBefore(Struct, frozen=True):
     coordinator_epoch: int
 
 
-class ProduceRequest(Request[ProduceResponse], frozen=True):
-    """Payload: one record batch. Sent one-way for acks=0."""
+class ProducePartition(Struct, frozen=True):
+    """Where a batch is to go."""
 
     topic_id: bytes
     partition: int
-    acks: int = -1
     before: CommittedBefore | None = None
+
+
+class ProduceRequest(Request[ProduceResponse], frozen=True):
+    """Payload: a record batch for each of ``partitions``, one after another. They are taken in this order,
+    and each is settled by itself. Sent one-way for acks=0. A request of one batch that is refused is answered
+    with the error itself."""
+
+    partitions: list[ProducePartition]
+    lengths: list[int] = []
+    """Bytes of each batch but the last, which is the rest of the payload."""
+    acks: int = -1
 
     api = 10
     response = ProduceResponse

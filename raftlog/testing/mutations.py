@@ -199,7 +199,7 @@ MUTATIONS: Final = (
         "a batch is acknowledged when it is appended",
         "raftlog.broker.partition",
         "self._in_flight[base_offset] = entry.index",
-        "done(ProduceResponse(base_offset, entry.leader_time_ms, self.machine.log_start), None)",
+        "done(Produced(base_offset, entry.leader_time_ms, self.machine.log_start), None)",
     ),
     Mutation(
         "in a joint configuration one majority commits",

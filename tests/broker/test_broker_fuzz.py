@@ -34,6 +34,7 @@ from raftlog.net.rpc import (
     OffsetCommitRequest,
     OffsetFetchRequest,
     OffsetQuery,
+    ProducePartition,
     ProduceRequest,
     SnapshotBytesRequest,
     StageOffsetsRequest,
@@ -79,7 +80,13 @@ creations = st.builds(
 )
 
 STRATEGIES: dict[type[Any], st.SearchStrategy[Any]] = {
-    ProduceRequest: st.builds(ProduceRequest, topic_ids, numbers, numbers),
+    ProduceRequest: st.builds(
+        ProducePartition,
+        ProduceRequest,
+        st.lists(st.builds(ProducePartition, topic_ids, numbers), max_size=3),
+        st.lists(numbers, max_size=3),
+        numbers,
+    ),
     FetchRequest: st.builds(
         FetchRequest, numbers.map(lambda wait: min(wait, 50)), numbers, st.lists(fetch_partitions, max_size=4)
     ),
