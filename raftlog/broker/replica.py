@@ -31,6 +31,7 @@ from raftlog.errors import LeadershipLost, NotLeader, RaftlogError, StorageFaile
 from raftlog.raft.config import RecoveredLog
 from raftlog.raft.raw_node import RawNode
 from raftlog.raft.types import (
+    LEADER,
     Append,
     Entry,
     InstallSnapshot,
@@ -114,14 +115,14 @@ class Replica(Generic[M]):
 
     # -- what comes in ---------------------------------------------------------------------------------------
 
-    def step(self, message: Message) -> None:
+    def step(self, message: Message, now_ms: int) -> None:
         """A message from a peer."""
         if self.fault is not None:
             return
         node = self.node
         rested = node.quiet
         try:
-            node.step(message, self.host.now_ms())
+            node.step(message, now_ms)
         except AssertionError as error:
             self.halt(f"cannot take {type(message).__name__} from replica {message.sender}", error)
         else:
@@ -133,8 +134,10 @@ class Replica(Generic[M]):
     def _mark_after(self, rested: bool) -> None:
         """Have what the core was told carried out, if anything comes of it; ``rested``: it was quiet
         before."""
+        if self.dirty:
+            return
         node = self.node
-        if rested or node.quiet or node.has_ready() or self.log.amnesiac or self.fault is not None:
+        if rested or node.has_ready() or node.quiet or self.log.amnesiac or self.fault is not None:
             self.host.mark(self)
 
     def _step_snapshot(self, message: Message) -> None:
@@ -322,15 +325,16 @@ class Replica(Generic[M]):
         """First: what the core has for its peers leaves."""
         self.dirty = False
         node = self.node
-        if self.fault is not None or self._exchange.installing or not node.has_ready():
+        if self.fault is not None or self._exchange.installing:
             return
         ready = node.ready()
         self._handed_out.append(ready)
-        host, hosts = self.host, self.hosts
-        for message in ready.messages:
-            broker_id = hosts.get(message.to)
-            if broker_id is not None:
-                host.send(broker_id, message)
+        if ready.messages:
+            send, hosts = self.host.send, self.hosts
+            for message in ready.messages:
+                broker_id = hosts.get(message.to)
+                if broker_id is not None:
+                    send(broker_id, message)
         self._append = ready.append
 
     def store(self) -> None:
@@ -341,7 +345,7 @@ class Replica(Generic[M]):
         self._append = None
         self.host.store.append(self.log, append, partial(self._durable, append.sequence))
         # Not of a successor, whose entries may come before this replica has left the leadership.
-        if self.staged is not None and self.node.role is Role.LEADER and self.node.term == self._served_term:
+        if self.staged is not None and self.node.role is LEADER and self.node.term == self._served_term:
             stage(self.staged, append.entries)
 
     def follow_up(self) -> None:

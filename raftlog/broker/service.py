@@ -105,8 +105,7 @@ class Service:
         if connection.peer.role != "broker":
             raise ProtocolError(f"{type(message).__name__} from a {connection.peer.role}")
         if type(message) is rpc.RaftMessages:
-            for raft_message in decode_messages(message, payload):
-                broker.step(raft_message, connection.peer.broker_id)
+            broker.step(decode_messages(message, payload), connection.peer.broker_id)
         elif type(message) is rpc.BrokerHeartbeat:
             broker.pulse.heard(connection.peer.broker_id, connection.peer.incarnation, message)
         elif type(message) is rpc.Addresses:

@@ -145,12 +145,14 @@ class Journal:
     def submit(self, log: ReplicaLog, append: Append, direct: dict[int, Segment] | None, done: Done) -> int:
         """Queue an append whose entries ``log`` has taken, for :meth:`begin`; ``done`` is called once it is
         durable (written, for a replica with ``flush_interval_ms``). Returns the bytes of its frames."""
-        size = 0
+        size, written = 0, HARD_STATE_BYTES
         for entry in append.entries:
             size += len(entry.frame)
-        written = size + RECORD_HEADER_BYTES * len(append.entries) + HARD_STATE_BYTES
-        for index in direct or ():
-            written += ENTRY_REF_BYTES - len(log.memory.at(index).frame)
+            written += RECORD_HEADER_BYTES
+        written += size
+        if direct is not None:
+            for index in direct:
+                written += ENTRY_REF_BYTES - len(log.memory.at(index).frame)
         self._queue.append(_Item(log, append, direct, done, size, written, self._loop.time()))
         self.pending_bytes += size
         return size

@@ -131,8 +131,8 @@ MUTATIONS: Final = (
     Mutation(
         "a leader serves before its no-op is applied",
         "raftlog.raft.raw_node",
-        "return node.role is Role.LEADER and node.log.applied >= node.term_start",
-        "return node.role is Role.LEADER",
+        "return node.role is LEADER and node.log.applied >= node.term_start",
+        "return node.role is LEADER",
     ),
     Mutation(
         "a leader that nobody answers stays in office",

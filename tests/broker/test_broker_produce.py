@@ -218,7 +218,7 @@ def test_a_leader_may_hear_of_its_successor_and_of_its_entries_at_once(world: Wo
     )
 
     async def hear() -> None:
-        replica.step(request)
+        replica.step(request, replica.host.now_ms())
 
     world.cluster.run(hear(), node=broker_name(old))
     world.until(lambda: replica.node.applied == successor.node.commit)
