@@ -38,14 +38,13 @@ class Cycle:
         if not replica.dirty:
             replica.dirty = True
             self._marked.append(replica)
-            self._begin()
+            if not self._due:
+                self._due = True
+                self._loop.call_soon(self._pump)
 
     def settle(self, answer: BatchAnswer) -> None:
         """A batch of it is settled: tell, unless the others follow in this turn."""
         self._answers.append(answer)
-        self._begin()
-
-    def _begin(self) -> None:
         if not self._due:
             self._due = True
             self._loop.call_soon(self._pump)

@@ -119,25 +119,16 @@ class Replica(Generic[M]):
         """A message from a peer."""
         if self.fault is not None:
             return
-        node = self.node
-        rested = node.quiet
         try:
-            node.step(message, now_ms)
+            stirred = self.node.step(message, now_ms)
         except AssertionError as error:
             self.halt(f"cannot take {type(message).__name__} from replica {message.sender}", error)
+            stirred = True
         else:
             kind = type(message)
             if kind is InstallSnapshot or kind is InstallSnapshotResponse:
                 self._step_snapshot(message)
-        self._mark_after(rested)
-
-    def _mark_after(self, rested: bool) -> None:
-        """Have what the core was told carried out, if anything comes of it; ``rested``: it was quiet
-        before."""
-        if self.dirty:
-            return
-        node = self.node
-        if rested or node.has_ready() or node.quiet or self.log.amnesiac or self.fault is not None:
+        if stirred or self.log.amnesiac or self.fault is not None:
             self.host.mark(self)
 
     def _step_snapshot(self, message: Message) -> None:
@@ -384,10 +375,8 @@ class Replica(Generic[M]):
     def _durable(self, sequence: int, error: BaseException | None) -> None:
         if error is not None:
             self.retire(error if isinstance(error, RaftlogError) else StorageFailed(str(error)))
-        elif self.fault is None:
-            rested = self.node.quiet
-            self.node.on_durable(sequence)
-            self._mark_after(rested)
+        elif self.fault is None and (self.node.on_durable(sequence) or self.log.amnesiac):
+            self.host.mark(self)
 
     def _apply(self, entries: tuple[Entry, ...]) -> bool:
         """Apply; False when the replica had to halt."""

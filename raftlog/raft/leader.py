@@ -117,15 +117,11 @@ def _stream(node: Node, progress: Progress, announce: bool) -> None:
         entries, size = log.batch(progress.next, limit)
         if not progress.fits(size, window):
             break
-        _send_entries(node, progress, entries, size)
+        _send(node, progress, entries[0].prev_crc, entries)
+        progress.sent(entries[-1].index, size)
         sent = True
     if announce and not sent and progress.commit_sent < min(log.commit, progress.next - 1):
         _send(node, progress, log.crc(progress.next - 1), ())
-
-
-def _send_entries(node: Node, progress: Progress, entries: tuple[Entry, ...], size: int) -> None:
-    _send(node, progress, entries[0].prev_crc, entries)
-    progress.sent(entries[-1].index, size)
 
 
 def _probe(node: Node, progress: Progress) -> None:
@@ -173,7 +169,8 @@ def on_loaded(node: Node, to: int, entries: Sequence[Entry]) -> None:
     if progress.fits(
         size, progress.window_bytes(node.config.inflight_messages_max, node.config.inflight_bytes_max)
     ):
-        _send_entries(node, progress, tuple(entries), size)
+        _send(node, progress, entries[0].prev_crc, tuple(entries))
+        progress.sent(entries[-1].index, size)
     else:
         progress.room_needed = size  # storage reads one entry at least, however large
 
@@ -231,7 +228,8 @@ def handle_append_response(node: Node, message: AppendResponse) -> None:
     if streams or progress.next <= node.log.last_index:
         node.pump_wanted = True
     if news:
-        transfer.go_on(node, progress)
+        if node.transfer_to:
+            transfer.go_on(node, progress)
         if message.index > node.log.commit:
             advance_commit(node)
 

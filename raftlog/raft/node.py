@@ -268,8 +268,3 @@ class Node:
         self.log.cut(index)
         self.durability.cut(index)
         return self.confs.cut(index)
-
-    @property
-    def hard_state_changed(self) -> bool:
-        """Whether term or vote differ from what storage was given."""
-        return self.term != self.handed_state.term or self.vote != self.handed_state.vote

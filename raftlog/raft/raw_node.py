@@ -82,20 +82,25 @@ class RawNode:
 
     # -- inputs ----------------------------------------------------------------------------------------------
 
-    def step(self, message: Message, now_ms: int) -> None:
+    def step(self, message: Message, now_ms: int) -> bool:
         """Take a message from another replica.
+
+        Returns:
+            Whether the host has to look: there is a Ready, or the node rests, or did until now.
 
         Raises:
             LogDiverged: the sender's log and this one disagree where Raft proves that they cannot.
         """
         node = self._node
         assert message.to == node.id, f"{message} came to replica {node.id}"
-        node.advance(now_ms)
-        if node.quiet and not (isinstance(message, Heartbeat) and message.quiet):
+        if now_ms > node.now_ms:
+            node.now_ms = now_ms
+        rested = node.quiet
+        if rested and not (isinstance(message, Heartbeat) and message.quiet):
             node.wake()
-        if message.term != node.term and not self._admit(message):
-            return
-        _HANDLERS[type(message)](node, message)
+        if message.term == node.term or self._admit(message):
+            _HANDLERS[type(message)](node, message)
+        return rested or self.has_ready() or node.quiet
 
     def _admit(self, message: Message) -> bool:
         """Settle terms (Raft section 5.1). Returns whether the message is still of interest."""
@@ -263,8 +268,8 @@ class RawNode:
         if self._node.quiet:
             quiescence.leader_heard(self._node, heard_ms)
 
-    def on_durable(self, sequence: int) -> None:
-        """``Append.sequence`` and all before it are synced."""
+    def on_durable(self, sequence: int) -> bool:
+        """``Append.sequence`` and all before it are synced. Returns whether the host has to look."""
         node = self._node
         for message in node.durability.confirm(sequence):
             self._release(message)
@@ -275,7 +280,10 @@ class RawNode:
             follower.acknowledge(node)
             if node.amnesiac:
                 amnesia.review(node)
-        node.log.trim(node.config.cache_bytes_max, node.durability.index)
+        log = node.log
+        if log.memory_bytes > node.config.cache_bytes_max:
+            log.trim(node.config.cache_bytes_max, node.durability.index)
+        return self.has_ready() or node.quiet
 
     def _release(self, message: Message) -> None:
         """Send a message whose promise is durable now, unless its term is over: then nobody waits for it."""
@@ -299,9 +307,11 @@ class RawNode:
     def applied_to(self, index: int) -> None:
         """The host has applied the committed entries up to ``index``."""
         node = self._node
-        assert node.log.applied <= index <= node.log.taken, (index, node.log)
-        node.log.applied = index
-        node.log.trim(node.config.cache_bytes_max, node.durability.index)
+        log = node.log
+        assert log.applied <= index <= log.taken, (index, log)
+        log.applied = index
+        if log.memory_bytes > node.config.cache_bytes_max:
+            log.trim(node.config.cache_bytes_max, node.durability.index)
 
     def step_down(self, now_ms: int) -> None:
         """Stop leading, in the same term (the host's disk stalls, say), and let the follower that holds most
@@ -379,9 +389,9 @@ class RawNode:
         node = self._node
         if node.pump_wanted:
             leader.pump(node)
-        log = node.log
+        log, handed = node.log, node.handed_state
         append = None
-        if log.handed != log.last_index or node.hard_state_changed:
+        if log.handed != log.last_index or node.term != handed.term or node.vote != handed.vote:
             append = self._take_append()
         if node.durability.unassigned:
             for message in node.durability.assign():
@@ -399,7 +409,7 @@ class RawNode:
         return Ready(
             append,
             tuple(messages),
-            log.take_committed(),
+            log.take_committed() if log.taken != log.commit else (),
             soft_state,
             tuple(loads),
             tuple(reads),

@@ -253,7 +253,7 @@ class PartitionState:
             if duplicate is not None:
                 raise ApplyMismatch(f"batch at index {entry.index} doubles that at {duplicate.base_offset}")
             self._remember(header, base_offset, entry.leader_time_ms)
-        self.next_offset = header.next_offset
+        self.next_offset = base_offset + header.last_offset_delta + 1
         return base_offset
 
     def _remember(self, header: BatchHeader, base_offset: int, time_ms: int) -> None:

@@ -473,7 +473,7 @@ class Journal:
     def _is_full(self, file: JournalFile) -> bool:
         used = self._position - file.base
         coming = MARK_BYTES + (len(self._due) + len(self._resets)) * CHECKPOINT_BYTES
-        coming += sum(item.written for item in self._queue)
+        coming += sum([item.written for item in self._queue])
         return used > 0 and FILE_HEADER_BYTES + used + coming > self._config.journal_bytes
 
     async def _retry_all(self, attempt: Callable[[list[Write]], Awaitable[None]]) -> None:
