@@ -54,24 +54,27 @@ class Cycle:
         write. It may be done when that call returns: then acknowledgements leave, too, before followers apply
         what is committed, for which nobody waits."""
         broker = self._broker
+        pumped = broker.pulse.pumped
         followers: dict[Replica[Any], None] = {}
         try:
             while self._marked or followers or self._answers:
                 marked, self._marked = self._marked, []
-                for replica in marked:
-                    replica.hand_out()
+                storing = [replica for replica in marked if replica.hand_out()]
                 broker.peers.flush()
-                for replica in marked:
+                for replica in storing:
                     replica.store()
+                for replica in marked:
                     if replica.staged is None:
                         followers[replica] = None
                     else:
-                        self._follow_up(replica)
+                        replica.follow_up()
+                        pumped(replica)
                 self._send_answers()
                 broker.store.begin()
                 if not self._marked:
                     for replica in followers:
-                        self._follow_up(replica)
+                        replica.follow_up()
+                        pumped(replica)
                     followers.clear()
         finally:
             self._due = False
@@ -81,7 +84,3 @@ class Cycle:
         answers, self._answers = self._answers, []
         for answer in answers:
             answer.send()
-
-    def _follow_up(self, replica: Replica[Any]) -> None:
-        replica.follow_up()
-        self._broker.pulse.pumped(replica)

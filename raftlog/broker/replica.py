@@ -312,12 +312,12 @@ class Replica(Generic[M]):
 
     # -- the cycle -------------------------------------------------------------------------------------------
 
-    def hand_out(self) -> None:
-        """First: what the core has for its peers leaves."""
+    def hand_out(self) -> bool:
+        """First: what the core has for its peers leaves. Returns whether it has something to store."""
         self.dirty = False
         node = self.node
         if self.fault is not None or self._exchange.installing:
-            return
+            return False
         ready = node.ready()
         self._handed_out.append(ready)
         if ready.messages:
@@ -327,13 +327,12 @@ class Replica(Generic[M]):
                 if broker_id is not None:
                     send(broker_id, message)
         self._append = ready.append
+        return ready.append is not None
 
     def store(self) -> None:
         """Second: what it says must become durable goes to the store."""
-        append = self._append
-        if append is None:
-            return
-        self._append = None
+        append, self._append = self._append, None
+        assert append is not None, "it was handed out"
         self.host.store.append(self.log, append, partial(self._durable, append.sequence))
         # Not of a successor, whose entries may come before this replica has left the leadership.
         if self.staged is not None and self.node.role is LEADER and self.node.term == self._served_term:

@@ -219,8 +219,8 @@ class ReplicaLog:
 
     def set_committed(self, index: int) -> None:
         """Entries up to ``index`` are committed: from now on they may be flushed, and never truncated."""
-        assert index <= self.memory.last_index, (index, self.last_index)
         if index > self.committed:
+            assert index <= self.memory.last_index, (index, self.last_index)
             self.committed = index
 
     # -- append (called by the store) ------------------------------------------------------------------------
@@ -451,9 +451,10 @@ class ReplicaLog:
         memory = self.memory
         place = index - memory.first_index
         if place >= 0:
-            if place >= len(memory.entries):
+            entries = memory.entries
+            if place >= len(entries):
                 return False
-            return memory.positions[place] + len(memory.entries[place].frame) >= self.spec.segment_bytes
+            return memory.positions[place] + len(entries[place].frame) >= self.spec.segment_bytes
         slot = bisect_right(self.segments, index + 1, key=_base_index) - 1
         return slot > 0 and self.segments[slot].base_index == index + 1
 
