@@ -16,7 +16,7 @@ from raftlog.raft.log import RaftLog
 from raftlog.raft.node import Node
 from raftlog.raft.progress import Progress
 from raftlog.raft.quorum import quorum_index, voter_ids
-from raftlog.raft.types import AppendRequest, ConfState
+from raftlog.raft.types import AppendRequest, ConfState, HeartbeatResponse
 
 pytestmark = pytest.mark.walk
 
@@ -124,7 +124,7 @@ def streams_without_probing(patch: pytest.MonkeyPatch) -> None:
 
 
 def never_sends_again(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(leader, "handle_heartbeat_response", lambda node, message: None)
+    patch.setitem(raw_node._HANDLERS, HeartbeatResponse, lambda node, message: None)
 
 
 def test_figure_8_catches_counting_entries_of_earlier_terms(monkeypatch: pytest.MonkeyPatch) -> None:
