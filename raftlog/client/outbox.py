@@ -61,17 +61,14 @@ class Flight:
         Raises:
             ProtocolError: it does not fit the request, or what was answered before.
         """
-        batches, produced = self._batches, response.batches
-        numbers = response.numbers or list(batches)
+        batches, produced, numbers = self._batches, response.batches, response.numbers
+        if not numbers:
+            numbers = list(batches)
+        elif len(set(numbers)) != len(numbers) or not batches.keys() >= set(numbers):
+            raise ProtocolError(f"an answer to batches {numbers}, of which {list(batches)} are under way")
         if len(numbers) != len(produced):
             raise ProtocolError(f"{len(produced)} answers to {len(numbers)} batches")
-        found = []
-        for number, each in zip(numbers, produced, strict=True):
-            batch = batches.pop(number, None)
-            if batch is None:
-                raise ProtocolError(f"an answer to batch {number}, which is not under way")
-            found.append((number, batch, each))
-        return found
+        return [(number, batches.pop(number), each) for number, each in zip(numbers, produced, strict=True)]
 
     def take_rest(self) -> list[tuple[int, ProducerBatch]]:
         """The batches that are not answered, and will not be."""
