@@ -96,6 +96,57 @@ def test_answers_may_come_in_any_order(world: RpcWorld) -> None:
     assert [future.done() for future in futures] == [True] * 3
 
 
+def test_an_answer_may_come_in_parts_each_of_which_frees_its_share(world: RpcWorld) -> None:
+    server = world.serve()
+    world.handler.hold = True
+    connection = world.dial()
+    told: list[tuple[Any, Any]] = []
+
+    async def ask() -> None:
+        connection.ask(produce(), (bytes(1000),), lambda response, _, error: told.append((response, error)))
+
+    world.run("c", ask())
+    world.until(lambda: bool(world.handler.held))
+    (reply,) = world.handler.held
+    whole = server.in_flight_bytes
+    for number in range(2):
+        reply.part(produced(number), 300)
+        assert server.in_flight_bytes == whole - 300 * (number + 1)
+        world.until(lambda number=number: len(told) == number + 1)
+    assert connection._pending
+    assert not reply.is_done
+    reply.ok(produced(2))
+    world.until(lambda: len(told) == 3)
+    assert told == [(produced(number), None) for number in range(3)]
+    assert (server.in_flight_bytes, connection._pending) == (0, {})
+    with pytest.raises(AssertionError, match="after the whole"):
+        reply.part(produced(3), 0)
+
+
+def test_what_is_left_of_an_answer_fails_with_the_connection(world: RpcWorld) -> None:
+    server = world.serve()
+    world.handler.hold = True
+    connection = world.dial()
+    told: list[tuple[Any, Any]] = []
+
+    async def ask() -> None:
+        connection.ask(produce(), (bytes(1000),), lambda response, _, error: told.append((response, error)))
+
+    world.run("c", ask())
+    world.until(lambda: bool(world.handler.held))
+    (reply,) = world.handler.held
+    reply.part(produced(0), 300)
+    world.until(lambda: len(told) == 1)
+    connection.close()
+    world.until(lambda: len(told) == 2)
+    assert isinstance(told[1][1], ConnectionLost)
+    assert told[1][1].indeterminate
+    world.until(lambda: not server.connections)
+    reply.part(produced(1), 300)
+    reply.ok(produced(2))
+    assert server.in_flight_bytes == 0
+
+
 def test_one_way_messages_arrive_in_order_and_are_not_answered(world: RpcWorld) -> None:
     world.serve()
     connection = world.dial(broker(2))
