@@ -131,6 +131,10 @@ class Service:
                 replica.produce(batch, partial(answer.settle, number), to.before)
             except RaftlogError as error:
                 answer.settle(number, None, error)
+            except Exception as bug:  # noqa: BLE001 - what one batch met must not be told of the others
+                message = f"error in taking a batch for partition {to.partition}"
+                asyncio.get_running_loop().call_exception_handler({"message": message, "exception": bug})
+                answer.settle(number, None, RaftlogError(f"internal error of the broker: {bug!r}"))
 
     def _take_unacknowledged(self, message: rpc.ProduceRequest, payload: memoryview) -> None:
         broker = self._broker

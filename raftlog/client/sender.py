@@ -44,7 +44,7 @@ from raftlog.errors import (
     from_wire,
 )
 from raftlog.net.connection import RpcConnection
-from raftlog.net.rpc import ProducePartition, ProduceResponse
+from raftlog.net.rpc import Produced, ProducePartition, ProduceResponse
 from raftlog.record.batch import Compression
 
 log = logging.getLogger("raftlog.client")
@@ -293,18 +293,7 @@ class Sender:
                 connection.close()
                 error = ConnectionLost(str(nonsense), indeterminate=True)
             else:
-                for number, batch, each in answers:
-                    if self._stopped or not flight.is_current(number, batch):
-                        continue
-                    queue = batch.queue
-                    if each.error is None:
-                        queue.failures = 0
-                        queue.window.acknowledged(batch)
-                        produced.append((batch, each.base_offset))
-                    else:
-                        refusal = from_wire(each.error.name, each.error.message, each.error.details)
-                        self._refused(queue, batch, connection, refusal)
-                    self._advance(queue)
+                produced = self._take_in(flight, answers)
         if error is not None:
             for number, batch in flight.take_rest():
                 if not self._stopped and flight.is_current(number, batch):
@@ -313,7 +302,27 @@ class Sender:
         self._outbox.flush()
         # last, for a thread that waits for it has to wait for this one's turn to end
         for batch, base_offset in produced:
-            self._settle(batch, base_offset)
+            if not batch.done:  # whoever heard of another just now may have closed the producer
+                self._settle(batch, base_offset)
+
+    def _take_in(
+        self, flight: Flight, answers: list[tuple[int, ProducerBatch, Produced]]
+    ) -> list[tuple[ProducerBatch, int]]:
+        """Go on where batches were answered; returns those that are in the log, and their offsets."""
+        produced = []
+        for number, batch, each in answers:
+            if self._stopped or not flight.is_current(number, batch):
+                continue
+            queue = batch.queue
+            if each.error is None:
+                queue.failures = 0
+                queue.window.acknowledged(batch)
+                produced.append((batch, each.base_offset))
+            else:
+                refusal = from_wire(each.error.name, each.error.message, each.error.details)
+                self._refused(queue, batch, flight.connection, refusal)
+            self._advance(queue)
+        return produced
 
     def _refused(
         self, queue: PartitionQueue, batch: ProducerBatch, connection: RpcConnection, error: RaftlogError

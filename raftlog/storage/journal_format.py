@@ -160,7 +160,9 @@ def encode_mark(position: int, floor: int) -> bytes:
 
 
 def encode_hard_state(position: int, replica_id: int, state: HardState) -> bytes:
-    after = _WHOLE_HARD_STATE.pack(position, _HARD_STATE_KIND, replica_id, state.term, state.vote, state.commit)
+    after = _WHOLE_HARD_STATE.pack(
+        position, _HARD_STATE_KIND, replica_id, state.term, state.vote, state.commit
+    )
     return _LENGTH_CRC.pack(HARD_STATE_BYTES, crc32c(after)) + after
 
 

@@ -155,3 +155,20 @@ def test_unacknowledged_batches_are_written_each_by_itself(world: World) -> None
     world.tell(connection, ProduceRequest(to, list(map(len, sent[:-1])), acks=0), sent)
     world.until(lambda: world.replica(0, 2).committed_offset == 1)
     assert [world.replica(0, n).committed_offset for n in range(PARTITIONS)] == [1, 0, 1, 0]
+
+
+def test_a_bug_that_one_batch_meets_is_not_told_of_the_others(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connection = world.dial(0)
+    reported: list[dict[str, Any]] = []
+    world.loop.set_exception_handler(lambda _, context: reported.append(context))
+
+    def divide(*_: object) -> None:
+        raise ZeroDivisionError("bug")
+
+    monkeypatch.setattr(world.replica(0, 1), "produce", divide)
+    asked = Asked(world, connection, [(n, batch(b"%d" % n)) for n in range(PARTITIONS)])
+    world.until(lambda: asked.over)
+    assert asked.outcomes == {0: 0, 1: RaftlogError, 2: 0, 3: 0}
+    assert [type(context["exception"]) for context in reported] == [ZeroDivisionError]

@@ -22,7 +22,7 @@ from fake_cluster import (
 )
 
 from raftlog.client import outbox
-from raftlog.errors import Busy, DeliveryTimeout, LeadershipLost
+from raftlog.errors import Busy, Closed, DeliveryTimeout, LeadershipLost
 from raftlog.net.rpc import Produced, ProduceRequest, ProduceResponse
 from raftlog.net.server import Reply
 
@@ -184,6 +184,25 @@ def test_an_answer_that_makes_no_sense_ends_the_connection_and_the_batches_go_ag
             assert not lies
             # of "twice" and the like nothing may be believed, or an offset would be another's
             assert [each.offset for each in found] == [1] * PARTITIONS
+
+    world.run(work())
+    assert [partition.state.next_offset for partition in topic] == [2] * PARTITIONS
+
+
+def test_whoever_closes_the_producer_at_one_answer_does_not_break_the_others(
+    world: SimWorld, topic: list[FakePartition]
+) -> None:
+    async def work() -> None:
+        async with world.log() as log:
+            producer = log.producer(linger_ms=0)
+            await asyncio.gather(*await everywhere(producer))
+            sender = producer._core.sender
+            deliveries = await everywhere(producer, 1)
+            deliveries[0]._batch.add_callback(sender.stop)  # 3 is answered with it
+            found = await asyncio.gather(*deliveries, return_exceptions=True)
+            assert found[0].offset == 1
+            assert type(found[3]) is Closed
+            assert found[3].indeterminate, "it was sent"
 
     world.run(work())
     assert [partition.state.next_offset for partition in topic] == [2] * PARTITIONS
