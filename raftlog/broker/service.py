@@ -20,6 +20,7 @@ from raftlog.broker.wire import decode_messages
 from raftlog.errors import Busy, ConfigError, ProtocolError, RaftlogError
 from raftlog.net import rpc
 from raftlog.net.rpc_cluster import ImageRequest, ReportRequest
+from raftlog.net.rpc_repair import LogFramesRequest, SnapshotBytesRequest
 from raftlog.net.rpc_transactions import WriteMarkersRequest
 from raftlog.net.server import Reply, ServerConnection
 from raftlog.state.command import UnknownCommand
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("raftlog.broker")
 
 _FOR_CONTROLLERS = (ImageRequest, ReportRequest)
-_FOR_BROKERS = (rpc.LogFramesRequest, rpc.SnapshotBytesRequest, WriteMarkersRequest)
+_FOR_BROKERS = (LogFramesRequest, SnapshotBytesRequest, WriteMarkersRequest)
 
 
 class Service:
@@ -56,8 +57,8 @@ class Service:
             rpc.JoinRequest: self._join,
             rpc.UpgradeRequest: self._upgrade,
             rpc.BrokerStatusRequest: self._status,
-            rpc.LogFramesRequest: self._lend_frames,
-            rpc.SnapshotBytesRequest: self._lend_snapshot,
+            LogFramesRequest: self._lend_frames,
+            SnapshotBytesRequest: self._lend_snapshot,
         }
         self._coordination = Coordination(broker)
         self._handlers |= self._coordination.handlers
@@ -118,7 +119,7 @@ class Service:
 
     def _produce(self, request: rpc.ProduceRequest, payload: memoryview, reply: Reply) -> None:
         partition, partitions = self._broker.partition, request.partitions
-        if len(partitions) == 1:
+        if len(partitions) == 1 and not request.lengths:
             (to,) = partitions
             replica = partition(to.topic_id, to.partition)
             replica.produce(payload, partial(answer_batch, reply), to.before)
@@ -278,10 +279,10 @@ class Service:
 
     # -- repair ----------------------------------------------------------------------------------------------
 
-    def _lend_frames(self, request: rpc.LogFramesRequest, payload: memoryview, reply: Reply) -> None:
+    def _lend_frames(self, request: LogFramesRequest, payload: memoryview, reply: Reply) -> None:
         self._broker.spawn(_lend(reply, partial(self._broker.repairs.lend_frames, request)))
 
-    def _lend_snapshot(self, request: rpc.SnapshotBytesRequest, payload: memoryview, reply: Reply) -> None:
+    def _lend_snapshot(self, request: SnapshotBytesRequest, payload: memoryview, reply: Reply) -> None:
         self._broker.spawn(_lend(reply, partial(self._broker.repairs.lend_snapshot, request)))
 
     # -- status ----------------------------------------------------------------------------------------------

@@ -28,7 +28,6 @@ from raftlog.net.rpc import (
     InitProducerRequest,
     JoinRequest,
     ListOffsetsRequest,
-    LogFramesRequest,
     MetadataCommandRequest,
     MetadataRequest,
     OffsetCommitRequest,
@@ -36,11 +35,11 @@ from raftlog.net.rpc import (
     OffsetQuery,
     ProducePartition,
     ProduceRequest,
-    SnapshotBytesRequest,
     StageOffsetsRequest,
     UpgradeRequest,
 )
 from raftlog.net.rpc_cluster import AlterTopicRequest, DrainRequest, ImageRequest, ReportRequest
+from raftlog.net.rpc_repair import LogFramesRequest, SnapshotBytesRequest
 from raftlog.net.rpc_transactions import (
     AbortTransactionRequest,
     DescribeTransactionsRequest,
@@ -81,7 +80,6 @@ creations = st.builds(
 
 STRATEGIES: dict[type[Any], st.SearchStrategy[Any]] = {
     ProduceRequest: st.builds(
-        ProducePartition,
         ProduceRequest,
         st.lists(st.builds(ProducePartition, topic_ids, numbers), max_size=3),
         st.lists(numbers, max_size=3),
@@ -192,6 +190,9 @@ def real(request: Any, topic_id: bytes) -> Any:
         )
     if isinstance(request, ListOffsetsRequest):
         return msgspec.structs.replace(request, queries=[real(each, topic_id) for each in request.queries])
+    if isinstance(request, ProduceRequest):
+        partitions = [real(each, topic_id) for each in request.partitions]
+        return msgspec.structs.replace(request, partitions=partitions)
     if getattr(request, "topic_id", b"") == b"topic":
         return msgspec.structs.replace(request, topic_id=topic_id)
     return request

@@ -133,8 +133,8 @@ def test_a_partition_without_a_quorum_does_not_keep_the_news_of_others() -> None
 
 @pytest.mark.parametrize(
     ("lengths", "partitions"),
-    [([], 2), ([10, 10], 2), ([-1], 2), ([10_000], 2), ([10], 0), ([], 0)],
-    ids=["too few", "too many", "negative", "more than came", "of nothing", "nothing"],
+    [([], 2), ([10, 10], 2), ([10], 1), ([-1], 2), ([10_000], 2), ([10], 0), ([], 0)],
+    ids=["too few", "too many", "for one", "negative", "more than came", "of nothing", "nothing"],
 )
 def test_lengths_that_do_not_fit_are_refused_and_nothing_is_written(
     world: World, lengths: list[int], partitions: int
