@@ -22,41 +22,47 @@ Answered: TypeAlias = (
 
 
 class Flight:
-    """A request: gathered, then under way until each of its batches is answered."""
+    """A request: gathered, then under way until each of its batches is answered.
 
-    __slots__ = ("_attempts", "_batches", "_lengths", "_partitions", "_pieces", "connection", "size")
+    Attributes:
+        connection: where it goes.
+        size: bytes of its batches.
+        attempts: of each of its batches, by number: which one this is.
+    """
+
+    __slots__ = ("_batches", "_lengths", "_partitions", "_pieces", "attempts", "connection", "size")
 
     def __init__(self, connection: RpcConnection) -> None:
         self.connection = connection
         self.size = 0
+        self.attempts: list[int] = []
         self._partitions: list[ProducePartition] = []
         self._lengths: list[int] = []
         self._pieces: list[Buffer] = []
         self._batches: dict[int, ProducerBatch] = {}
         """By number; those that are not answered."""
-        self._attempts: list[int] = []
 
     def add(self, partition: ProducePartition, batch: ProducerBatch, size: int) -> None:
         """One more batch, of ``size`` bytes."""
-        self._batches[len(self._attempts)] = batch
-        self._attempts.append(batch.attempt)
+        self._batches[len(self.attempts)] = batch
+        self.attempts.append(batch.attempt)
         self._partitions.append(partition)
         self._lengths.append(size)
         self._pieces += batch.encoded
         self.size += size
 
-    def depart(self, acks: int) -> tuple[ProduceRequest, list[Buffer]]:
-        """The request and its payload, which are not kept."""
-        request = ProduceRequest(self._partitions, self._lengths[:-1], acks)
+    def send(self, answered: Answered | None) -> None:
+        """Let it go; what it carried is not kept."""
         pieces, self._pieces = self._pieces, []
-        return request, pieces
-
-    def is_current(self, number: int, batch: ProducerBatch) -> bool:
-        """Whether an answer to that batch is news: it was not given up, or sent again, meanwhile."""
-        return not batch.done and self._attempts[number] == batch.attempt
+        partitions, lengths = self._partitions, self._lengths[:-1]
+        if answered is not None:
+            self.connection.ask(ProduceRequest(partitions, lengths), pieces, partial(answered, self))
+        elif not self.connection.closed:
+            self.connection.send(ProduceRequest(partitions, lengths, 0), pieces)
 
     def take(self, response: ProduceResponse) -> list[tuple[int, ProducerBatch, Produced]]:
-        """The batches that a response answers, with their numbers.
+        """The batches that a response answers, with their numbers. Of one that was given up, or sent again,
+        meanwhile (see ``attempts``) it is no news.
 
         Raises:
             ProtocolError: it does not fit the request, or what was answered before.
@@ -68,7 +74,7 @@ class Flight:
             raise ProtocolError(f"an answer to batches {numbers}, of which {list(batches)} are under way")
         if len(numbers) != len(produced):
             raise ProtocolError(f"{len(produced)} answers to {len(numbers)} batches")
-        return [(number, batches.pop(number), each) for number, each in zip(numbers, produced, strict=True)]
+        return list(zip(numbers, map(batches.pop, numbers), produced, strict=True))
 
     def take_rest(self) -> list[tuple[int, ProducerBatch]]:
         """The batches that are not answered, and will not be."""
@@ -84,6 +90,8 @@ class Outbox:
             are no answers (acks=0).
     """
 
+    __slots__ = ("_answered", "_gathered")
+
     def __init__(self, answered: Answered | None) -> None:
         self._answered = answered
         self._gathered: dict[RpcConnection, Flight] = {}
@@ -94,7 +102,7 @@ class Outbox:
         size = sum(map(len, batch.encoded))
         flight = self._gathered.get(connection)
         if flight is not None and flight.size + size > REQUEST_BYTES_MAX:
-            self._send(self._gathered.pop(connection))
+            self._gathered.pop(connection).send(self._answered)
             flight = None
         if flight is None:
             flight = self._gathered[connection] = Flight(connection)
@@ -105,11 +113,4 @@ class Outbox:
         if self._gathered:
             gathered, self._gathered = self._gathered, {}
             for flight in gathered.values():
-                self._send(flight)
-
-    def _send(self, flight: Flight) -> None:
-        connection, answered = flight.connection, self._answered
-        if answered is not None:
-            connection.ask(*flight.depart(-1), partial(answered, flight))
-        elif not connection.closed:
-            connection.send(*flight.depart(0))
+                flight.send(self._answered)

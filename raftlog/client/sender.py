@@ -267,14 +267,12 @@ class Sender:
                 window.sent_new(batch)
             queue.connection = connection
             batch.sent_at = now
-            self._outbox.add(connection, self._target(queue), batch)
+            self._outbox.add(connection, queue.target or self._target(queue), batch)
 
     def _target(self, queue: PartitionQueue) -> ProducePartition:
-        target = queue.target
-        if target is None:
-            before = None if self._identities is None else self._identities.before
-            target = queue.target = ProducePartition(queue.view.topic_id, queue.view.index, before)
-        return target
+        before = None if self._identities is None else self._identities.before
+        queue.target = ProducePartition(queue.view.topic_id, queue.view.index, before)
+        return queue.target
 
     def _answered(
         self,
@@ -296,7 +294,7 @@ class Sender:
                 produced = self._take_in(flight, answers)
         if error is not None:
             for number, batch in flight.take_rest():
-                if not self._stopped and flight.is_current(number, batch):
+                if not (self._stopped or batch.done or batch.attempt != flight.attempts[number]):
                     self._refused(batch.queue, batch, connection, error)
                     self._advance(batch.queue)
         self._outbox.flush()
@@ -311,7 +309,7 @@ class Sender:
         """Go on where batches were answered; returns those that are in the log, and their offsets."""
         produced = []
         for number, batch, each in answers:
-            if self._stopped or not flight.is_current(number, batch):
+            if self._stopped or batch.done or batch.attempt != flight.attempts[number]:
                 continue
             queue = batch.queue
             if each.error is None:
@@ -366,7 +364,7 @@ class Sender:
                 self._spawn(self._drain(queue, connection))
                 return
             batch.encode(self._compression, None, NO_SEQUENCE)
-            self._outbox.add(connection, self._target(queue), batch)
+            self._outbox.add(connection, queue.target or self._target(queue), batch)
             self._settle(batch, NO_OFFSET)
 
     async def _drain(self, queue: PartitionQueue, connection: RpcConnection) -> None:
