@@ -241,9 +241,11 @@ class Sender:
                 return
             if not (queue.ready or queue.open or window.retry or window.broken):
                 return  # nothing to send: the usual end of it
-            if window.needs_identity() and not self._begin_window(queue):
+            if (window.broken or window.identity is None) and (
+                window.needs_identity() and not self._begin_window(queue)
+            ):
                 return
-            resend = window.may_resend()
+            resend = bool(window.retry) and window.may_resend()
             if not resend and not window.may_send_new():
                 return
             now = self._loop.time()

@@ -146,7 +146,8 @@ class Window(Generic[B]):
     def acknowledged(self, batch: B) -> None:
         """It is in the log."""
         self.in_flight.remove(batch)
-        self._drained()
+        if not self.in_flight:
+            self.draining = False
 
     def refused(self, batch: B, error: RaftlogError, *, renewable: bool = True) -> Verdict:
         """Take in an answer that is an error; says what is to become of the batch, which is out of the window
