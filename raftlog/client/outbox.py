@@ -3,7 +3,7 @@ broker leads."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Final, TypeAlias
 
@@ -11,7 +11,7 @@ from raftlog.client.accumulator import ProducerBatch
 from raftlog.errors import ProtocolError, RaftlogError
 from raftlog.net.connection import RpcConnection
 from raftlog.net.frames import Buffer
-from raftlog.net.rpc import Produced, ProducePartition, ProduceRequest, ProduceResponse
+from raftlog.net.rpc import ProducePartition, ProduceRequest, ProduceResponse
 
 REQUEST_BYTES_MAX: Final = 1024 * 1024
 """Batches beyond it go into another request: a broker takes a request when all of it has come."""
@@ -26,58 +26,61 @@ class Flight:
 
     Attributes:
         connection: where it goes.
-        size: bytes of its batches.
+        size: bytes of its batches, as their producer accounts for them.
         attempts: of each of its batches, by number: which one this is.
     """
 
-    __slots__ = ("_batches", "_lengths", "_partitions", "_pieces", "attempts", "connection", "size")
+    __slots__ = ("_batches", "_partitions", "_pieces", "attempts", "connection", "size")
 
     def __init__(self, connection: RpcConnection) -> None:
         self.connection = connection
         self.size = 0
         self.attempts: list[int] = []
         self._partitions: list[ProducePartition] = []
-        self._lengths: list[int] = []
-        self._pieces: list[Buffer] = []
+        self._pieces: list[tuple[Buffer, ...]] = []
         self._batches: dict[int, ProducerBatch] = {}
         """By number; those that are not answered."""
 
-    def add(self, partition: ProducePartition, batch: ProducerBatch, size: int) -> None:
-        """One more batch, of ``size`` bytes."""
-        self._batches[len(self.attempts)] = batch
-        self.attempts.append(batch.attempt)
+    def add(self, partition: ProducePartition, batch: ProducerBatch) -> None:
+        """One more batch."""
+        attempts = self.attempts
+        self._batches[len(attempts)] = batch
+        attempts.append(batch.attempt)
         self._partitions.append(partition)
-        self._lengths.append(size)
-        self._pieces += batch.encoded
-        self.size += size
+        self._pieces.append(batch.encoded)
+        self.size += batch.bytes
 
     def send(self, answered: Answered | None) -> None:
         """Let it go; what it carried is not kept."""
         pieces, self._pieces = self._pieces, []
-        partitions, lengths = self._partitions, self._lengths[:-1]
+        lengths: list[int] = []
+        payload: Sequence[Buffer] = pieces[0]
+        if len(pieces) > 1:
+            lengths = [sum(map(len, each)) for each in pieces[:-1]]
+            payload = [piece for each in pieces for piece in each]
         if answered is not None:
-            self.connection.ask(ProduceRequest(partitions, lengths), pieces, partial(answered, self))
+            self.connection.ask(ProduceRequest(self._partitions, lengths), payload, partial(answered, self))
         elif not self.connection.closed:
-            self.connection.send(ProduceRequest(partitions, lengths, 0), pieces)
+            self.connection.send(ProduceRequest(self._partitions, lengths, 0), payload)
 
-    def take(self, response: ProduceResponse) -> list[tuple[int, ProducerBatch, Produced]]:
-        """The batches that a response answers, with their numbers. Of one that was given up, or sent again,
-        meanwhile (see ``attempts``) it is no news.
+    def take(self, response: ProduceResponse) -> list[tuple[int, ProducerBatch]]:
+        """The batches that a response answers, in its order, with their numbers. Of one that was given up, or
+        sent again, meanwhile (see ``attempts``) it is no news.
 
         Raises:
             ProtocolError: it does not fit the request, or what was answered before.
         """
-        batches, produced, numbers = self._batches, response.batches, response.numbers
-        if not numbers:
-            numbers = list(batches)
-        elif len(set(numbers)) != len(numbers) or not batches.keys() >= set(numbers):
+        batches, numbers = self._batches, response.numbers
+        if numbers and (len(set(numbers)) != len(numbers) or not batches.keys() >= set(numbers)):
             raise ProtocolError(f"an answer to batches {numbers}, of which {list(batches)} are under way")
-        if len(numbers) != len(produced):
-            raise ProtocolError(f"{len(produced)} answers to {len(numbers)} batches")
-        return list(zip(numbers, map(batches.pop, numbers), produced, strict=True))
+        if len(response.batches) != len(numbers or batches):
+            raise ProtocolError(f"{len(response.batches)} answers to {len(numbers or batches)} batches")
+        if numbers:
+            return [(number, batches.pop(number)) for number in numbers]
+        return self.take_rest()
 
     def take_rest(self) -> list[tuple[int, ProducerBatch]]:
-        """The batches that are not answered, and will not be."""
+        """The batches that are not answered."""
         batches, self._batches = self._batches, {}
         return list(batches.items())
 
@@ -88,29 +91,30 @@ class Outbox:
     Args:
         answered: told the answer to each, in parts if it comes so; as of ``RpcConnection.ask``. None: there
             are no answers (acks=0).
+
+    Attributes:
+        gathered: what the next :meth:`flush` has to send.
     """
 
-    __slots__ = ("_answered", "_gathered")
+    __slots__ = ("_answered", "gathered")
 
     def __init__(self, answered: Answered | None) -> None:
         self._answered = answered
-        self._gathered: dict[RpcConnection, Flight] = {}
+        self.gathered: dict[RpcConnection, Flight] = {}
 
     def add(self, connection: RpcConnection, partition: ProducePartition, batch: ProducerBatch) -> None:
         """Put a batch into the request for that broker, which leaves with the next :meth:`flush`, or now if
         it is large."""
-        size = sum(map(len, batch.encoded))
-        flight = self._gathered.get(connection)
-        if flight is not None and flight.size + size > REQUEST_BYTES_MAX:
-            self._gathered.pop(connection).send(self._answered)
+        flight = self.gathered.get(connection)
+        if flight is not None and flight.size + batch.bytes > REQUEST_BYTES_MAX:
+            self.gathered.pop(connection).send(self._answered)
             flight = None
         if flight is None:
-            flight = self._gathered[connection] = Flight(connection)
-        flight.add(partition, batch, size)
+            flight = self.gathered[connection] = Flight(connection)
+        flight.add(partition, batch)
 
     def flush(self) -> None:
         """Send what was gathered."""
-        if self._gathered:
-            gathered, self._gathered = self._gathered, {}
-            for flight in gathered.values():
-                flight.send(self._answered)
+        gathered, self.gathered = self.gathered, {}
+        for flight in gathered.values():
+            flight.send(self._answered)

@@ -287,30 +287,31 @@ class Sender:
         produced: list[tuple[ProducerBatch, int]] = []
         if response is not None:
             try:
-                answers = flight.take(response)
+                answered = flight.take(response)
             except ProtocolError as nonsense:
                 log.warning("closed %r: %s", connection, nonsense)
                 connection.close()
                 error = ConnectionLost(str(nonsense), indeterminate=True)
             else:
-                produced = self._take_in(flight, answers)
+                produced = self._take_in(flight, answered, response.batches)
         if error is not None:
             for number, batch in flight.take_rest():
                 if not (self._stopped or batch.done or batch.attempt != flight.attempts[number]):
                     self._refused(batch.queue, batch, connection, error)
                     self._advance(batch.queue)
-        self._outbox.flush()
+        if self._outbox.gathered:
+            self._outbox.flush()
         # last, for a thread that waits for it has to wait for this one's turn to end
         for batch, base_offset in produced:
             if not batch.done:  # whoever heard of another just now may have closed the producer
                 self._settle(batch, base_offset)
 
     def _take_in(
-        self, flight: Flight, answers: list[tuple[int, ProducerBatch, Produced]]
+        self, flight: Flight, answered: list[tuple[int, ProducerBatch]], outcomes: list[Produced]
     ) -> list[tuple[ProducerBatch, int]]:
         """Go on where batches were answered; returns those that are in the log, and their offsets."""
         produced = []
-        for number, batch, each in answers:
+        for (number, batch), each in zip(answered, outcomes, strict=True):
             if self._stopped or batch.done or batch.attempt != flight.attempts[number]:
                 continue
             queue = batch.queue

@@ -123,7 +123,7 @@ class Window(Generic[B]):
 
     def sent_new(self, batch: B) -> None:
         """A batch goes out for the first time; it bears ``next_sequence``."""
-        assert self.may_send_new(), "the window is full or recovering"
+        assert not (self.retry or self.draining or self.broken), "the window is recovering"
         self._orders += 1
         batch.order = self._orders
         self.next_sequence = batch.sequence_after()
