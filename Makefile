@@ -9,7 +9,7 @@ RAY    ?= yes
 SEEDS  ?= 500
 BIN    := .venv/bin
 READY  := .venv/.ready
-EXTRAS := data,test,lint,examples
+EXTRAS := data,metrics,test,lint,examples
 BENCH  := .venv/.ready-bench
 SAY    := @printf '\033[1m== %s\033[0m\n'
 

@@ -212,7 +212,8 @@ class Scenario:
         return [set(each.replicas) for each in self._log.describe_topic(TOPIC).partitions]
 
     def _is_balanced(self) -> bool:
-        """Over all topics, those of the brokers' own included; one broker also leads the metadata."""
+        """Over all topics, those of the brokers' own included. Who leads two more than another may have none
+        that it could hand to it."""
         brokers = [each for each in self._log.describe_cluster().brokers if each.state == "alive"]
         held, led = [each.replicas for each in brokers], [each.leaders for each in brokers]
         is_even = max(held) - min(held) <= 1 and max(led) - min(led) <= 2

@@ -264,6 +264,28 @@ def transport_table(_results: Results) -> str:
     return markdown(["", "one record, p50 ms", "p99 ms", "send_batch, MB/s", "poll_arrow, MB/s"], rows)
 
 
+def slow_table(_results: Results) -> str:
+    """Of ``slow.py``."""
+    found = script("slow")
+    if found is None:
+        return "Not measured."
+    keys = ("p50_ms", "p99_ms", "leader_grew_mb", "slow_one_grew_mb", "caught_up_after_s")
+    rows = [
+        [slow, *(number(one[key]["median"]) if key in one else "" for key in keys)]
+        for slow, one in found["turns"].items()
+    ]
+    columns = [
+        "slow is",
+        "p50 ms",
+        "p99 ms",
+        "leader grew by MB",
+        "the slow one by MB",
+        "level again after s",
+    ]
+    sent = found["turns"]["nothing"]["sent_mb"]["median"]
+    return f"{markdown(columns, rows)}\n\n{sent:.0f} MB a turn, at {found['mb_per_s']:.0f} MB/s."
+
+
 PARTS: Final[dict[str, Callable[[Results], str]]] = {
     **{group: group_table(group) for group in AXES},
     "aims": aims_table,
@@ -275,6 +297,7 @@ PARTS: Final[dict[str, Callable[[Results], str]]] = {
     "machine": machine_text,
     "p99": tails,
     "scale": solo_table,
+    "slow": slow_table,
     "transactions": transactions_table,
     "transport": transport_table,
 }

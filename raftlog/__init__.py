@@ -103,7 +103,8 @@ def start(
 ) -> Log:
     """Start a cluster on Ray, recover it from its data, or attach to it if it runs.
 
-    Ray is initialised if it is not: the Ray cluster that runs, or else one of this process.
+    Ray is initialised if it is not: the Ray cluster that runs, or else one of this process. A cluster that
+    runs keeps what it was started with; a warning says so where something else is asked for.
 
     Args:
         name: of the cluster.

@@ -394,7 +394,7 @@ class UnknownTransactionalId(RaftlogError):
     """Nobody has this transactional id: it was never used, or not for so long that it expired."""
 
     fatal = True
-    hint = "open a new producer"
+    hint = "see which there are (`raftlog transactions list`); whoever had this one opens a new producer"
 
 
 class StaleCoordinator(RaftlogError):

@@ -64,6 +64,16 @@ class ClusterSpec(msgspec.Struct, frozen=True):
     brokers_per_node: int = 1
     replace_after_s: float = 30.0
 
+    def unlike(self, running: ClusterSpec) -> dict[str, object]:
+        """What a cluster that runs was started with, where this asks for something else, and not only for
+        what is asked for by default."""
+        default = ClusterSpec(self.name, None, self.data_dir)
+        return {
+            field: getattr(running, field)
+            for field in ("brokers", "brokers_per_node", "replace_after_s")
+            if getattr(self, field) not in (getattr(default, field), getattr(running, field))
+        }
+
 
 class RayNode(msgspec.Struct, frozen=True):
     """A node of the Ray cluster: its address as Ray knows it, and its availability zone (or "")."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import tempfile
 import time
 import uuid
@@ -53,6 +54,8 @@ def start(
         brokers_per_node: for nodes with many cores.
         replace_after: seconds that a broker may be away before it is replaced.
 
+    A cluster that runs keeps what it was started with; a warning says so where something else is asked for.
+
     Returns:
         How to reach it.
 
@@ -77,9 +80,13 @@ def start(
     actor = MetadataActor.options(**metadata_options(name)).remote(spec)
     try:
         bootstrap: Bootstrap = _call(actor, "bootstrap", timeout=START_TIMEOUT_S)
+        running: ClusterSpec = _call(actor, "spec", timeout=START_TIMEOUT_S)
     except RaftlogError:
         ray.kill(actor)
         raise
+    kept = ", ".join(f"{field}={value}" for field, value in spec.unlike(running).items())
+    if kept:
+        logger.warning("cluster %r runs already, and with %s: stop and start it to change that", name, kept)
     return bootstrap
 
 
@@ -213,26 +220,42 @@ def _wait_until_gone(name: str) -> None:
 
 
 def _init_ray() -> None:
-    """Attach to the Ray cluster of this machine or of RAY_ADDRESS; without one, start a local one."""
+    """Attach to the Ray cluster of RAY_ADDRESS or of this machine; where none is named and none runs, start a
+    local one.
+
+    Raises:
+        NoRay: the one that is named does not answer.
+    """
     try:
-        ray.init(address="auto", namespace=NAMESPACE, log_to_driver=False)
-    except ConnectionError:
+        _attach()
+    except NoRay:
+        if os.environ.get("RAY_ADDRESS"):
+            raise
         logger.info("no Ray cluster found: starting a local one")
         ray.init(address="local", namespace=NAMESPACE, log_to_driver=False, include_dashboard=False)
 
 
 def attach_ray() -> None:
-    """Attach to the Ray cluster of this machine or of RAY_ADDRESS, quietly; never start one.
+    """Attach to the Ray cluster of RAY_ADDRESS or of this machine, quietly; never start one.
 
     Raises:
-        NoRay: there is none.
+        NoRay: there is none, or it does not answer.
     """
-    if ray.is_initialized():
-        return
+    if not ray.is_initialized():
+        _attach(logging_level=logging.WARNING)
+
+
+def _attach(**settings: Any) -> None:
     try:
-        ray.init(address="auto", namespace=NAMESPACE, log_to_driver=False, logging_level=logging.WARNING)
+        ray.init(address="auto", namespace=NAMESPACE, log_to_driver=False, **settings)
     except ConnectionError as error:
-        raise NoRay("no Ray cluster runs here") from error
+        named = os.environ.get("RAY_ADDRESS")
+        if not named:
+            raise NoRay("no Ray cluster runs here") from error
+        raise NoRay(
+            f"the Ray cluster at RAY_ADDRESS={named} does not answer, or does not know this process's token: "
+            f"{error}"
+        ) from error
 
 
 def _is_ray_of_this_process() -> bool:

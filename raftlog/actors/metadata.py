@@ -283,7 +283,7 @@ class MetadataHost:
             raise DataDirError(
                 f"the data of only {len(assigned)} of the {len(plan.brokers)} brokers of cluster "
                 f"{spec.name!r} is here ({spec.data_dir}), which is no majority: bring back the nodes or "
-                "directories of the others"
+                "directories of the others, or see `raftlog recover` if they are lost for good"
             )
         return plan, assigned
 

@@ -87,7 +87,7 @@ class Governing:
             raise ConfigError(
                 f"with {wanted} partitions instead of {there} most keys of topic {topic.name!r} go to other "
                 "partitions, and records of one key are in order within each partition only: say "
-                "allow_key_reorder=True if that is all right, or nothing has a key"
+                "allow_key_reorder=True (--allow-key-reorder) if that is all right, or nothing has a key"
             )
         replication = topic.replication or max(len(each.replicas) for each in topic.partitions)
         assignment = self._broker.metadata.place(staged, wanted - there, replication)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final
 from raftlog.errors import LogTruncated
 from raftlog.net.rpc import FetchPartition
 from raftlog.record.frame import FrameHeader, FrameKind
+from raftlog.storage.replica_log import Recovered
 from raftlog.storage.segment import batch_base_offset
 
 if TYPE_CHECKING:
@@ -24,6 +25,17 @@ HISTORY_TERMS: Final = 1_000_000
 consumers tell that what they read is gone, also where the lost went through terms of which no survivor
 knows."""
 _READ_BYTES = 64 << 10
+
+
+def lacks_beginning(recovered: Recovered) -> bool:
+    """Whether a history began of which this log holds nothing yet.
+
+    Its configuration is of the old history then, and others that lack the new one may be a majority in that:
+    it must neither vote nor campaign until it has heard from whoever has the beginning. So it is taken for
+    amnesiac.
+    """
+    last_term = recovered.terms[-1][1] if recovered.terms else recovered.prev_term
+    return recovered.hard_state.term // HISTORY_TERMS > last_term // HISTORY_TERMS
 
 
 def is_suspect(replica: PartitionReplica, wanted: FetchPartition) -> bool:

@@ -6,14 +6,18 @@
     replica 2 (lost)   ……… 118 119 120   121 122 123 124    ← acknowledged, perhaps; nobody can tell
     replica 3 (lost)   ……… 118 119 120   121 122 123
 
-The group goes on with one more entry in that log: a configuration of the survivors alone, in a term far above
-any that the lost ones can have reached (as KRaft and etcd do it: ``etcd --force-new-cluster``). Of all logs
-that are here the most recent one holds whatever any of them knows to be committed: entries of its last term
-came from the leader of that term, which had all that was committed before (Raft section 5.4.3). So what the
-others have above it, Raft itself replaces.
+The group goes on with one more entry in that log: a configuration in which this replica alone votes, in a
+term far above any that the lost ones can have reached (as etcd does it: ``--force-new-cluster``). The other
+survivors are learners in it, keep what they have, and get their votes back as they catch up. Until they have
+the new history's beginning they neither vote nor campaign (``history.lacks_beginning``): the configuration
+that they know is the old one, and in that they may be a majority.
 
-Groups that keep a majority lose nothing. They are given a configuration of the survivors all the same, so
-that no lost broker belongs to anything any more: should its disk turn up, it is not let in.
+Of all logs that are here the most recent one holds whatever any of them knows to be committed: entries of its
+last term came from the leader of that term, which had all that was committed before (Raft section 5.4.3). So
+what the others have above it, Raft itself replaces.
+
+Groups that keep a majority lose nothing. Where they have lost members they begin a new history all the same,
+so that no lost broker belongs to anything any more: should its disk turn up, it is not let in.
 """
 
 from __future__ import annotations
@@ -22,7 +26,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 
-from raftlog.broker.history import HISTORY_TERMS
+from raftlog.broker.history import HISTORY_TERMS, lacks_beginning
 from raftlog.broker.internal_topics import METADATA_TOPIC
 from raftlog.errors import DamagedData, RecoveryRefused
 from raftlog.raft.confstack import ConfStack
@@ -217,8 +221,8 @@ def _group(
     copies: dict[int, Copy] = {}
     for replica_id in ranked:
         broker_id, replica = found[replica_id]
-        copies.setdefault(broker_id, _copy(broker_id, replica, replica_id in stores[broker_id].amnesiac))
-    usable = {copy.replica_id for copy in copies.values()}
+        amnesiac = replica_id in stores[broker_id].amnesiac or lacks_beginning(replica.recovered)
+        copies.setdefault(broker_id, _copy(broker_id, replica, amnesiac))
     if not copies:
         missing = tuple(sorted(founders.members))
         return Group(topic, topic_id, partition, Fate.LOST, (), missing, ConfState(), HISTORY_TERMS)
@@ -231,8 +235,10 @@ def _group(
         for half in (conf.voters, conf.outgoing)
         if half
     )
-    voting = {*confs.current.voters, *confs.current.outgoing, ranked[0]}
-    conf = ConfState(tuple(sorted(usable & voting)), tuple(sorted(usable - voting)))
+    # Nobody else has the new history's beginning: until they do, no other vote may count.
+    best_id = ranked[0]
+    usable = {copy.replica_id for copy in copies.values()}
+    conf = ConfState((best_id,), tuple(sorted(usable - {best_id})))
     missing = tuple(sorted(confs.current.members - usable))
     term = _next_history(copies.values())
     fate = Fate.KEPT if kept else Fate.CUT

@@ -182,24 +182,22 @@ class _Rewriting:
         for group in self._loss.groups:
             if group.copies:
                 await self._go_on(group, [])
-        commands = Changes(self._loss)
-        if commands.found or self._loss.metadata.missing:
-            await self._go_on(self._loss.metadata, commands.found)
+        commands, metadata = Changes(self._loss), self._loss.metadata
+        if commands.found or metadata.missing or metadata.fate is not Fate.KEPT:
+            await self._go_on(metadata, commands.found)
         for topic_id, index, replica_id, broker_id in commands.made:
             await self._make_empty(commands.image, topic_id, index, replica_id, broker_id)
 
     async def _go_on(self, group: Group, commands: list[Command]) -> None:
-        """The group's new history: its survivors alone, in a new term; then these commands."""
+        """The group's new history: survivors alone, one of which votes; then these commands."""
         best, *others = group.copies
         for copy in others:
             log = self._stores[copy.broker_id].logs[copy.replica_id]
-            # As if it had voted for the one that goes on.
+            # As if it had voted for the one that goes on. By the term it knows that it lacks the beginning.
             state = HardState(group.term, best.replica_id, log.hard_state.commit)
             await self._append(copy.broker_id, log, state, ())
         log = self._stores[best.broker_id].logs[best.replica_id]
-        assert (log.last_index, log.amnesiac) == (best.index, best.amnesiac), (
-            "it changed since it was looked at"
-        )
+        assert log.last_index == best.index, "it changed since it was looked at"
         state = HardState(group.term, best.replica_id, log.hard_state.commit)
         entries = self._entries(group, log.last_index, log.last_crc, log.last_leader_time_ms, commands)
         await self._begin_history(best.broker_id, log, state, entries)

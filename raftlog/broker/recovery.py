@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import Final
 
+from raftlog.broker.history import lacks_beginning
 from raftlog.broker.machine import StateMachine
 from raftlog.broker.replica import M
 from raftlog.raft.config import RecoveredLog
@@ -49,5 +50,5 @@ async def recover(log: ReplicaLog, machine: StateMachine) -> RecoveredLog:
         applied=applied,
         last_crc=found.last_crc,
         last_leader_time_ms=found.last_leader_time_ms,
-        amnesiac=log.amnesiac,
+        amnesiac=log.amnesiac or lacks_beginning(found),
     )

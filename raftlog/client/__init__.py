@@ -10,5 +10,5 @@ through ``raftlog.actors``, and only when a handle needs it.
 Start reading at ``cluster`` (connections, and who leads what), then ``delivery``, ``accumulator`` and
 ``sender`` (a record's way out: what a producer remembers, batches, and their window), ``transaction`` and
 ``process`` (all of it or nothing; consume, transform, produce), ``fetcher`` and
-``consumer`` (the way in).
+``consumer`` (the way in). ``transports`` says how the bytes get there.
 """

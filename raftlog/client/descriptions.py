@@ -12,6 +12,7 @@ from raftlog.net.rpc import BrokerRow, BrokerStatusResponse, GroupOffset, GroupR
 from raftlog.record.types import TopicPartition
 
 LEADER = "leader"
+METADATA = "__metadata"
 
 
 class PartitionDescription(msgspec.Struct, frozen=True):
@@ -53,7 +54,7 @@ class BrokerDescription(msgspec.Struct, frozen=True):
     """"alive", "draining" or "lost"."""
     pid: int
     replicas: int
-    """How many it holds."""
+    """How many it holds, of topics; of the metadata every broker has one."""
     leaders: int
     """How many of them lead."""
     totals: dict[str, int]
@@ -161,7 +162,7 @@ def describe_brokers(
     for row in sorted(known, key=lambda each: each.id):
         status = answers.get(row.id)
         shown = row if status is None else status.broker
-        held = [] if status is None else status.replicas
+        held = [] if status is None else [each for each in status.replicas if each.topic != METADATA]
         described.append(
             BrokerDescription(
                 id=row.id,

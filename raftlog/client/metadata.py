@@ -51,8 +51,8 @@ class PartitionView:
         """Take in that ``broker`` says it does not lead, in its term.
 
         It counts from the broker that is thought to lead, which then leads in no term up to the one it was
-        thought to lead in, if its own is newer. That newer term itself says nothing: nobody may ever lead in it,
-        and a broker that dies before it has stored it comes back in an older one.
+        thought to lead in, if its own is newer. That newer term itself says nothing: nobody may ever lead in
+        it, and a broker that dies before it has stored it comes back in an older one.
         """
         if broker == self.leader and term >= self.term:
             self.leader = NO_LEADER

@@ -123,7 +123,9 @@ class Window(Generic[B]):
 
     def sent_new(self, batch: B) -> None:
         """A batch goes out for the first time; it bears ``next_sequence``."""
-        assert not (self.retry or self.draining or self.broken), "the window is recovering"
+        assert not self.retry, "what failed goes first"
+        assert not self.draining, "the window is recovering"
+        assert not self.broken, "the window is broken"
         self._orders += 1
         batch.order = self._orders
         self.next_sequence = batch.sequence_after()

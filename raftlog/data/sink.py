@@ -32,7 +32,6 @@ import contextlib
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
@@ -102,9 +101,7 @@ def write_topic(
 ) -> None:
     """See :func:`raftlog.write_topic`."""
     log = log or attach.connect()
-    layout = replace(
-        _layout(log, topic, value, key, partition, compression), headers=headers, timestamp=timestamp
-    )
+    layout = Layout(topic, *_room_of(log, topic), value, key, partition, compression, headers, timestamp)
     if commit is not None:
         commit = _check_commit(commit)
         check_unmoved(log, *commit)  # the answer may be another one at the end, but then the work was in vain
@@ -124,17 +121,15 @@ def write_topic(
         )
 
 
-def _layout(
-    log: Log, topic: str, value: str, key: str | None, partition: str | None, compression: str
-) -> Layout:
+def _room_of(log: Log, topic: str) -> tuple[int, int]:
+    """How many partitions a topic has, and how many bytes a batch of it may have."""
     runtime = log._connected()
     view: TopicView = runtime.io.call(
         runtime.cluster.topic(validate_topic_name(topic), timeout=LOOKUP_TIMEOUT_S)
     )
     if view.internal:
         raise InvalidTopic(f"topic {topic!r} is internal: brokers alone write it")
-    bytes_max = int(view.config.get("max_message_bytes", DEFAULT_MESSAGE_BYTES_MAX))
-    return Layout(topic, len(view.partitions), bytes_max, value, key, partition, compression)
+    return len(view.partitions), int(view.config.get("max_message_bytes", DEFAULT_MESSAGE_BYTES_MAX))
 
 
 # -- the transaction -----------------------------------------------------------------------------------------

@@ -15,11 +15,10 @@ from raftlog.record.frame import CONF, FRAME_HEADER_BYTES, Buffer
 
 
 def require_leader(node: Node) -> None:
-    """Raise NotLeader unless ``node`` leads."""
+    """Raise NotLeader unless ``node`` leads. It names no leader: clients take that for a broker's id, and the
+    core knows replicas."""
     if node.role is not LEADER:
-        raise NotLeader(
-            f"replica {node.id} does not lead in term {node.term}", leader=node.leader or None, term=node.term
-        )
+        raise NotLeader(f"replica {node.id} does not lead in term {node.term}", leader=None, term=node.term)
 
 
 def propose(node: Node, kind: int, payload: Buffer, leader_time_ms: int) -> Entry:

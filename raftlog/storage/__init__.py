@@ -8,5 +8,6 @@ May import ``raftlog.errors``, ``raftlog.record``, ``raftlog.raft.types`` and no
 Where to start reading: :mod:`raftlog.storage.disk` (the seam below), :mod:`raftlog.storage.store` (what the
 broker sees), :mod:`raftlog.storage.journal` (group commit), :mod:`raftlog.storage.journal_scan` (what
 recovery believes), :mod:`raftlog.storage.replica_log` (one replica's log), :mod:`raftlog.storage.damage`
-(what can be made right again, and how: ``salvage``, ``repair``, ``ward``).
+(what can be made right again, and how: ``salvage``, ``repair``, ``ward``),
+:mod:`raftlog.storage.offline` (a directory without its broker).
 """

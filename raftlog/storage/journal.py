@@ -336,6 +336,8 @@ class Journal:
             self._synced = self._position
             self._unsynced.clear()
         file = await self._retry(lambda: self._files.create(self._position))
+        if self.failed is not None:
+            return  # the store failed elsewhere meanwhile; the checkpoints would speak of what was given up
         self._write_group(
             file, header=encode_file_header(FileHeader(self._disk_id, file.sequence, file.base))
         )
@@ -449,6 +451,8 @@ class Journal:
             await self._disk.commit([*before, *writes] if group.sync else writes, sync=group.sync)
 
         await self._retry_all(attempt)
+        if self.failed is not None:
+            return
         for segment, _, _ in group.direct:
             segment.header_written = True
         if not group.sync:

@@ -14,7 +14,8 @@ from __future__ import annotations
 import random
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import permutations
 from typing import Final
 
 from raftlog.storage.journal_format import FILE_HEADER_BYTES
@@ -102,12 +103,32 @@ class Atlas:
                 return extent
         return None
 
+    def choose_twins(
+        self, broker_id: int, rng: random.Random, size: int, align: int
+    ) -> tuple[Extent, Extent] | None:
+        """The same ``size`` bytes of two partitions' segments that begin with the same index, where frames of
+        one may pass for the other's: often the first ones, for later frames seldom begin at the same byte."""
+        files = self.extents(broker_id)
+        twins = [
+            (one, other)
+            for one, other in permutations(files, 2)
+            if one.path.endswith(".seg") and _name(one) == _name(other)
+        ]
+        for _ in range(TRIES_MAX if twins else 0):
+            pair = rng.choice(twins)
+            end = min(each.end for each in pair)
+            start = rng.choice([0, rng.randrange(end) // align * align])
+            one, other = (replace(each, start=start, end=min(start + size, end)) for each in pair)
+            if self.may_spoil(one) and self.may_spoil(other):
+                return one, other
+        return None
+
     def _what_stands_at(self, extent: Extent) -> Iterator[tuple[Group, int, int]]:
         found = self._owner(extent.broker_id, extent.path)
         if found is None or extent.path.endswith(".idx"):
             return
         if extent.path.endswith(".snap"):
-            index = parse_snapshot_name(extent.path.rsplit("/", 1)[1])
+            index = parse_snapshot_name(_name(extent))
             if index is not None:
                 yield found[0], index, _SNAPSHOT
             return
@@ -174,3 +195,7 @@ class Atlas:
             if size and not path.startswith("replicas/"):
                 found.append(Extent(broker_id, path, 0, size))
         return found
+
+
+def _name(extent: Extent) -> str:
+    return extent.path.rsplit("/", 1)[1]

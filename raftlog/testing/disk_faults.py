@@ -90,15 +90,18 @@ class DiskFaults:
         self._nemesis.say(f"rot in {extent.path} at {extent.start} of broker {extent.broker_id}")
 
     def _misdirect(self, broker_id: int) -> None:
-        """What was written to one place went to another, and the place it was meant for holds zeros."""
-        size = self._random.randint(1, MISDIRECTED_SECTORS_MAX) * SECTOR_BYTES
-        meant = self.atlas.choose(broker_id, self._random, size, SECTOR_BYTES)
+        """What was written to one place went to another, and the place it was meant for holds zeros. Half of
+        them hit the same place of another partition's segment."""
+        rng, atlas = self._random, self.atlas
+        size = rng.randint(1, MISDIRECTED_SECTORS_MAX) * SECTOR_BYTES
+        twins = atlas.choose_twins(broker_id, rng, size, SECTOR_BYTES) if rng.random() < 0.5 else None
+        meant, hit = twins or (atlas.choose(broker_id, rng, size, SECTOR_BYTES), None)
         if meant is None:
             return
-        self.atlas.spoil(meant)
-        hit = self.atlas.choose(broker_id, self._random, meant.end - meant.start, SECTOR_BYTES)
+        atlas.spoil(meant)
+        hit = hit or atlas.choose(broker_id, rng, meant.end - meant.start, SECTOR_BYTES)
         if hit is not None:
-            self.atlas.spoil(hit)
+            atlas.spoil(hit)
         disk = self._cluster.disks[broker_id]
         data = disk.content(meant.path)[meant.start : meant.end]
         disk.overwrite(meant.path, meant.start, bytes(len(data)))

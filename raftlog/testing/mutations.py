@@ -274,7 +274,7 @@ MUTATIONS: Final = (
         "or prev_crc != before",
         "or False",
         ("misdirected write",),
-        {"large_values": 0.4},
+        {"partitions": 3},
     ),
     Mutation(
         "repair takes for proved what nothing proves",

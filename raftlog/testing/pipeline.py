@@ -431,9 +431,23 @@ class Pipeline:
             if replica.staged is not None and replica.fault is None
         ]
 
+    def _lead_everything(self, leaders: list[Replica[Any]]) -> bool:
+        """Whether every partition has one of these leaders: of one that has none nobody can tell what is
+        open."""
+        led = {(each.log.spec.topic_id, each.log.spec.partition) for each in leaders}
+        return led.issuperset(
+            (topic.topic_id, index)
+            for broker in self.cluster.brokers.values()
+            for topic in broker.metadata.image.topics.values()
+            for index in range(len(topic.partitions))
+        )
+
     def _nothing_is_open(self) -> bool:
         """No transaction is under way, by what the leaders of all coordinators and partitions say."""
-        for replica in self._leaders():
+        leaders = self._leaders()
+        if not self._lead_everything(leaders):
+            return False
+        for replica in leaders:
             if isinstance(replica, TransactionReplica):
                 phases = [each.phase for each in replica.machine.transactions.values()]
                 if any(phase is Phase.ONGOING or phase.is_ending for phase in phases):
@@ -471,7 +485,7 @@ class Pipeline:
         return all(found.get(place, 0) >= end for place, end in ends.items())
 
     def _visitors_are_forgotten(self) -> bool:
-        return is_forgotten(self._coordinators())
+        return self._lead_everything(self._leaders()) and is_forgotten(self._coordinators())
 
     async def _read(self, topic: str) -> dict[Place, list[Read]]:
         log = self.log("pipeline auditor")

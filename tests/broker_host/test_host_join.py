@@ -279,7 +279,7 @@ def test_a_wiped_disk_is_a_new_broker_that_takes_the_place_of_the_old_one(host: 
 
 
 def test_who_drains_votes_again_where_otherwise_two_would_be_left(host: Moving) -> None:
-    """It gave its vote away while there were four; then one of the others was lost, and two voters bear nothing."""
+    """It gave its vote away while there were four; then one was lost, and two voters bear nothing."""
     added = host.cluster.join_broker()
     wait_for_metadata(host, {0, 1, 2, added})
     host.alter(0, 1, added)

@@ -49,6 +49,23 @@ def test_brokers_drain_and_stay(run: Run, cluster: LocalCluster) -> None:
     assert "77" in unknown.stderr
 
 
+def test_a_drained_broker_holds_nothing() -> None:
+    with LocalCluster(brokers=2) as cluster:
+
+        def held(broker: int) -> tuple[int, int]:
+            found = cluster.log.describe_cluster().brokers[broker]
+            return found.replicas, found.leaders
+
+        assert held(1) == (0, 0)
+        cluster.log.create_topic("moves", partitions=4, replication_factor=1)
+        while sum(held(0)) + sum(held(1)) != 2 * 4:
+            pass
+        cluster.log.drain([1])
+        while held(1) != (0, 0):
+            pass
+        assert held(0) == (4, 4)
+
+
 def test_the_plan_is_a_table(run: Run) -> None:
     shown = ok(run("rebalance", "--dry-run"))
     (row,) = [line.split() for line in shown.splitlines() if line.startswith("orders ")]

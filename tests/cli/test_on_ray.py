@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
+from ray_nodes import local_ray
 from typer.testing import CliRunner
 
+import raftlog
 from raftlog.cli.main import app
+from raftlog.errors import NoRay
 
 pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore")]
 
@@ -23,17 +26,8 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def ray_address() -> Iterator[str]:
     """A Ray of this module's own."""
-    import ray
-
-    context = ray.init(
-        address="local",
-        num_cpus=2,
-        include_dashboard=False,
-        log_to_driver=False,
-        _node_ip_address="127.0.0.1",
-    )
-    yield context.address_info["gcs_address"]
-    ray.shutdown()
+    with local_ray() as address:
+        yield address
 
 
 def test_a_cluster_from_start_to_shutdown_and_back(ray_address: str, tmp_path: Path) -> None:
@@ -80,8 +74,16 @@ def test_without_ray_it_says_what_to_start(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", refuse)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
     for command in (["start"], ["status"], ["shutdown"]):
         result = CliRunner().invoke(app, command)
         assert result.exit_code == 1
         assert result.stderr.startswith("error: no Ray cluster runs here")
         assert "ray start --head" in result.stderr
+    monkeypatch.setenv("RAY_ADDRESS", "192.0.2.1:6379")
+    for command in (["start"], ["status"]):
+        result = CliRunner().invoke(app, command)
+        assert "RAY_ADDRESS=192.0.2.1:6379 does not answer" in result.stderr
+        assert "no Ray here" in result.stderr
+    with pytest.raises(NoRay, match=r"192\.0\.2\.1"):
+        raftlog.start()  # and does not start one of its own instead

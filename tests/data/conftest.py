@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from ray_nodes import ray_of_all
 
 import raftlog
 from raftlog.testing import LocalCluster
@@ -37,23 +37,11 @@ def log(cluster: LocalCluster) -> raftlog.Log:
     return cluster.log
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def ray_data() -> Iterator[None]:
-    """A local Ray, unless one runs."""
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    ours = not ray.is_initialized()
-    if ours:
-        ray.init(
-            address="local",
-            num_cpus=2,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level="ERROR",
-            _node_ip_address="127.0.0.1",
-        )
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    yield
-    if ours:
-        ray.shutdown()
+    """A Ray cluster of this session's own."""
+    with ray_of_all():
+        context = ray.data.DataContext.get_current()
+        context.enable_progress_bars = False
+        context.print_on_execution_start = False
+        yield

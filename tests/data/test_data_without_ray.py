@@ -10,7 +10,7 @@ from data_kit import fill, numbers, positions, settle, spans_of
 
 import raftlog
 from raftlog.data import groups, sink, source
-from raftlog.data.encoding import encode_table
+from raftlog.data.encoding import Layout, encode_table
 from raftlog.data.spans import offsets_of_spans
 from raftlog.errors import StaleOffsets
 from raftlog.record.columns import SCHEMA
@@ -29,7 +29,7 @@ def read_tables(log: raftlog.Log, topic: str, parallelism: int) -> list[pa.Table
 
 def send(log: raftlog.Log, blocks: list[pa.Table], target: str, commit: sink.Commit | None = None) -> None:
     """As the driver does, with blocks that Ray need not fetch."""
-    layout = sink._layout(log, target, "value", "key", None, "lz4")
+    layout = Layout(target, *sink._room_of(log, target), "value", "key", None)
     encoded = [encode_table(block, layout) for block in blocks]
     sink._send_all(log, layout, encoded, commit, 60_000)
 
@@ -61,7 +61,7 @@ def test_a_topic_without_records_gives_one_empty_table(log: raftlog.Log) -> None
 
 def test_blocks_without_rows_or_columns_are_passed_over(log: raftlog.Log) -> None:
     log.create_topic("gaps")
-    layout = sink._layout(log, "gaps", "value", None, None, "none")
+    layout = Layout("gaps", *sink._room_of(log, "gaps"), "value", None, None, "none")
     made = encode_table(pa.table({"value": [b"1"]}), layout)
     sink._send_all(log, layout, [pa.table({}), made, made.slice(0, 0)], None, 60_000)
     assert numbers(log, "gaps") == [1]

@@ -1,4 +1,4 @@
-"""The commands that deployment files and the operations manual name are those that there are."""
+"""The commands that deployment files, the README and the manual name are those that there are."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import yaml
 from raftlog.cli.main import app
 
 ROOT = Path(__file__).parents[2]
-MANUAL = ROOT / "docs/OPERATIONS.md"
+TEXTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 DEPLOYMENT = sorted(
     [ROOT / "cluster.yaml", *(each for each in (ROOT / "deploy").rglob("*") if each.is_file())]
 )
@@ -44,7 +44,7 @@ def parse(arguments: list[str]) -> dict[str, Any]:
     return options
 
 
-@pytest.mark.parametrize("path", [*DEPLOYMENT, MANUAL], ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [*DEPLOYMENT, *TEXTS], ids=lambda path: path.name)
 def test_every_raftlog_command_is_one(path: Path) -> None:
     text = path.read_text()
     for arguments in commands(text):
@@ -52,7 +52,8 @@ def test_every_raftlog_command_is_one(path: Path) -> None:
             parse(arguments)
         except Exception as error:  # whatever the parser says: told with the file that has the command
             called = f"raftlog {shlex.join(arguments)}"
-            if "Missing parameter" not in str(error) or f"`{called}`" not in text:  # a sentence only names it
+            is_short = "Missing parameter" in str(error) or type(error).__name__ == "NoArgsIsHelpError"
+            if not is_short or f"`{called}`" not in text:  # a sentence may only name it
                 raise AssertionError(f"{path.name}: {called}: {error}") from error
 
 

@@ -7,30 +7,21 @@ import importlib.util
 import os
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
+from ray_nodes import BIN, free_port, until
 
 pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore")]
 
 ROOT = Path(__file__).parents[2]
-BIN = Path(sys.executable).parent
 HAS_JOBS = importlib.util.find_spec("aiohttp_cors") is not None
 """`ray job submit` is part of ray[default]; with less of Ray the pipeline is run as a driver."""
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def ray_start(kind: str, port: int) -> list[str]:
@@ -82,14 +73,8 @@ def test_the_pipeline_runs_on_a_cluster_started_so(environment: dict[str, str], 
     def run(*command: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
 
-    def until(wanted: str, *command: str) -> None:
-        """Run it again until it prints that: Ray's nodes take a while to come up."""
-        deadline = time.monotonic() + 60
-        while wanted not in (result := run(*command)).stdout:
-            assert time.monotonic() < deadline, (command, result.stdout, result.stderr)
-
     data_dir = str(tmp_path / "data")
-    until("2.0 CPU", str(BIN / "ray"), "status")
+    until("Ray's nodes are up", lambda: "2.0 CPU" in run(str(BIN / "ray"), "status").stdout)
     started = run(str(BIN / "raftlog"), "start", "--data-dir", data_dir)
     assert started.returncode == 0, started.stderr
     assert started.stdout.count("alive") == 1, "a broker on the worker, and none on the head"

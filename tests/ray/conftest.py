@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import warnings
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from ray_nodes import ray_of_all
 
 import raftlog
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    import ray
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -27,18 +23,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
-    """A Ray cluster of this session's own on the loopback interface."""
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    ray.init(
-        address="local",
-        num_cpus=2,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="ERROR",
-        _node_ip_address="127.0.0.1",
-    )
-    yield
-    ray.shutdown()
+    """A Ray cluster of this session's own."""
+    with ray_of_all():
+        yield
+
+
+@pytest.fixture
+def sessions() -> Iterator[str]:
+    """Where a Ray of several nodes keeps its own: a short path, for there are sockets below it."""
+    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as path:
+        yield path
 
 
 @pytest.fixture(scope="module")

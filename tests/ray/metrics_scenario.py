@@ -11,16 +11,13 @@ import os
 import re
 import shutil
 import signal
-import socket
 import sys
-import threading
-import time
 import urllib.request
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import ray
+from ray_nodes import free_port, local_ray, until
 
 from raftlog.actors import launch
 from raftlog.client.log import Log
@@ -29,13 +26,6 @@ CLUSTER = "metered"
 RECORDS = 1000
 PARTITIONS = 2 + 8 + 8
 """Of orders, __groups and __transactions."""
-WAIT_S = 60.0
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class Scrape(NamedTuple):
@@ -97,14 +87,6 @@ def missing(scrape: Scrape) -> dict[str, float]:
     return {name: short for name, short in found.items() if short < 0}
 
 
-def until(condition: Callable[[], bool]) -> None:
-    """Ask again until it holds."""
-    deadline = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < deadline, "it never came"
-        threading.Event().wait(0.2)
-
-
 def work(log: Log) -> None:
     """Records, a group that is half through, transactions that end either way."""
     log.create_topic("orders", partitions=2)
@@ -132,35 +114,31 @@ def lose_a_leader(log: Log) -> int:
     assert leader is not None
     pid = {broker.id: broker.pid for broker in log.describe_cluster().brokers}[leader]
     os.kill(pid, signal.SIGKILL)
-    until(lambda: all(each.state == "alive" and each.pid != pid for each in log.describe_cluster().brokers))
+    until(
+        "it is back",
+        lambda: all(each.state == "alive" and each.pid != pid for each in log.describe_cluster().brokers),
+    )
     return leader
 
 
-def main(folder: Path) -> None:
+def look(port: int) -> Scrape:
+    return Scrape.parse(ask(port))
+
+
+def run(folder: Path, port: int) -> None:
     """Do it, and write down what is to be seen."""
-    port = free_port()
-    ray.init(
-        address="local",
-        num_cpus=2,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="ERROR",
-        _node_ip_address="127.0.0.1",
-        _metrics_export_port=port,
-        _system_config={"metrics_report_interval_ms": 1000},
-    )
     config: dict[str, object] = {"metrics_interval_ms": 500, "log_format": "json"}
     log = Log(launch.start(CLUSTER, 3, folder / "data", config=config))
     work(log)
     try:
-        until(lambda: not missing(Scrape.parse(ask(port))))
+        until("all that was done is to be seen", lambda: not missing(look(port)))
     except AssertionError as error:
-        raise AssertionError(missing(Scrape.parse(ask(port)))) from error
+        raise AssertionError(missing(look(port))) from error
     before = ask(port)
     (folder / "before.txt").write_text(before)
     elections = Scrape.parse(before).sum("elections_won_total")
     killed = lose_a_leader(log)
-    until(lambda: Scrape.parse(ask(port)).sum("elections_won_total") > elections)
+    until("an election is to be seen", lambda: look(port).sum("elections_won_total") > elections)
     (folder / "after.txt").write_text(ask(port))
     logs = Path(ray._private.worker._global_node.get_logs_dir_path())
     for path in logs.glob(f"raftlog-{CLUSTER}-*.log"):
@@ -168,8 +146,9 @@ def main(folder: Path) -> None:
     (folder / "killed.json").write_text(json.dumps(killed))
     log.close()
     launch.stop(CLUSTER, force=True)
-    ray.shutdown()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    port = free_port()
+    with local_ray(_metrics_export_port=port, _system_config={"metrics_report_interval_ms": 1000}):
+        run(Path(sys.argv[1]), port)

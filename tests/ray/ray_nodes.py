@@ -1,5 +1,5 @@
-"""Ray as an operator starts it: by ``ray start``, a head and workers, each with a disk of its own; and
-killed, process by process."""
+"""Ray for tests. In the process itself, or as an operator starts it: by ``ray start``, a head and workers,
+each with a disk of its own; and killed, process by process. And how to wait for what comes of it."""
 
 from __future__ import annotations
 
@@ -11,8 +11,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    import ray
 
 BIN = Path(sys.executable).parent
 SECRET = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "cd" * 32}
@@ -46,6 +52,34 @@ def descendants(pid: int) -> list[int]:
     return found
 
 
+@contextlib.contextmanager
+def local_ray(**settings: Any) -> Iterator[str]:
+    """A Ray of this process's own, on the loopback interface and quiet; gives its address.
+
+    Args:
+        settings: what else ``ray.init`` is told.
+    """
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    started = ray.init(
+        address="local",
+        num_cpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="ERROR",
+        _node_ip_address="127.0.0.1",
+        **settings,
+    )
+    try:
+        yield started.address_info["gcs_address"]
+    finally:
+        ray.shutdown()
+
+
+def ray_of_all() -> contextlib.AbstractContextManager[object]:
+    """The Ray that tests share in which nothing happens to Ray itself: the one that runs, or a local one."""
+    return contextlib.nullcontext() if ray.is_initialized() else local_ray()
+
+
 class RayNodes:
     """A Ray cluster.
 
@@ -57,30 +91,44 @@ class RayNodes:
 
     def __init__(self, disks: Path, sessions: str, count: int) -> None:
         self.address = f"127.0.0.1:{free_port()}"
+        self.client_address = f"ray://127.0.0.1:{free_port()}"
         self.environment = {**os.environ, **SECRET, "RAY_ADDRESS": self.address}
         self._disks = disks
         self._nodes: dict[int, subprocess.Popen[bytes]] = {}
-        head = ["--head", f"--port={self.address.rpartition(':')[2]}", "--include-dashboard=false"]
-        self._head = [*head, f"--temp-dir={sessions}"]
+        port, client_port = (each.rpartition(":")[2] for each in (self.address, self.client_address))
+        head = ["--head", f"--port={port}", f"--ray-client-server-port={client_port}"]
+        self._head = [*head, "--include-dashboard=false", f"--temp-dir={sessions}"]
         try:
             for number in range(count):
                 self.start(number)
-                self.until_alive(number + 1)
+            self.until_alive(count)
         except BaseException:  # also interrupted: nothing of it may stay
             self.kill()
             raise
 
     def start(self, number: int) -> None:
-        """Start Ray on a node; node 0 is the head."""
+        """Start Ray on a node; node 0 is the head. Returns when its processes run: two that start at a time
+        on one machine get in each other's way."""
         role = [f"--address={self.address}"] if number else self._head
         ports = [f"--dashboard-agent-listen-port={free_port()}", "--node-ip-address=127.0.0.1"]
-        self._nodes[number] = subprocess.Popen(
-            [str(BIN / "ray"), "start", *role, *ports, "--num-cpus=1", "--block", "--disable-usage-stats"],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            env={**os.environ, **SECRET, "RAFTLOG_DISK": str(self._disks / f"disk-{number}")},
-            start_new_session=True,
-        )
+        said = self._disks / f"ray-start-{number}.txt"
+        with said.open("wb") as output:
+            self._nodes[number] = subprocess.Popen(
+                [
+                    str(BIN / "ray"),
+                    "start",
+                    *role,
+                    *ports,
+                    "--num-cpus=1",
+                    "--block",
+                    "--disable-usage-stats",
+                ],
+                stdout=output,
+                stderr=output,
+                env={**os.environ, **SECRET, "RAFTLOG_DISK": str(self._disks / f"disk-{number}")},
+                start_new_session=True,
+            )
+        until(f"node {number} runs", lambda: "Ray runtime started" in said.read_text())
 
     def run(self, *command: str, input: str | None = None) -> subprocess.CompletedProcess[str]:
         """A command of Ray or raftlog, as its user."""
@@ -88,6 +136,16 @@ class RayNodes:
         return subprocess.run(
             program, capture_output=True, text=True, timeout=180, env=self.environment, input=input
         )
+
+    def raftlog(self, *arguments: str, input: str | None = None) -> str:
+        """What a command of raftlog prints that ends well."""
+        done = self.run("raftlog", *arguments, input=input)
+        assert done.returncode == 0, (arguments, done.stdout, done.stderr)
+        return done.stdout
+
+    def values(self, topic: str) -> list[int]:
+        """The numbers that were produced to a topic, sorted."""
+        return sorted(map(int, self.raftlog("consume", topic, "--format", "%v").split()))
 
     def until_alive(self, nodes: int) -> None:
         def are_there() -> bool:

@@ -11,6 +11,16 @@ import raftlog
 from raftlog.errors import NotRunning, TopicExists
 
 
+def test_a_cluster_that_runs_keeps_what_it_was_started_with(
+    log: raftlog.Log, cluster_name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    for settings in ({}, {"brokers": 3}):
+        assert raftlog.start(cluster_name, **settings).cluster_id == log.cluster_id
+    assert caplog.text == ""
+    raftlog.start(cluster_name, brokers=3, replace_after=600)
+    assert "with replace_after_s=30.0: stop and start it to change that" in caplog.text
+
+
 def test_the_driver_produces_and_consumes(log: raftlog.Log) -> None:
     log.create_topic("driver", partitions=3)
     with log.producer() as producer:

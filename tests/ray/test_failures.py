@@ -4,25 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
 import time
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import ray
+from ray_nodes import until
 
 import raftlog
 from raftlog.actors.launch import broker_actor, metadata_actor
 from raftlog.errors import RaftlogError
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
-    """Look again and again until it holds."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come to hold in time"
-        threading.Event().wait(0.02)
 
 
 def all_caught_up(log: raftlog.Log, topic: str) -> bool:
@@ -60,7 +51,7 @@ def test_a_killed_leader_costs_no_record(log: raftlog.Log, cluster_name: str, ho
     offsets = [delivery.result().offset for delivery in before + during + after]
     assert offsets == list(range(1500)), "in order, nothing lost, nothing doubled"
     assert values_of(log, topic) == [b"%d" % n for n in range(1500)]
-    wait_until(lambda: all_caught_up(log, topic))
+    until("all have caught up", lambda: all_caught_up(log, topic))
 
 
 def test_pending_refs_of_a_killed_leader_resolve(log: raftlog.Log, cluster_name: str) -> None:
@@ -73,7 +64,7 @@ def test_pending_refs_of_a_killed_leader_resolve(log: raftlog.Log, cluster_name:
         resolved = ray.get(refs, timeout=60)
     assert [one.offset for one in resolved] == list(range(5000))
     assert [one.offset for one in resolved] == [delivery.result().offset for delivery in deliveries]
-    wait_until(lambda: all_caught_up(log, "killed-refs"))
+    until("all have caught up", lambda: all_caught_up(log, "killed-refs"))
 
 
 def test_refs_of_a_killed_producer_raise(log: raftlog.Log, cluster_name: str) -> None:
@@ -137,7 +128,7 @@ def test_produce_and_consume_go_on_without_the_metadata_actor(log: raftlog.Log, 
     assert again.describe_cluster().cluster_id == log.describe_cluster().cluster_id
     leader = log.describe_topic("headless").partitions[0].leader
     ray.kill(broker_actor(cluster_name, leader))
-    wait_until(lambda: all_caught_up(log, "headless"))
+    until("all have caught up", lambda: all_caught_up(log, "headless"))
 
 
 def test_the_metadata_actor_comes_back_by_itself(log: raftlog.Log, cluster_name: str) -> None:
@@ -148,5 +139,5 @@ def test_the_metadata_actor_comes_back_by_itself(log: raftlog.Log, cluster_name:
     log.create_topic("came-back", partitions=1)
     leader = log.describe_topic("came-back").partitions[0].leader
     ray.kill(broker_actor(cluster_name, leader))
-    wait_until(lambda: all_caught_up(log, "came-back"))
+    until("all have caught up", lambda: all_caught_up(log, "came-back"))
     assert raftlog.connect(cluster_name, timeout=60) is not None

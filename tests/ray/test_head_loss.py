@@ -7,8 +7,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,21 +19,14 @@ from raftlog.errors import NotRunning
 NODES = 3
 
 
-@pytest.fixture
-def sessions() -> Iterator[str]:
-    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as path:
-        yield path  # a short path: there are sockets below it
-
-
 def test_the_head_dies_and_all_is_recovered(tmp_path: Path, sessions: str) -> None:
     clusters: list[RayNodes] = []
     driver: subprocess.Popen[str] | None = None
     try:
         first = RayNodes(tmp_path, f"{sessions}/1", NODES)
         clusters.append(first)
-        started = first.run("raftlog", "start", "--data-dir", "$RAFTLOG_DISK/data")
-        assert started.returncode == 0, started.stderr
-        assert started.stdout.count("alive") == NODES
+        started = first.raftlog("start", "--data-dir", "$RAFTLOG_DISK/data")
+        assert started.count("alive") == NODES
         assert sorted(each.parent.parent.name for each in tmp_path.glob("disk-*/data/broker-*")) == [
             "disk-0",
             "disk-1",
@@ -69,9 +60,8 @@ def test_the_head_dies_and_all_is_recovered(tmp_path: Path, sessions: str) -> No
         assert hear("refused") in ("DeliveryTimeout", "ConnectionLost")
         second = RayNodes(tmp_path, f"{sessions}/2", NODES)
         clusters.append(second)
-        again = second.run("raftlog", "start", "--data-dir", "$RAFTLOG_DISK/data")
-        assert again.returncode == 0, again.stderr
-        assert again.stdout.count("alive") == NODES
+        again = second.raftlog("start", "--data-dir", "$RAFTLOG_DISK/data")
+        assert again.count("alive") == NODES
         say(f"address {second.address}")
         hear("done")
     finally:
@@ -87,20 +77,15 @@ def test_a_node_comes_back_with_its_disk(tmp_path: Path, sessions: str) -> None:
     nodes = RayNodes(tmp_path, f"{sessions}/1", NODES)
     try:
 
-        def ok(*command: str, input: str | None = None) -> str:
-            done = nodes.run("raftlog", *command, input=input)
-            assert done.returncode == 0, done.stderr
-            return done.stdout
-
         def status() -> Any:
-            return json.loads(ok("status", "--json"))
+            return json.loads(nodes.raftlog("status", "--json"))
 
         def produce(first: int) -> None:
             values = "\n".join(map(str, range(first, first + 200)))
-            ok("produce", "orders", input=values)
+            nodes.raftlog("produce", "orders", input=values)
 
-        ok("start", "--data-dir", "$RAFTLOG_DISK/data", "--replace-after", "600")
-        ok("topics", "create", "orders", "-p", "2", "-r", "3")
+        nodes.raftlog("start", "--data-dir", "$RAFTLOG_DISK/data", "--replace-after", "600")
+        nodes.raftlog("topics", "create", "orders", "-p", "2", "-r", "3")
         produce(0)
         before = {each["id"]: each["node_id"] for each in status()["cluster"]["brokers"]}
         (folder,) = (tmp_path / "disk-2" / "data").glob("broker-*")
@@ -121,7 +106,7 @@ def test_a_node_comes_back_with_its_disk(tmp_path: Path, sessions: str) -> None:
 
         until("the broker is back and level", is_back)
         assert set(before) == {each["id"] for each in status()["cluster"]["brokers"]}
-        assert sorted(map(int, ok("consume", "orders", "--format", "%v").split())) == list(range(400))
+        assert nodes.values("orders") == list(range(400))
     finally:
         nodes.kill()
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+from ray_nodes import until
 
 import raftlog
 from raftlog.errors import RaftlogError, UnknownTopic
@@ -26,12 +26,6 @@ def make_function() -> Callable[[Record], bytes]:
         return b"<%s>" % record.value
 
     return enclose
-
-
-def wait_for(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < deadline, what
 
 
 def came_out(log: raftlog.Log, topic: str) -> Counter[bytes]:
@@ -51,11 +45,11 @@ def test_workers_that_are_killed_come_back_and_every_record_comes_out_once(log: 
     fill(log, "in", 0, COUNT)
     settings: dict[str, Any] = {"batch_records": 10, "transaction_timeout_ms": 5000}
     with log.process("in", "out", "g", make_function(), workers=2, **settings) as processing:
-        wait_for(lambda: len(came_out(log, "out")) > COUNT // 8, "it has begun")
+        until("it has begun", lambda: len(came_out(log, "out")) > COUNT // 8)
         pids = {int(each.client_id.split(":")[1]) for each in log.describe_group("g").members}
         os.kill(min(pids), signal.SIGKILL)
         fill(log, "in", COUNT, 2 * COUNT)
-        wait_for(lambda: len(came_out(log, "out")) == 2 * COUNT, "everything comes out")
+        until("everything comes out", lambda: len(came_out(log, "out")) == 2 * COUNT)
         assert not processing.done()
     assert processing.done()
     assert came_out(log, "out") == Counter(b"<%d>" % number for number in range(2 * COUNT))
@@ -69,7 +63,7 @@ def test_in_this_process_and_until_the_end(log: raftlog.Log) -> None:
     assert (stats.records_in, stats.records_out) == (50, 50)
     stats = log.process("few", "fewer", "actors", make_function(), workers=2, until="end").wait(PATIENCE_S)
     assert stats.records_in == 50
-    wait_for(lambda: came_out(log, "fewer").total() == 100, "each group's own")
+    until("each group's own", lambda: came_out(log, "fewer").total() == 100)
 
 
 def test_what_a_worker_ends_with_is_raised(log: raftlog.Log) -> None:

@@ -6,13 +6,12 @@ import os
 import shutil
 import signal
 import socket
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
+from ray_nodes import until
 
 import raftlog
 from raftlog.errors import ClusterInUse, ForeignDataDir, NotRunning
@@ -66,12 +65,6 @@ def test_a_cluster_survives_the_sigkill_of_all_its_brokers(ray_session: None, tm
     raftlog.shutdown("all-killed")
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 90.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come about"
-
-
 def metadata_voters(log: raftlog.Log) -> list[int]:
     """Brokers that vote in the metadata group, as its leader says."""
     brokers: Any = log.describe_cluster().brokers
@@ -96,7 +89,7 @@ def test_a_wiped_disk_comes_back_as_a_new_broker(ray_session: None, tmp_path: Pa
             # the next one can only be spared once the new one votes on the metadata too
             return brokers == expected and holders == [expected] * 2 and metadata_voters(log) == expected
 
-        wait_until(is_so)
+        until(f"another has the place of broker {gone}", is_so)
         assert not (tmp_path / f"broker-{gone}" / "IDENTITY").exists()
         with log.consumer("kept") as consumer:
             values = [record.value for record in consumer.records(until="end")]

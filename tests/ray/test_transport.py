@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import ray
 from msgspec.structs import replace
-from test_failures import all_caught_up, values_of, wait_until
+from ray_nodes import until
+from test_failures import all_caught_up, values_of
 
 import raftlog
 from raftlog.actors.launch import broker_actor
@@ -87,7 +88,7 @@ def test_all_of_it_through_actors_while_a_broker_dies(
     offsets = [delivery.result().offset for delivery in before + during + after]
     assert offsets == list(range(1500)), "in order, nothing lost, nothing doubled"
     assert values_of(through, "through") == [b"%d" % n for n in range(1500)]
-    wait_until(lambda: all_caught_up(through, "through"))
+    until("all have caught up", lambda: all_caught_up(through, "through"))
 
     done, victim = 0, None
     with (
@@ -107,7 +108,7 @@ def test_all_of_it_through_actors_while_a_broker_dies(
     assert sorted(values_of(through, "copied"), key=int) == [b"%d" % n for n in range(1500)]
     assert not through.describe_group("copiers").members
     assert through.transport == "actor"
-    wait_until(lambda: all_caught_up(through, "through"))
+    until("all have caught up", lambda: all_caught_up(through, "through"))
 
 
 def test_large_values_through_actors(log: raftlog.Log, through_actors: raftlog.Log) -> None:

@@ -50,6 +50,20 @@ def test_every_input_is_processed_once() -> None:
     assert counts["transactions committed"] > 10
 
 
+def test_nobody_can_tell_what_is_open_where_nobody_leads() -> None:
+    """A coordinator that had just lost its term was taken for one without transactions (seed 49)."""
+    workload = calm(workers=1, stall=0)
+    try:
+        workload.run()
+        pipeline, cluster = workload.pipeline, workload.cluster
+        assert pipeline is not None
+        assert pipeline._nothing_is_open()
+        cluster.kill_broker(min(cluster.brokers))
+        assert not pipeline._nothing_is_open()
+    finally:
+        workload.close()
+
+
 def test_groups_without_transactions_take_everything() -> None:
     workload = calm(takers=2, stall=0)
     try:

@@ -13,6 +13,7 @@ from storage_kit import DISK_ID, SMALL, Writer, append, contents, grow, run, sna
 from raftlog.errors import DamagedData, RaftlogError, StorageFailed, StorageFull
 from raftlog.raft.types import HardState
 from raftlog.storage.identity import Identity, store_identity
+from raftlog.storage.journal_files import JournalFile, JournalFiles
 from raftlog.storage.store import BrokerStore
 from raftlog.storage.verify import verify
 from raftlog.testing.disk import CrashMode, SimDisk
@@ -167,6 +168,38 @@ def test_a_failed_lazy_flush_fails_the_store() -> None:
         assert isinstance(store.fault, StorageFailed)
         with pytest.raises(StorageFailed):
             await append(store, log, [Writer(log).entry(1)])
+
+    run(main())
+
+
+def test_a_store_that_fails_while_the_journal_begins_a_file_writes_no_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The new file would begin with checkpoints that speak of appends that were given up (seed 67)."""
+
+    async def main() -> None:
+        disk = SimDisk()
+        store = await BrokerStore.open(disk, SMALL, disk_id=DISK_ID)
+        log = await store.create(spec(1))
+        begun, go_on = asyncio.Event(), asyncio.Event()
+        create = JournalFiles.create
+
+        async def slow(self: JournalFiles, base: int) -> JournalFile:
+            begun.set()
+            await go_on.wait()
+            return await create(self, base)
+
+        monkeypatch.setattr(JournalFiles, "create", slow)
+        while not begun.is_set():
+            submit(store, log, [Writer(log).entry(1, size=500)], HardState(1, 0, 0))
+            await asyncio.sleep(0)
+        commits = disk.commits
+        store._journal.fail(StorageFailed("a segment"))
+        go_on.set()
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert disk.commits == commits
+        await store.abort()
 
     run(main())
 
