@@ -128,7 +128,8 @@ class Broker:
         self._disk = disk
         self._loop = asyncio.get_running_loop()
         self.hosting = Hosting(self)
-        self.mark: Final = Cycle(self).mark
+        self.cycle: Final = Cycle(self)
+        self.mark: Final = self.cycle.mark
         self._tasks: set[asyncio.Task[None]] = set()
         self._closed = False
         self._saving = asyncio.Lock()
@@ -370,15 +371,18 @@ class Broker:
         response, _ = await self.peers.connection(broker_id).call(request, (payload,), timeout=timeout)
         return response.result
 
-    def step(self, message: Message, sender: int) -> None:
-        """Take a Raft message from the broker ``sender``; one for a replica that is not here is dropped."""
-        replica = self.hosting.by_id.get(message.to)
-        if replica is not None:
+    def step(self, messages: Iterable[Message], sender: int) -> None:
+        """Take Raft messages from the broker ``sender``; one for a replica that is not here is dropped."""
+        by_id, now_ms = self.hosting.by_id, self.now_ms()
+        for message in messages:
+            replica = by_id.get(message.to)
+            if replica is None:
+                continue
             if message.sender not in replica.hosts:
                 replica.hosts[message.sender] = sender  # a member that the image here does not name yet
             if type(message) is VoteRequest and replica.node.quiet:
                 self.pulse.refresh_lease(replica)
-            replica.step(message)
+            replica.step(message, now_ms)
 
     # -- which replicas are here -----------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Any
 
+from raftlog.broker.produce import BatchAnswer
 from raftlog.broker.replica import Replica
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ class Cycle:
         self._broker = broker
         self._loop = asyncio.get_running_loop()
         self._marked: list[Replica[Any]] = []
+        self._answers: list[BatchAnswer] = []
+        """Of which something is settled."""
         self._due = False
         """:meth:`_pump` is about to be called, or runs."""
 
@@ -39,33 +42,45 @@ class Cycle:
                 self._due = True
                 self._loop.call_soon(self._pump)
 
+    def settle(self, answer: BatchAnswer) -> None:
+        """A batch of it is settled: tell, unless the others follow in this turn."""
+        self._answers.append(answer)
+        if not self._due:
+            self._due = True
+            self._loop.call_soon(self._pump)
+
     def _pump(self) -> None:
         """First what others wait for: messages leave, then a leader's answers. Then the journal begins to
         write. It may be done when that call returns: then acknowledgements leave, too, before followers apply
         what is committed, for which nobody waits."""
         broker = self._broker
+        pumped = broker.pulse.pumped
         followers: dict[Replica[Any], None] = {}
         try:
-            while self._marked or followers:
+            while self._marked or followers or self._answers:
                 marked, self._marked = self._marked, []
-                for replica in marked:
-                    replica.hand_out()
+                storing = [replica for replica in marked if replica.hand_out()]
                 broker.peers.flush()
-                for replica in marked:
+                for replica in storing:
                     replica.store()
+                for replica in marked:
                     if replica.staged is None:
                         followers[replica] = None
                     else:
-                        self._follow_up(replica)
+                        replica.follow_up()
+                        pumped(replica)
+                self._send_answers()
                 broker.store.begin()
                 if not self._marked:
                     for replica in followers:
-                        self._follow_up(replica)
+                        replica.follow_up()
+                        pumped(replica)
                     followers.clear()
         finally:
             self._due = False
         broker.peers.flush()
 
-    def _follow_up(self, replica: Replica[Any]) -> None:
-        replica.follow_up()
-        self._broker.pulse.pumped(replica)
+    def _send_answers(self) -> None:
+        answers, self._answers = self._answers, []
+        for answer in answers:
+            answer.send()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import struct
 from typing import Any, Final, Protocol
 
 from raftlog.broker.assigned import AssignedReplica, Complete
@@ -12,19 +11,17 @@ from raftlog.broker.recovery import restored
 from raftlog.broker.replica import Done
 from raftlog.broker.retention import EXPIRY_INTERVAL_MS, Retention, last_index_below
 from raftlog.errors import OffsetOutOfRange, RaftlogError
-from raftlog.net.rpc import READ_COMMITTED, READ_UNCOMMITTED, CommittedBefore, ProduceResponse
+from raftlog.net.rpc import READ_COMMITTED, READ_UNCOMMITTED, CommittedBefore, Produced
 from raftlog.raft.config import RecoveredLog
 from raftlog.raft.types import Entry
 from raftlog.record.batch import BatchHeader, check_batch, stamped
 from raftlog.record.control import Marker, encode_marker
-from raftlog.record.frame import Buffer, FrameKind
+from raftlog.record.frame import BATCH, COMMAND, Buffer
 from raftlog.state.image import Partition
 from raftlog.state.partition import Command, ExpireProducers, PartitionState, SetLogStart, encode_command
 from raftlog.storage.replica_log import ReplicaLog
 
 logger = logging.getLogger("raftlog.broker")
-
-_BASE_OFFSET: Final = struct.Struct(">Q")
 
 
 class Waiter(Protocol):
@@ -71,7 +68,7 @@ class PartitionReplica(AssignedReplica[PartitionState]):
         }
         self._woken = False
         self._stable = machine.last_stable_offset
-        """As readers of committed records last heard of it."""
+        """As readers of committed records that wait last heard of it."""
 
     @classmethod
     async def open(
@@ -100,7 +97,7 @@ class PartitionReplica(AssignedReplica[PartitionState]):
     # -- produce ---------------------------------------------------------------------------------------------
 
     def produce(self, batch: Buffer, done: Done, before: CommittedBefore | None = None) -> None:
-        """Append a record batch; ``done(ProduceResponse, None)`` once it is committed and applied.
+        """Append a record batch; ``done(Produced, None)`` once it is committed and applied.
 
         If the transaction ``before`` the batch's own is open here, its marker comes first: both get into the
         log at once, and share a sync.
@@ -120,16 +117,13 @@ class PartitionReplica(AssignedReplica[PartitionState]):
         if duplicate is not None:
             index = self._in_flight.get(duplicate.base_offset)
             if index is None:
-                done(
-                    ProduceResponse(duplicate.base_offset, duplicate.timestamp_ms, self.machine.log_start),
-                    None,
-                )
+                done(Produced(duplicate.base_offset, duplicate.timestamp_ms, self.machine.log_start), None)
             else:
                 self.wait_for(index, done)
             return
         base_offset = staged.next_offset
         payload = stamped(batch, base_offset, self.node.term)
-        entry = self.propose(staged, FrameKind.BATCH, payload, done)
+        entry = self.propose(staged, BATCH, payload, done)
         self._in_flight[base_offset] = entry.index
         self.traffic.records_in += header.record_count
         self.traffic.bytes_in += len(payload)
@@ -159,19 +153,22 @@ class PartitionReplica(AssignedReplica[PartitionState]):
             self.when_applied(staged, None, done)
             return
         batch = encode_marker(marker, self.leader_time_ms())
-        self.propose(staged, FrameKind.BATCH, stamped(batch, staged.next_offset, self.node.term), done)
+        self.propose(staged, BATCH, stamped(batch, staged.next_offset, self.node.term), done)
 
     def applied(self, entry: Entry, result: object) -> object:
-        if entry.kind != FrameKind.BATCH:
+        if entry.kind != BATCH:
             return result
         self._woken = True
-        base_offset = _BASE_OFFSET.unpack_from(entry.payload)[0]
+        if self.staged is None:
+            return None  # nobody waits for it here
+        base_offset = result
+        assert isinstance(base_offset, int), "a batch is applied with its base offset"
         self._in_flight.pop(base_offset, None)
         index, since = self._timed
         if index == entry.index:
             self._timed = 0, 0.0
             self._latency.add(self.host.counters.clock() - since)
-        return ProduceResponse(base_offset, entry.leader_time_ms, self.machine.log_start)
+        return Produced(base_offset, entry.leader_time_ms, self.machine.log_start)
 
     # -- retention -------------------------------------------------------------------------------------------
 
@@ -210,7 +207,7 @@ class PartitionReplica(AssignedReplica[PartitionState]):
         self.check_level(command)
         refusal = staged.check_command(command)
         assert refusal is None, refusal
-        self.propose(staged, FrameKind.COMMAND, encode_command(command), _nobody_waits)
+        self.propose(staged, COMMAND, encode_command(command), _nobody_waits)
 
     # -- fetch -----------------------------------------------------------------------------------------------
 
@@ -237,7 +234,10 @@ class PartitionReplica(AssignedReplica[PartitionState]):
 
     def wait_for_records(self, waiter: Waiter, isolation: int = READ_UNCOMMITTED) -> None:
         """Wake once when there is more for readers of this isolation, or when this replica leads no more."""
-        self._waiters_for_records[isolation][waiter] = None
+        waiting = self._waiters_for_records[isolation]
+        if not waiting:
+            self._stable = self.machine.last_stable_offset
+        waiting[waiter] = None
 
     @property
     def readers_waiting(self) -> int:
@@ -251,11 +251,14 @@ class PartitionReplica(AssignedReplica[PartitionState]):
     def applied_all(self) -> None:
         if self._woken:
             self._woken = False
-            self._wake(READ_UNCOMMITTED)
-            stable = self.machine.last_stable_offset
-            if stable != self._stable:
-                self._stable = stable
-                self._wake(READ_COMMITTED)
+            waiting = self._waiters_for_records
+            if waiting[READ_UNCOMMITTED]:
+                self._wake(READ_UNCOMMITTED)
+            if waiting[READ_COMMITTED]:
+                stable = self.machine.last_stable_offset
+                if stable != self._stable:
+                    self._stable = stable
+                    self._wake(READ_COMMITTED)
 
     def _wake(self, isolation: int) -> None:
         waiters = self._waiters_for_records[isolation]

@@ -34,7 +34,7 @@ Address = tuple[int, str, int]
 _DIAL_TIMEOUT_S: Final = 3.0
 _BACKOFF_MIN_S: Final = 0.02
 _BACKOFF_MAX_S: Final = 0.5
-_BULK: Final = (AppendRequest, AppendResponse, InstallSnapshot)
+_BULK: Final = frozenset({AppendRequest, AppendResponse, InstallSnapshot})
 
 
 class _Link:
@@ -175,7 +175,7 @@ class Peers:
         link = self._links.get(broker_id)
         if link is None or link.bulk is None:
             return
-        (link.bulk_out if isinstance(message, _BULK) else link.control_out).append(message)
+        (link.bulk_out if type(message) in _BULK else link.control_out).append(message)
         self._waiting[link] = None
 
     def broadcast(self, message: OneWay) -> None:

@@ -122,7 +122,7 @@ class Pulse:
         """The replica was given something to do, which may have woken it or let it rest."""
         node = replica.node
         if not node.quiet:
-            if replica.fault is None:
+            if replica not in self._awake and replica.fault is None:
                 self.watch(replica)
         elif replica in self._awake:
             if self._may_rest(replica):

@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Final
 
 from raftlog.broker.snapshots import CHUNK_BYTES, SNAPSHOT_BYTES_MAX
 from raftlog.errors import CorruptFrame, DamagedData, ProtocolError, RaftlogError
-from raftlog.net.rpc import (
+from raftlog.net.rpc_repair import (
     LogFramesRequest,
     LogFramesResponse,
     SnapshotBytesRequest,

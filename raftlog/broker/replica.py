@@ -31,6 +31,7 @@ from raftlog.errors import LeadershipLost, NotLeader, RaftlogError, StorageFaile
 from raftlog.raft.config import RecoveredLog
 from raftlog.raft.raw_node import RawNode
 from raftlog.raft.types import (
+    LEADER,
     Append,
     Entry,
     InstallSnapshot,
@@ -114,27 +115,20 @@ class Replica(Generic[M]):
 
     # -- what comes in ---------------------------------------------------------------------------------------
 
-    def step(self, message: Message) -> None:
+    def step(self, message: Message, now_ms: int) -> None:
         """A message from a peer."""
         if self.fault is not None:
             return
-        node = self.node
-        rested = node.quiet
         try:
-            node.step(message, self.host.now_ms())
+            stirred = self.node.step(message, now_ms)
         except AssertionError as error:
             self.halt(f"cannot take {type(message).__name__} from replica {message.sender}", error)
+            stirred = True
         else:
             kind = type(message)
             if kind is InstallSnapshot or kind is InstallSnapshotResponse:
                 self._step_snapshot(message)
-        self._mark_after(rested)
-
-    def _mark_after(self, rested: bool) -> None:
-        """Have what the core was told carried out, if anything comes of it; ``rested``: it was quiet
-        before."""
-        node = self.node
-        if rested or node.quiet or node.has_ready() or self.log.amnesiac or self.fault is not None:
+        if stirred or self.log.amnesiac or self.fault is not None:
             self.host.mark(self)
 
     def _step_snapshot(self, message: Message) -> None:
@@ -318,30 +312,30 @@ class Replica(Generic[M]):
 
     # -- the cycle -------------------------------------------------------------------------------------------
 
-    def hand_out(self) -> None:
-        """First: what the core has for its peers leaves."""
+    def hand_out(self) -> bool:
+        """First: what the core has for its peers leaves. Returns whether it has something to store."""
         self.dirty = False
         node = self.node
-        if self.fault is not None or self._exchange.installing or not node.has_ready():
-            return
+        if self.fault is not None or self._exchange.installing:
+            return False
         ready = node.ready()
         self._handed_out.append(ready)
-        host, hosts = self.host, self.hosts
-        for message in ready.messages:
-            broker_id = hosts.get(message.to)
-            if broker_id is not None:
-                host.send(broker_id, message)
+        if ready.messages:
+            send, hosts = self.host.send, self.hosts
+            for message in ready.messages:
+                broker_id = hosts.get(message.to)
+                if broker_id is not None:
+                    send(broker_id, message)
         self._append = ready.append
+        return ready.append is not None
 
     def store(self) -> None:
         """Second: what it says must become durable goes to the store."""
-        append = self._append
-        if append is None:
-            return
-        self._append = None
+        append, self._append = self._append, None
+        assert append is not None, "it was handed out"
         self.host.store.append(self.log, append, partial(self._durable, append.sequence))
         # Not of a successor, whose entries may come before this replica has left the leadership.
-        if self.staged is not None and self.node.role is Role.LEADER and self.node.term == self._served_term:
+        if self.staged is not None and self.node.role is LEADER and self.node.term == self._served_term:
             stage(self.staged, append.entries)
 
     def follow_up(self) -> None:
@@ -380,10 +374,8 @@ class Replica(Generic[M]):
     def _durable(self, sequence: int, error: BaseException | None) -> None:
         if error is not None:
             self.retire(error if isinstance(error, RaftlogError) else StorageFailed(str(error)))
-        elif self.fault is None:
-            rested = self.node.quiet
-            self.node.on_durable(sequence)
-            self._mark_after(rested)
+        elif self.fault is None and (self.node.on_durable(sequence) or self.log.amnesiac):
+            self.host.mark(self)
 
     def _apply(self, entries: tuple[Entry, ...]) -> bool:
         """Apply; False when the replica had to halt."""

@@ -15,10 +15,12 @@ from raftlog.broker.governing import Governing
 from raftlog.broker.isolation import readable_end
 from raftlog.broker.metadata import check_topic
 from raftlog.broker.out_of_service import out_of_service_rows
+from raftlog.broker.produce import BatchAnswer, answer_batch, split_batches
 from raftlog.broker.wire import decode_messages
 from raftlog.errors import Busy, ConfigError, ProtocolError, RaftlogError
 from raftlog.net import rpc
 from raftlog.net.rpc_cluster import ImageRequest, ReportRequest
+from raftlog.net.rpc_repair import LogFramesRequest, SnapshotBytesRequest
 from raftlog.net.rpc_transactions import WriteMarkersRequest
 from raftlog.net.server import Reply, ServerConnection
 from raftlog.state.command import UnknownCommand
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("raftlog.broker")
 
 _FOR_CONTROLLERS = (ImageRequest, ReportRequest)
-_FOR_BROKERS = (rpc.LogFramesRequest, rpc.SnapshotBytesRequest, WriteMarkersRequest)
+_FOR_BROKERS = (LogFramesRequest, SnapshotBytesRequest, WriteMarkersRequest)
 
 
 class Service:
@@ -55,8 +57,8 @@ class Service:
             rpc.JoinRequest: self._join,
             rpc.UpgradeRequest: self._upgrade,
             rpc.BrokerStatusRequest: self._status,
-            rpc.LogFramesRequest: self._lend_frames,
-            rpc.SnapshotBytesRequest: self._lend_snapshot,
+            LogFramesRequest: self._lend_frames,
+            SnapshotBytesRequest: self._lend_snapshot,
         }
         self._coordination = Coordination(broker)
         self._handlers |= self._coordination.handlers
@@ -89,10 +91,7 @@ class Service:
     def on_one_way(self, connection: ServerConnection, message: rpc.Struct, payload: memoryview) -> None:
         broker = self._broker
         if type(message) is rpc.ProduceRequest:
-            try:
-                broker.partition(message.topic_id, message.partition).produce(payload, _nobody_waits)
-            except RaftlogError as error:
-                logger.debug("broker %d drops an unacknowledged batch: %s", broker.broker_id, error)
+            self._take_unacknowledged(message, payload)
             return
         try:
             self._from_peer(connection, message, payload)
@@ -107,8 +106,7 @@ class Service:
         if connection.peer.role != "broker":
             raise ProtocolError(f"{type(message).__name__} from a {connection.peer.role}")
         if type(message) is rpc.RaftMessages:
-            for raft_message in decode_messages(message, payload):
-                broker.step(raft_message, connection.peer.broker_id)
+            broker.step(decode_messages(message, payload), connection.peer.broker_id)
         elif type(message) is rpc.BrokerHeartbeat:
             broker.pulse.heard(connection.peer.broker_id, connection.peer.incarnation, message)
         elif type(message) is rpc.Addresses:
@@ -120,8 +118,37 @@ class Service:
     # -- records ---------------------------------------------------------------------------------------------
 
     def _produce(self, request: rpc.ProduceRequest, payload: memoryview, reply: Reply) -> None:
-        replica = self._broker.partition(request.topic_id, request.partition)
-        replica.produce(payload, partial(answer, reply), request.before)
+        partition, partitions = self._broker.partition, request.partitions
+        if len(partitions) == 1 and not request.lengths:
+            (to,) = partitions
+            replica = partition(to.topic_id, to.partition)
+            replica.produce(payload, partial(answer_batch, reply), to.before)
+            return
+        batches = split_batches(request, payload)
+        answer = BatchAnswer(reply, list(map(len, batches)), self._broker.cycle)
+        for number, (to, batch) in enumerate(zip(partitions, batches, strict=True)):
+            try:
+                replica = partition(to.topic_id, to.partition)
+                replica.produce(batch, partial(answer.settle, number), to.before)
+            except RaftlogError as error:
+                answer.settle(number, None, error)
+            except Exception as bug:  # noqa: BLE001 - what one batch met must not be told of the others
+                message = f"error in taking a batch for partition {to.partition}"
+                asyncio.get_running_loop().call_exception_handler({"message": message, "exception": bug})
+                answer.settle(number, None, RaftlogError(f"internal error of the broker: {bug!r}"))
+
+    def _take_unacknowledged(self, message: rpc.ProduceRequest, payload: memoryview) -> None:
+        broker = self._broker
+        try:
+            batches = split_batches(message, payload)
+        except ProtocolError as error:
+            logger.warning("broker %d drops unacknowledged batches: %s", broker.broker_id, error)
+            return
+        for to, batch in zip(message.partitions, batches, strict=True):
+            try:
+                broker.partition(to.topic_id, to.partition).produce(batch, _nobody_waits)
+            except RaftlogError as error:
+                logger.debug("broker %d drops an unacknowledged batch: %s", broker.broker_id, error)
 
     def _fetch(self, request: rpc.FetchRequest, payload: memoryview, reply: Reply) -> None:
         broker = self._broker
@@ -252,10 +279,10 @@ class Service:
 
     # -- repair ----------------------------------------------------------------------------------------------
 
-    def _lend_frames(self, request: rpc.LogFramesRequest, payload: memoryview, reply: Reply) -> None:
+    def _lend_frames(self, request: LogFramesRequest, payload: memoryview, reply: Reply) -> None:
         self._broker.spawn(_lend(reply, partial(self._broker.repairs.lend_frames, request)))
 
-    def _lend_snapshot(self, request: rpc.SnapshotBytesRequest, payload: memoryview, reply: Reply) -> None:
+    def _lend_snapshot(self, request: SnapshotBytesRequest, payload: memoryview, reply: Reply) -> None:
         self._broker.spawn(_lend(reply, partial(self._broker.repairs.lend_snapshot, request)))
 
     # -- status ----------------------------------------------------------------------------------------------

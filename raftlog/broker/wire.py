@@ -110,7 +110,10 @@ def decode_messages(frame: RaftMessages, payload: memoryview) -> list[t.Message]
 
 
 def _append_request(head: _AppendRow, frames: memoryview) -> t.AppendRequest:
-    entries = _entries(frames)
+    try:
+        entries = tuple([t.Entry(*fields) for fields in split_frames(frames)])
+    except CorruptFrame as error:
+        raise ProtocolError(f"damaged entry from a peer: {error}") from error
     if entries and (
         entries[0].index != head.prev_index + 1 or entries[-1].index != head.prev_index + len(entries)
     ):
@@ -127,12 +130,3 @@ def _append_request(head: _AppendRow, frames: memoryview) -> t.AppendRequest:
         head.commit,
         entries,
     )
-
-
-def _entries(frames: memoryview) -> tuple[t.Entry, ...]:
-    if not frames:
-        return ()
-    try:
-        return tuple([t.Entry(*fields) for fields in split_frames(frames)])
-    except CorruptFrame as error:
-        raise ProtocolError(f"damaged entry from a peer: {error}") from error

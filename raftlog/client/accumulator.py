@@ -26,7 +26,7 @@ from raftlog.client.metadata import PartitionView, TopicView
 from raftlog.client.window import Identity, Window
 from raftlog.errors import Closed, RaftlogError
 from raftlog.net.connection import RpcConnection
-from raftlog.net.rpc import ProduceRequest
+from raftlog.net.rpc import ProducePartition
 from raftlog.record.batch import SEQUENCE_MODULUS, Compression, Unsealed
 from raftlog.record.codec import BatchBuilder
 from raftlog.record.frame import Buffer
@@ -124,7 +124,7 @@ class PartitionQueue:
         "partitioner",
         "pause_until",
         "ready",
-        "request",
+        "target",
         "topic",
         "view",
         "waiting",
@@ -148,7 +148,7 @@ class PartitionQueue:
         self.bulk_bytes = bulk_bytes
         """Of batches that come as such."""
         # what follows is the sender's, touched on the loop only
-        self.request: ProduceRequest | None = None
+        self.target: ProducePartition | None = None
         self.connection: RpcConnection | None = None
         """Where everything in flight went."""
         self.waiting = False

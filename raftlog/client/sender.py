@@ -25,22 +25,26 @@ from raftlog.client.delivery import NO_OFFSET
 from raftlog.client.identities import Identities
 from raftlog.client.identity_pool import Place
 from raftlog.client.metadata import PartitionView
+from raftlog.client.outbox import Flight, Outbox
 from raftlog.client.retry import BACKOFF
 from raftlog.client.window import Identity, Verdict
 from raftlog.errors import (
     Busy,
     Closed,
+    ConnectionLost,
     DeliveryTimeout,
     LeadershipLost,
     NotLeader,
     OutOfOrderSequence,
+    ProtocolError,
     RaftlogError,
     StorageFull,
     UnknownReplica,
     UnknownTopic,
+    from_wire,
 )
 from raftlog.net.connection import RpcConnection
-from raftlog.net.rpc import ProduceRequest, ProduceResponse
+from raftlog.net.rpc import Produced, ProducePartition, ProduceResponse
 from raftlog.record.batch import Compression
 
 log = logging.getLogger("raftlog.client")
@@ -90,6 +94,7 @@ class Sender:
         self._identities = identities
         self._transactional = identities is not None and identities.transactional
         self._advance = self._advance_unacknowledged if identities is None else self._advance_window
+        self._outbox = Outbox(None if identities is None else self._answered)
         self.accumulator = Accumulator(loop, buffer_bytes=buffer_bytes, wake=lambda: call_soon(self._pump))
         self.failed: deque[ProducerBatch] = deque()
         """Batches that failed, for who asks at the next flush."""
@@ -160,6 +165,7 @@ class Sender:
             self._by_view[batch.queue.view] = batch.queue
         for queue in changed:
             self._advance(queue)
+        self._outbox.flush()
         if self._lingering and self._linger_timer is None:
             self._linger_timer = self._loop.call_at(self._lingering[0].linger_until, self._lingered)
         if arrived and self._watch_timer is None:
@@ -172,6 +178,7 @@ class Sender:
             batch = self._lingering.popleft()
             if not batch.closed:
                 self._advance(batch.queue)
+        self._outbox.flush()
         if self._lingering:
             self._linger_timer = self._loop.call_at(self._lingering[0].linger_until, self._lingered)
 
@@ -193,6 +200,7 @@ class Sender:
                 del self._active[queue]
                 if queue.view.deleted:
                     self._by_view.pop(queue.view, None)
+        self._outbox.flush()
         if late:
             self._cluster.refresh_soon(late)
         if self._active:
@@ -233,9 +241,11 @@ class Sender:
                 return
             if not (queue.ready or queue.open or window.retry or window.broken):
                 return  # nothing to send: the usual end of it
-            if window.needs_identity() and not self._begin_window(queue):
+            if (window.broken or window.identity is None) and (
+                window.needs_identity() and not self._begin_window(queue)
+            ):
                 return
-            resend = window.may_resend()
+            resend = bool(window.retry) and window.may_resend()
             if not resend and not window.may_send_new():
                 return
             now = self._loop.time()
@@ -257,42 +267,63 @@ class Sender:
             else:
                 batch.encode(self._compression, window.identity, window.next_sequence, self._transactional)
                 window.sent_new(batch)
-            self._request(queue, batch, connection, now)
+            queue.connection = connection
+            batch.sent_at = now
+            self._outbox.add(connection, queue.target or self._target(queue), batch)
 
-    def _request(
-        self, queue: PartitionQueue, batch: ProducerBatch, connection: RpcConnection, now: float
-    ) -> None:
-        if queue.request is None:
-            before = None if self._identities is None else self._identities.before
-            queue.request = ProduceRequest(queue.view.topic_id, queue.view.index, before=before)
-        assert batch.encoded, "a batch that is sent was encoded"
-        queue.connection = connection
-        batch.sent_at = now
-        answered = partial(self._answered, batch, batch.attempt, connection)
-        connection.ask(queue.request, batch.encoded, answered)
+    def _target(self, queue: PartitionQueue) -> ProducePartition:
+        before = None if self._identities is None else self._identities.before
+        queue.target = ProducePartition(queue.view.topic_id, queue.view.index, before)
+        return queue.target
 
     def _answered(
         self,
-        batch: ProducerBatch,
-        attempt: int,
-        connection: RpcConnection,
+        flight: Flight,
         response: ProduceResponse | None,
         _payload: memoryview | None,
         error: RaftlogError | None,
     ) -> None:
-        if batch.done or attempt != batch.attempt or self._stopped:
-            return
-        queue = batch.queue
+        connection = flight.connection
+        produced: list[tuple[ProducerBatch, int]] = []
+        if response is not None:
+            try:
+                answered = flight.take(response)
+            except ProtocolError as nonsense:
+                log.warning("closed %r: %s", connection, nonsense)
+                connection.close()
+                error = ConnectionLost(str(nonsense), indeterminate=True)
+            else:
+                produced = self._take_in(flight, answered, response.batches)
         if error is not None:
-            self._refused(queue, batch, connection, error)
-            self._advance(queue)
-            return
-        assert response is not None, "an answer is a response or an error"
-        queue.failures = 0
-        queue.window.acknowledged(batch)
-        self._advance(queue)
+            for number, batch in flight.take_rest():
+                if not (self._stopped or batch.done or batch.attempt != flight.attempts[number]):
+                    self._refused(batch.queue, batch, connection, error)
+                    self._advance(batch.queue)
+        if self._outbox.gathered:
+            self._outbox.flush()
         # last, for a thread that waits for it has to wait for this one's turn to end
-        self._settle(batch, response.base_offset)
+        for batch, base_offset in produced:
+            if not batch.done:  # whoever heard of another just now may have closed the producer
+                self._settle(batch, base_offset)
+
+    def _take_in(
+        self, flight: Flight, answered: list[tuple[int, ProducerBatch]], outcomes: list[Produced]
+    ) -> list[tuple[ProducerBatch, int]]:
+        """Go on where batches were answered; returns those that are in the log, and their offsets."""
+        produced = []
+        for (number, batch), each in zip(answered, outcomes, strict=True):
+            if self._stopped or batch.done or batch.attempt != flight.attempts[number]:
+                continue
+            queue = batch.queue
+            if each.error is None:
+                queue.failures = 0
+                queue.window.acknowledged(batch)
+                produced.append((batch, each.base_offset))
+            else:
+                refusal = from_wire(each.error.name, each.error.message, each.error.details)
+                self._refused(queue, batch, flight.connection, refusal)
+            self._advance(queue)
+        return produced
 
     def _refused(
         self, queue: PartitionQueue, batch: ProducerBatch, connection: RpcConnection, error: RaftlogError
@@ -336,7 +367,7 @@ class Sender:
                 self._spawn(self._drain(queue, connection))
                 return
             batch.encode(self._compression, None, NO_SEQUENCE)
-            connection.send(ProduceRequest(queue.view.topic_id, queue.view.index, 0), batch.encoded)
+            self._outbox.add(connection, queue.target or self._target(queue), batch)
             self._settle(batch, NO_OFFSET)
 
     async def _drain(self, queue: PartitionQueue, connection: RpcConnection) -> None:
@@ -348,6 +379,7 @@ class Sender:
     def _resume(self, queue: PartitionQueue) -> None:
         queue.waiting = False
         self._advance(queue)
+        self._outbox.flush()
 
     def _seek(self, queue: PartitionQueue) -> None:
         queue.waiting = True
@@ -362,6 +394,7 @@ class Sender:
             self._fail_queue(queue, error)
         else:
             self._advance(queue)
+            self._outbox.flush()
 
     def _leaders_changed(self, views: list[PartitionView]) -> None:
         for view in views:
@@ -371,6 +404,7 @@ class Sender:
             if queue.connection.peer.broker_id != view.leader:
                 queue.window.abandon_in_flight()
                 self._advance(queue)
+        self._outbox.flush()
 
     # -- identity --------------------------------------------------------------------------------------------
 
@@ -401,7 +435,7 @@ class Sender:
             return False
         window.begin(*begun)
         if self._transactional:
-            queue.request = None  # what it brings along changes with the transaction
+            queue.target = None  # what it brings along changes with the transaction
         return True
 
     def _obtained(self, queue: PartitionQueue, error: RaftlogError | None) -> None:

@@ -123,7 +123,9 @@ class Window(Generic[B]):
 
     def sent_new(self, batch: B) -> None:
         """A batch goes out for the first time; it bears ``next_sequence``."""
-        assert self.may_send_new(), "the window is full or recovering"
+        assert not self.retry, "what failed goes first"
+        assert not self.draining, "the window is recovering"
+        assert not self.broken, "the window is broken"
         self._orders += 1
         batch.order = self._orders
         self.next_sequence = batch.sequence_after()
@@ -146,7 +148,8 @@ class Window(Generic[B]):
     def acknowledged(self, batch: B) -> None:
         """It is in the log."""
         self.in_flight.remove(batch)
-        self._drained()
+        if not self.in_flight:
+            self.draining = False
 
     def refused(self, batch: B, error: RaftlogError, *, renewable: bool = True) -> Verdict:
         """Take in an answer that is an error; says what is to become of the batch, which is out of the window

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from raftlog.net import rpc, rpc_cluster, rpc_transactions
+from raftlog.net import rpc, rpc_cluster, rpc_repair, rpc_transactions
 
 REQUESTS: Final[dict[int, type[rpc.Request[Any]]]] = {
     cls.api: cls
@@ -27,8 +27,8 @@ REQUESTS: Final[dict[int, type[rpc.Request[Any]]]] = {
         rpc.DeleteGroupRequest,
         rpc.StageOffsetsRequest,
         rpc.DeleteOffsetsRequest,
-        rpc.LogFramesRequest,
-        rpc.SnapshotBytesRequest,
+        rpc_repair.LogFramesRequest,
+        rpc_repair.SnapshotBytesRequest,
         rpc_cluster.ImageRequest,
         rpc_cluster.AlterTopicRequest,
         rpc_cluster.DrainRequest,

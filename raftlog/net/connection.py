@@ -25,6 +25,7 @@ _RESPONSE_DECODERS: Final = {api: msgspec.msgpack.Decoder(cls.response) for api,
 _REQUEST: Final = int(Kind.REQUEST)
 _RESPONSE: Final = int(Kind.RESPONSE)
 _ONE_WAY: Final = int(Kind.ONE_WAY)
+_PART: Final = int(Kind.PART)
 _CORRELATION_MAX: Final = 2**32 - 1
 _DEFAULT_LIMITS: Final = Limits()
 
@@ -200,7 +201,8 @@ class RpcConnection(FrameStream):
 
     def ask(self, request: Request[R], payload: Sequence[Buffer], answered: Answered[R]) -> None:
         """As :meth:`request`, without a future: ``answered`` is called as soon as the answer is read, or with
-        why there will be none, but never before this returns. It must not raise."""
+        why there will be none, but never before this returns. It is called for each
+        part of an answer that comes in parts. It must not raise."""
         if self._closing:
             self._loop.call_soon(answered, None, None, self._lost_error(sent=False))
             return
@@ -252,12 +254,13 @@ class RpcConnection(FrameStream):
         answered = self._pending.get(correlation)
         if answered is None:
             raise ProtocolError(f"answer to request {correlation}, which was not asked")
-        if kind == _RESPONSE:
+        if kind in (_RESPONSE, _PART):
             try:
                 response = _RESPONSE_DECODERS[api].decode(header)
             except (msgspec.DecodeError, KeyError, ValueError) as cause:
                 raise ProtocolError(f"response of rpc {api} that does not decode: {cause}") from cause
-            del self._pending[correlation]
+            if kind == _RESPONSE:
+                del self._pending[correlation]
             answered(response, payload, None)
         elif kind == Kind.ERROR:
             error = decode_error(header)

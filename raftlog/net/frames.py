@@ -47,6 +47,8 @@ class Kind(IntEnum):
     ERROR = 18
     """Answer to a request that failed; its header is a WireError."""
     ONE_WAY = 19
+    PART = 20
+    """A part of the answer to a request: its RESPONSE follows."""
 
 
 _KINDS: Final = frozenset(int(kind) for kind in Kind)

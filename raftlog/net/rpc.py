@@ -43,11 +43,24 @@ class WireError(Struct, frozen=True):
 # -- produce and fetch ---------------------------------------------------------------------------------------
 
 
-class ProduceResponse(Struct, frozen=True):
+class Produced(Struct, frozen=True):
+    """Where a batch is in the log."""
+
     base_offset: int
     timestamp_ms: int
     """The leader's time of the append (Kafka's log append time; the records keep their own timestamps)."""
     log_start: int = 0
+    error: WireError | None = None
+    """Why it is not, or not known to be."""
+
+
+class ProduceResponse(Struct, frozen=True):
+    """Comes in parts where some batches are settled before others: none waits for another."""
+
+    batches: list[Produced]
+    numbers: list[int] = []
+    """Which batches of the request these are, counted from 0. Empty: all that are left, in its order; this
+    is the last part then."""
 
 
 class CommittedBefore(Struct, frozen=True):
@@ -57,13 +70,23 @@ class CommittedBefore(Struct, frozen=True):
     coordinator_epoch: int
 
 
-class ProduceRequest(Request[ProduceResponse], frozen=True):
-    """Payload: one record batch. Sent one-way for acks=0."""
+class ProducePartition(Struct, frozen=True):
+    """Where a batch is to go."""
 
     topic_id: bytes
     partition: int
-    acks: int = -1
     before: CommittedBefore | None = None
+
+
+class ProduceRequest(Request[ProduceResponse], frozen=True):
+    """Payload: a record batch for each of ``partitions``, one after another. They are taken in this order,
+    and each is settled by itself. Sent one-way for acks=0. A request of one batch that is refused is answered
+    with the error itself."""
+
+    partitions: list[ProducePartition]
+    lengths: list[int] = []
+    """Bytes of each batch but the last, which is the rest of the payload."""
+    acks: int = -1
 
     api = 10
     response = ProduceResponse
@@ -515,51 +538,6 @@ class DeleteOffsetsRequest(Request[Empty], frozen=True):
 
     api = 46
     response = Empty
-
-
-# -- repair, between brokers ---------------------------------------------------------------------------------
-
-
-class LogFramesResponse(Struct, frozen=True):
-    """Payload: contiguous log frames from the index asked for; empty if this broker has none."""
-
-    first_index: int = 0
-    """Where its log begins, if it has none and its log is whole."""
-
-
-class LogFramesRequest(Request[LogFramesResponse], frozen=True):
-    """Frames for a replica whose own are damaged: from any replica of the partition, whatever its state."""
-
-    topic_id: bytes
-    partition: int
-    index: int
-    """Of the first frame wanted."""
-    prev_crc: int
-    """Crc of the entry before: only what follows it is wanted."""
-    bytes_max: int
-
-    api = 50
-    response = LogFramesResponse
-
-
-class SnapshotBytesResponse(Struct, frozen=True):
-    """Payload: bytes of the snapshot's file."""
-
-    total: int
-    """Of the whole file; 0: this broker has no such snapshot."""
-
-
-class SnapshotBytesRequest(Request[SnapshotBytesResponse], frozen=True):
-    """Part of a snapshot, for a replica whose own is damaged."""
-
-    topic_id: bytes
-    partition: int
-    index: int
-    position: int
-    bytes_max: int
-
-    api = 51
-    response = SnapshotBytesResponse
 
 
 class OneWay(Protocol):

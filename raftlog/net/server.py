@@ -24,7 +24,7 @@ from raftlog.net.catalogue import ONE_WAY, REQUESTS
 from raftlog.net.frames import PREFIX_BYTES, Buffer, Frame, Kind, encode_head
 from raftlog.net.handshake import HANDSHAKE_VERSION, Handshake, Hello, Local, encode_error
 from raftlog.net.network import Listener, Seams
-from raftlog.net.rpc import Request, Struct
+from raftlog.net.rpc import Request, Struct, WireError
 from raftlog.net.stream import FrameStream, Limits, logger
 
 _REQUEST_DECODERS: Final = {api: msgspec.msgpack.Decoder(cls) for api, cls in REQUESTS.items()}
@@ -32,6 +32,7 @@ _ONE_WAY_DECODERS: Final = {api: msgspec.msgpack.Decoder(cls) for api, cls in ON
 _REQUEST: Final = int(Kind.REQUEST)
 _ONE_WAY: Final = int(Kind.ONE_WAY)
 _RESPONSE: Final = int(Kind.RESPONSE)
+_PART: Final = int(Kind.PART)
 _ERROR: Final = int(Kind.ERROR)
 
 # Why a connection is not read at the moment (flags).
@@ -61,8 +62,8 @@ class Handler(Protocol):
 
 
 class Reply:
-    """The answer to one request: exactly one of ``ok`` and ``fail``, once. An answer to a connection that has
-    closed meanwhile is dropped."""
+    """The answer to one request: exactly one of ``ok`` and ``fail``, once, after any number of parts. An
+    answer to a connection that has closed meanwhile is dropped."""
 
     __slots__ = ("_api", "_bytes", "_connection", "_correlation")
 
@@ -86,13 +87,26 @@ class Reply:
         """Answer with ``response`` and the bytes of ``payload``, whose buffers must not change afterwards."""
         self._send(_RESPONSE, response, payload)
 
+    def part(self, response: Struct, size: int) -> None:
+        """Give a part of the answer; :meth:`ok` has to follow. So many bytes of the request are done with."""
+        connection = self._connection
+        assert connection is not None, "a part after the whole"
+        assert 0 <= size < self._bytes, "the rest of the request is still to be answered"
+        connection._respond(_PART, self._api, self._correlation, response, ())
+        self._bytes -= size
+        connection._release(size)
+
     def fail(self, error: RaftlogError) -> None:
         """Answer with an error, which is raised on the other side as the same class."""
+        self._send(_ERROR, self.refusal(error), ())
+
+    def refusal(self, error: RaftlogError) -> WireError:
+        """An error as it travels, counted among those that were answered."""
         connection = self._connection
         if connection is not None:
             errors, name = connection._server.errors, type(error).__name__
             errors[name] = errors.get(name, 0) + 1
-        self._send(_ERROR, encode_error(error), ())
+        return encode_error(error)
 
     def _send(self, kind: int, header: Struct, payload: Sequence[Buffer]) -> None:
         connection = self._connection

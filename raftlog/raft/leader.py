@@ -13,7 +13,7 @@ from raftlog.raft import heartbeats, quiescence, transfer
 from raftlog.raft.confchange import leave
 from raftlog.raft.confstack import encode_conf
 from raftlog.raft.node import Node
-from raftlog.raft.progress import Progress, ProgressState
+from raftlog.raft.progress import PROBE, REPLICATE, SNAPSHOT, Progress
 from raftlog.raft.proposals import append_entry, follow_configuration
 from raftlog.raft.quorum import is_voter, quorum_index
 from raftlog.raft.types import AppendRequest, AppendResponse, Entry, HeartbeatResponse, LoadRequest, Role
@@ -46,7 +46,9 @@ def advance_commit(node: Node) -> None:
     ``term_start``, so comparing indexes is enough.
     """
     conf = node.confs.current
-    match = {replica: progress.match for replica, progress in node.progress.items()}
+    match = {}
+    for replica, progress in node.progress.items():
+        match[replica] = progress.match
     match[node.id] = node.durability.index  # its own disk counts as one, and only what is synced
     index = quorum_index(conf, match)
     log = node.log
@@ -87,9 +89,9 @@ def pump(node: Node, *, announce: bool = False) -> None:
     heartbeats.start_round(node)
     for progress in node.progress.values():
         if progress.connected:
-            if progress.state is ProgressState.REPLICATE:
+            if progress.state is REPLICATE:
                 _stream(node, progress, announce)
-            elif progress.state is ProgressState.PROBE and not progress.paused:
+            elif progress.state is PROBE and not progress.paused:
                 _probe(node, progress)
 
 
@@ -115,15 +117,11 @@ def _stream(node: Node, progress: Progress, announce: bool) -> None:
         entries, size = log.batch(progress.next, limit)
         if not progress.fits(size, window):
             break
-        _send_entries(node, progress, entries, size)
+        _send(node, progress, entries[0].prev_crc, entries)
+        progress.sent(entries[-1].index, size)
         sent = True
     if announce and not sent and progress.commit_sent < min(log.commit, progress.next - 1):
         _send(node, progress, log.crc(progress.next - 1), ())
-
-
-def _send_entries(node: Node, progress: Progress, entries: tuple[Entry, ...], size: int) -> None:
-    _send(node, progress, entries[0].prev_crc, entries)
-    progress.sent(entries[-1].index, size)
 
 
 def _probe(node: Node, progress: Progress) -> None:
@@ -163,7 +161,7 @@ def on_loaded(node: Node, to: int, entries: Sequence[Entry]) -> None:
         return
     progress.loading = False
     node.pump_wanted = True
-    if not entries or progress.state is not ProgressState.REPLICATE or entries[0].index != progress.next:
+    if not entries or progress.state is not REPLICATE or entries[0].index != progress.next:
         return  # the follower moved on meanwhile
     if node.log.term(entries[-1].index) != entries[-1].term:
         return  # read before this term began, and cut since (log matching: the last one speaks for all)
@@ -171,7 +169,8 @@ def on_loaded(node: Node, to: int, entries: Sequence[Entry]) -> None:
     if progress.fits(
         size, progress.window_bytes(node.config.inflight_messages_max, node.config.inflight_bytes_max)
     ):
-        _send_entries(node, progress, tuple(entries), size)
+        _send(node, progress, entries[0].prev_crc, tuple(entries))
+        progress.sent(entries[-1].index, size)
     else:
         progress.room_needed = size  # storage reads one entry at least, however large
 
@@ -188,7 +187,7 @@ def on_snapshot_sent(node: Node, to: int, index: int) -> None:
     """Follower ``to`` says that it has a snapshot at ``index``: go on behind it, with a probe, for the log
     there may be another by now."""
     progress = node.progress.get(to)
-    if progress is not None and progress.state is ProgressState.SNAPSHOT:
+    if progress is not None and progress.state is SNAPSHOT:
         progress.become_probe()
         progress.next = max(progress.next, min(index, node.log.last_index) + 1)
         node.pump_wanted = True
@@ -197,7 +196,7 @@ def on_snapshot_sent(node: Node, to: int, index: int) -> None:
 def on_snapshot_failed(node: Node, to: int) -> None:
     """The host could not bring a snapshot to ``to``: look again where it stands after its next answer."""
     progress = node.progress.get(to)
-    if progress is not None and progress.state is ProgressState.SNAPSHOT:
+    if progress is not None and progress.state is SNAPSHOT:
         progress.become_probe()
         progress.paused = True
 
@@ -220,16 +219,17 @@ def handle_append_response(node: Node, message: AppendResponse) -> None:
         return
     assert message.index <= node.log.last_index, f"{message} is beyond {node.log}"
     news = progress.acknowledged(message.index)
-    if progress.state is ProgressState.PROBE:
+    if progress.state is PROBE:
         streams = message.index == progress.match  # else an old answer, which does not speak of this probe
     else:
-        streams = progress.state is ProgressState.SNAPSHOT and message.index >= node.log.first_index - 1
+        streams = progress.state is SNAPSHOT and message.index >= node.log.first_index - 1
     if streams:
         progress.become_replicate()
     if streams or progress.next <= node.log.last_index:
         node.pump_wanted = True
     if news:
-        transfer.go_on(node, progress)
+        if node.transfer_to:
+            transfer.go_on(node, progress)
         if message.index > node.log.commit:
             advance_commit(node)
 
@@ -243,10 +243,10 @@ def handle_heartbeat_response(node: Node, message: HeartbeatResponse) -> None:
     progress.connected = True
     heartbeats.answered(node, progress, message.context)
     log = node.log
-    if progress.state is ProgressState.PROBE:
+    if progress.state is PROBE:
         progress.paused = False
         node.pump_wanted = True
-    elif progress.state is ProgressState.REPLICATE and progress.match < progress.next - 1:
+    elif progress.state is REPLICATE and progress.match < progress.next - 1:
         # Something is in flight. If neither log nor acknowledgement moved for a whole heartbeat, ask with an
         # empty append behind it: a slow follower answers in its time, one that lost a message refuses it.
         if progress.next < log.first_index:
@@ -254,7 +254,7 @@ def handle_heartbeat_response(node: Node, message: HeartbeatResponse) -> None:
         elif (progress.seen_match, progress.seen_last) == (progress.match, message.last_index):
             _send(node, progress, log.crc(progress.next - 1), ())
         progress.seen_match, progress.seen_last = progress.match, message.last_index
-    elif progress.state is ProgressState.REPLICATE and message.amnesiac and progress.next >= log.first_index:
+    elif progress.state is REPLICATE and message.amnesiac and progress.next >= log.first_index:
         _send(node, progress, log.crc(progress.next - 1), ())  # it waits for our commit index
 
 
@@ -266,7 +266,7 @@ def peer_lost(node: Node, replica: int) -> None:
     progress = node.progress.get(replica)
     if progress is not None:
         progress.connected = False
-        if progress.state is not ProgressState.SNAPSHOT:
+        if progress.state is not SNAPSHOT:
             progress.become_probe()
         if node.transfer_to == replica:
             node.transfer_to = 0

@@ -204,8 +204,6 @@ class RaftLog:
 
     def take_committed(self) -> tuple[Entry, ...]:
         """The committed entries that the host has not been given; they now count as given."""
-        if self.taken == self.commit:
-            return ()
         entries = tuple(self._entries[self.taken + 1 - self.offset : self.commit + 1 - self.offset])
         self.taken = self.commit
         return entries
@@ -213,8 +211,6 @@ class RaftLog:
     def trim(self, bytes_max: int, durable_index: int) -> None:
         """Let the oldest entries go from memory until ``bytes_max`` are left, none that is still needed
         here."""
-        if self.memory_bytes <= bytes_max:
-            return
         removable = min(self.applied, durable_index) + 1 - self.offset
         count = 0
         while count < removable and self.memory_bytes > bytes_max:

@@ -27,8 +27,8 @@ from raftlog.raft.durability import Durability
 from raftlog.raft.log import RaftLog
 from raftlog.raft.progress import Progress
 from raftlog.raft.quorum import is_voter, voter_ids
-from raftlog.raft.types import Entry, HardState, LoadRequest, Message, Role
-from raftlog.record.frame import FrameKind
+from raftlog.raft.types import LEADER, Entry, HardState, LoadRequest, Message, Role
+from raftlog.record.frame import CONF
 
 NEVER: Final = 2**62
 """A deadline of a node that waits for nothing."""
@@ -198,7 +198,7 @@ class Node:
         """Take up the ordinary timers again. No time counts against anybody that passed in quiet."""
         if not self.quiet:
             return
-        if self.role is Role.LEADER:
+        if self.role is LEADER:
             self.quiet = False
             self.idle_since_ms = self.now_ms
             for progress in self.progress.values():
@@ -210,7 +210,7 @@ class Node:
     @property
     def in_lease(self) -> bool:
         """Whether votes must be refused because a leader is there (thesis section 4.2.3)."""
-        if self.role is Role.LEADER:
+        if self.role is LEADER:
             return True
         return self.leader != 0 and self.now_ms - self.leader_heard_ms < self.config.election_timeout_ms
 
@@ -243,7 +243,7 @@ class Node:
 
     def heard_leader(self, leader: int) -> None:
         """A message of this term's leader arrived: the lease begins anew."""
-        assert self.role is not Role.LEADER, f"two leaders in term {self.term}: {self.id} and {leader}"
+        assert self.role is not LEADER, f"two leaders in term {self.term}: {self.id} and {leader}"
         if self.leader != leader:
             assert self.leader == 0, f"two leaders in term {self.term}: {self.leader} and {leader}"
             self.become_follower(self.term, leader)
@@ -258,7 +258,7 @@ class Node:
         self.log.append(entries)
         changed = False
         for entry in entries:
-            if entry.kind == FrameKind.CONF:
+            if entry.kind == CONF:
                 self.confs.push(entry)
                 changed = True
         return changed
@@ -268,8 +268,3 @@ class Node:
         self.log.cut(index)
         self.durability.cut(index)
         return self.confs.cut(index)
-
-    @property
-    def hard_state_changed(self) -> bool:
-        """Whether term or vote differ from what storage was given."""
-        return self.term != self.handed_state.term or self.vote != self.handed_state.vote

@@ -10,21 +10,21 @@ from raftlog.raft.confstack import encode_conf
 from raftlog.raft.node import Node
 from raftlog.raft.progress import Progress
 from raftlog.raft.quorum import is_voter
-from raftlog.raft.types import Entry, Role
-from raftlog.record.frame import FRAME_HEADER_BYTES, Buffer, FrameKind
+from raftlog.raft.types import LEADER, Entry
+from raftlog.record.frame import CONF, FRAME_HEADER_BYTES, Buffer
 
 
 def require_leader(node: Node) -> None:
     """Raise NotLeader unless ``node`` leads. It names no leader: clients take that for a broker's id, and the
     core knows replicas."""
-    if node.role is not Role.LEADER:
+    if node.role is not LEADER:
         raise NotLeader(f"replica {node.id} does not lead in term {node.term}", leader=None, term=node.term)
 
 
 def propose(node: Node, kind: int, payload: Buffer, leader_time_ms: int) -> Entry:
     """Append one entry as leader (see RawNode.propose)."""
     require_leader(node)
-    assert kind != FrameKind.CONF, "configurations change through propose_conf"
+    assert kind != CONF, "configurations change through propose_conf"
     if node.transfer_to:
         raise Busy(f"leadership is being transferred to replica {node.transfer_to}")
     size = FRAME_HEADER_BYTES + len(payload)
@@ -51,7 +51,7 @@ def propose_conf(node: Node, voters: Iterable[int], learners: Iterable[int], lea
     if not node.conf_settled:
         raise Busy("a configuration change is under way")
     conf = enter(node.confs.current, voters, learners)
-    return append_entry(node, FrameKind.CONF, encode_conf(conf), leader_time_ms)
+    return append_entry(node, CONF, encode_conf(conf), leader_time_ms)
 
 
 def append_entry(node: Node, kind: int, payload: Buffer, leader_time_ms: int) -> Entry:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from enum import Enum
+from itertools import repeat
 
 from raftlog.raft.types import ConfState
 
@@ -34,7 +35,7 @@ def is_voter(conf: ConfState, replica: int) -> bool:
 
 
 def _half_index(voters: Iterable[int], match: Mapping[int, int]) -> int:
-    indexes = sorted([match.get(voter, 0) for voter in voters])
+    indexes = sorted(map(match.get, voters, repeat(0)))
     # In ascending order, the element at (n - 1) // 2 and all n // 2 after it are at least as high: a
     # majority.
     return indexes[(len(indexes) - 1) // 2]

@@ -17,7 +17,8 @@ halt.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Final
 
 from raftlog.raft import (
     amnesia,
@@ -34,6 +35,7 @@ from raftlog.raft.config import RaftConfig, RecoveredLog
 from raftlog.raft.node import Node
 from raftlog.raft.progress import Progress
 from raftlog.raft.types import (
+    LEADER,
     TERM_MAX,
     Append,
     AppendRequest,
@@ -80,55 +82,25 @@ class RawNode:
 
     # -- inputs ----------------------------------------------------------------------------------------------
 
-    def step(self, message: Message, now_ms: int) -> None:
+    def step(self, message: Message, now_ms: int) -> bool:
         """Take a message from another replica.
+
+        Returns:
+            Whether the host has to look: there is a Ready, or the node rests, or did until now.
 
         Raises:
             LogDiverged: the sender's log and this one disagree where Raft proves that they cannot.
         """
         node = self._node
         assert message.to == node.id, f"{message} came to replica {node.id}"
-        node.advance(now_ms)
-        if node.quiet and not (isinstance(message, Heartbeat) and message.quiet):
+        if now_ms > node.now_ms:
+            node.now_ms = now_ms
+        rested = node.quiet
+        if rested and not (isinstance(message, Heartbeat) and message.quiet):
             node.wake()
-        if message.term != node.term and not self._admit(message):
-            return
-        self._dispatch(message)
-
-    def _dispatch(self, message: Message) -> None:
-        node = self._node
-        if isinstance(message, AppendRequest):
-            follower.handle_append(node, message)
-        elif isinstance(message, AppendResponse):
-            leader.handle_append_response(node, message)
-        elif isinstance(message, Heartbeat):
-            follower.handle_heartbeat(node, message)
-        elif isinstance(message, HeartbeatResponse):
-            leader.handle_heartbeat_response(node, message)
-        elif isinstance(message, VoteRequest):
-            election.handle_vote_request(node, message)
-        elif isinstance(message, VoteResponse):
-            election.handle_vote_response(node, message)
-        else:
-            self._dispatch_rare(message)
-
-    def _dispatch_rare(self, message: Message) -> None:
-        node = self._node
-        leads = node.role is Role.LEADER
-        if isinstance(message, InstallSnapshot):
-            node.heard_leader(message.sender)  # its bytes are the host's: see restore
-        elif isinstance(message, InstallSnapshotResponse):
-            if message.sender in node.progress:
-                node.progress[message.sender].heard_ms = node.now_ms
-        elif isinstance(message, TimeoutNow):
-            if not leads and node.is_promotable:
-                election.start_election(node, transfer=True)
-        elif isinstance(message, ReadIndexRequest):
-            if leads:
-                heartbeats.read(node, message.sender, message.context)
-        else:
-            assert isinstance(message, ReadIndexResponse), message
-            node.reads_done.append((message.context, message.index))
+        if message.term == node.term or self._admit(message):
+            _HANDLERS[type(message)](node, message)
+        return rested or self.has_ready() or node.quiet
 
     def _admit(self, message: Message) -> bool:
         """Settle terms (Raft section 5.1). Returns whether the message is still of interest."""
@@ -164,7 +136,7 @@ class RawNode:
         if node.now_ms < node.deadline_ms:
             return
         late_ms = node.now_ms - node.deadline_ms
-        if node.role is Role.LEADER:
+        if node.role is LEADER:
             leader.tick(node, late_ms)
         else:
             election.on_deadline(node, late_ms)
@@ -226,7 +198,7 @@ class RawNode:
         """
         node = self._node
         node.advance(now_ms)
-        if node.role is Role.LEADER:
+        if node.role is LEADER:
             heartbeats.read(node, node.id, context)
         elif node.leader:
             heartbeats.forward_read(node, context)
@@ -237,7 +209,7 @@ class RawNode:
         """Start a PreVote at once, if this replica is a voter and does not lead."""
         node = self._node
         node.advance(now_ms)
-        if node.role is not Role.LEADER and node.is_promotable:
+        if node.role is not LEADER and node.is_promotable:
             node.wake()
             election.start_pre_vote(node)
 
@@ -249,7 +221,7 @@ class RawNode:
         """
         node = self._node
         node.advance(now_ms)
-        if node.role is Role.LEADER:
+        if node.role is LEADER:
             node.wake()
             leader.peer_lost(node, replica)
         elif replica == node.leader:
@@ -268,7 +240,7 @@ class RawNode:
         """
         node = self._node
         node.advance(now_ms)
-        if node.role is Role.LEADER:
+        if node.role is LEADER:
             node.wake()
             leader.peer_restored(node, replica, forgot)
 
@@ -296,19 +268,22 @@ class RawNode:
         if self._node.quiet:
             quiescence.leader_heard(self._node, heard_ms)
 
-    def on_durable(self, sequence: int) -> None:
-        """``Append.sequence`` and all before it are synced."""
+    def on_durable(self, sequence: int) -> bool:
+        """``Append.sequence`` and all before it are synced. Returns whether the host has to look."""
         node = self._node
         for message in node.durability.confirm(sequence):
             self._release(message)
-        if node.role is Role.LEADER:
+        if node.role is LEADER:
             if node.durability.index > node.log.commit:
                 leader.advance_commit(node)
         else:
             follower.acknowledge(node)
             if node.amnesiac:
                 amnesia.review(node)
-        node.log.trim(node.config.cache_bytes_max, node.durability.index)
+        log = node.log
+        if log.memory_bytes > node.config.cache_bytes_max:
+            log.trim(node.config.cache_bytes_max, node.durability.index)
+        return self.has_ready() or node.quiet
 
     def _release(self, message: Message) -> None:
         """Send a message whose promise is durable now, unless its term is over: then nobody waits for it."""
@@ -317,7 +292,7 @@ class RawNode:
         if isinstance(message, VoteRequest) and self._node.role is not Role.CANDIDATE:
             return  # a leader of this term has spoken: our log may have been cut since
         if message.to == self._node.id:
-            self._dispatch(message)
+            _HANDLERS[type(message)](self._node, message)
         else:
             self._node.messages.append(message)
 
@@ -332,16 +307,18 @@ class RawNode:
     def applied_to(self, index: int) -> None:
         """The host has applied the committed entries up to ``index``."""
         node = self._node
-        assert node.log.applied <= index <= node.log.taken, (index, node.log)
-        node.log.applied = index
-        node.log.trim(node.config.cache_bytes_max, node.durability.index)
+        log = node.log
+        assert log.applied <= index <= log.taken, (index, log)
+        log.applied = index
+        if log.memory_bytes > node.config.cache_bytes_max:
+            log.trim(node.config.cache_bytes_max, node.durability.index)
 
     def step_down(self, now_ms: int) -> None:
         """Stop leading, in the same term (the host's disk stalls, say), and let the follower that holds most
         campaign at once. This replica itself waits a full election timeout before it campaigns."""
         node = self._node
         node.advance(now_ms)
-        if node.role is Role.LEADER:
+        if node.role is LEADER:
             node.wake()
             leader.step_down(node)
 
@@ -412,27 +389,38 @@ class RawNode:
         node = self._node
         if node.pump_wanted:
             leader.pump(node)
-        append = self._take_append()
-        for message in node.durability.assign():
-            self._release(message)
-        messages, node.messages = tuple(node.messages), []
-        loads, node.loads = tuple(node.loads), []
-        snapshots, node.snapshots = tuple(node.snapshots), []
-        reads, node.reads_done = tuple(node.reads_done), []
+        log, handed = node.log, node.handed_state
+        append = None
+        if log.handed != log.last_index or node.term != handed.term or node.vote != handed.vote:
+            append = self._take_append()
+        if node.durability.unassigned:
+            for message in node.durability.assign():
+                self._release(message)
+        messages, loads, snapshots, reads = node.messages, node.loads, node.snapshots, node.reads_done
+        if messages:
+            node.messages = []
+        if loads or snapshots or reads:
+            node.loads, node.snapshots, node.reads_done = [], [], []
         soft = (node.role, node.term, node.leader)
         soft_state = None
         if soft != self._soft:
             self._soft = soft
             soft_state = SoftState(*soft)
-        return Ready(append, messages, node.log.take_committed(), soft_state, loads, reads, snapshots)
+        return Ready(
+            append,
+            tuple(messages),
+            log.take_committed() if log.taken != log.commit else (),
+            soft_state,
+            tuple(loads),
+            tuple(reads),
+            tuple(snapshots),
+        )
 
-    def _take_append(self) -> Append | None:
+    def _take_append(self) -> Append:
         """Entries that storage does not have and term and vote if they changed. The commit index goes along
         with either, never alone: recovery starts lower without it, which costs nothing but time."""
         node = self._node
         entries = node.log.take_unhanded()
-        if not entries and not node.hard_state_changed:
-            return None
         hard_state = HardState(node.term, node.vote, node.log.commit)
         changed = hard_state != node.handed_state
         node.handed_state = hard_state
@@ -468,7 +456,7 @@ class RawNode:
         """Whether this is a leader whose own no-op is applied: its state machine then holds all that was ever
         committed (Raft section 8)."""
         node = self._node
-        return node.role is Role.LEADER and node.log.applied >= node.term_start
+        return node.role is LEADER and node.log.applied >= node.term_start
 
     @property
     def quiet(self) -> bool:
@@ -544,3 +532,41 @@ class RawNode:
             AssertionError: the first invariant that does not hold.
         """
         invariants.check_invariants(self._node)
+
+
+def _handle_install_snapshot(node: Node, message: InstallSnapshot) -> None:
+    node.heard_leader(message.sender)  # its bytes are the host's: see restore
+
+
+def _handle_install_snapshot_response(node: Node, message: InstallSnapshotResponse) -> None:
+    if message.sender in node.progress:
+        node.progress[message.sender].heard_ms = node.now_ms
+
+
+def _handle_timeout_now(node: Node, message: TimeoutNow) -> None:
+    if node.role is not LEADER and node.is_promotable:
+        election.start_election(node, transfer=True)
+
+
+def _handle_read_index(node: Node, message: ReadIndexRequest) -> None:
+    if node.role is LEADER:
+        heartbeats.read(node, message.sender, message.context)
+
+
+def _handle_read_index_response(node: Node, message: ReadIndexResponse) -> None:
+    node.reads_done.append((message.context, message.index))
+
+
+_HANDLERS: Final[dict[type[Any], Callable[[Node, Any], None]]] = {
+    AppendRequest: follower.handle_append,
+    AppendResponse: leader.handle_append_response,
+    Heartbeat: follower.handle_heartbeat,
+    HeartbeatResponse: leader.handle_heartbeat_response,
+    VoteRequest: election.handle_vote_request,
+    VoteResponse: election.handle_vote_response,
+    InstallSnapshot: _handle_install_snapshot,
+    InstallSnapshotResponse: _handle_install_snapshot_response,
+    TimeoutNow: _handle_timeout_now,
+    ReadIndexRequest: _handle_read_index,
+    ReadIndexResponse: _handle_read_index_response,
+}

@@ -64,7 +64,7 @@ class Entry(msgspec.Struct, frozen=True, gc=False):
         return len(self.frame)
 
 
-class HardState(msgspec.Struct, frozen=True, array_like=True):
+class HardState(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """What a replica must never forget. Term and vote are synced before any message that depends on them
     leaves; ``commit`` is written along with the others but never synced for its own sake."""
 
@@ -114,7 +114,11 @@ class Role(Enum):
     LEARNER = "learner"
 
 
-class SoftState(msgspec.Struct, frozen=True):
+LEADER: Final = Role.LEADER
+"""For what runs with every batch: to look up a member of an enum takes longer than to compare it."""
+
+
+class SoftState(msgspec.Struct, frozen=True, gc=False):
     """Who leads as far as this replica knows. Not durable. Whether a leader may
     serve is ``RawNode.serving``."""
 
@@ -126,7 +130,7 @@ class SoftState(msgspec.Struct, frozen=True):
 # -- messages ------------------------------------------------------------------------------------------------
 
 
-class _Message(msgspec.Struct, frozen=True, array_like=True, tag_field="t"):
+class _Message(msgspec.Struct, frozen=True, array_like=True, tag_field="t", gc=False):
     to: int
     sender: int
     term: int
@@ -232,7 +236,7 @@ Message: TypeAlias = (
 # -- Ready ---------------------------------------------------------------------------------------------------
 
 
-class Append(msgspec.Struct, frozen=True):
+class Append(msgspec.Struct, frozen=True, gc=False):
     """What must become durable, in order. ``entries[0].index`` truncates what the log held at and above it.
 
     When it is durable the host calls ``RawNode.on_durable(sequence)``. Sequences grow by one for each Append
@@ -243,7 +247,7 @@ class Append(msgspec.Struct, frozen=True):
     entries: tuple[Entry, ...] = ()
 
 
-class LoadRequest(msgspec.Struct, frozen=True):
+class LoadRequest(msgspec.Struct, frozen=True, gc=False):
     """The core needs entries that are no longer in memory, for follower ``to``, from ``index`` on and of at
     most ``bytes_max``. The host answers with ``RawNode.on_loaded(to, entries)`` (or
     ``on_load_failed(to)``)."""
@@ -253,7 +257,7 @@ class LoadRequest(msgspec.Struct, frozen=True):
     bytes_max: int
 
 
-class Ready(msgspec.Struct, frozen=True):
+class Ready(msgspec.Struct, frozen=True, gc=False):
     """What the host must do now. Order: hand ``append`` to storage; send ``messages`` (they need not wait for
     it: what must wait for durability the core holds back itself until ``on_durable``); apply
     ``committed``."""

@@ -52,6 +52,13 @@ class FrameKind(IntEnum):
     """A Raft configuration (encoded ConfState)."""
 
 
+NOOP: Final = int(FrameKind.NOOP)
+BATCH: Final = int(FrameKind.BATCH)
+COMMAND: Final = int(FrameKind.COMMAND)
+CONF: Final = int(FrameKind.CONF)
+# for what runs with every batch: to look up a member of an enum takes longer than to use it
+
+
 def encode_frame(
     prev_crc: int, kind: int, term: int, index: int, leader_time_ms: int, payload: Buffer
 ) -> bytes:

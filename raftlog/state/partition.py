@@ -20,7 +20,7 @@ from raftlog.errors import InvalidTransaction, OffsetOutOfRange, RaftlogError
 from raftlog.raft.types import Entry
 from raftlog.record.batch import CONTROL, TRANSACTIONAL, BatchHeader
 from raftlog.record.control import Marker, decode_marker
-from raftlog.record.frame import Buffer, FrameKind
+from raftlog.record.frame import BATCH, COMMAND, CONF, FRAME_HEADER_BYTES, NOOP, Buffer
 from raftlog.state.aborted import AbortedRange, AbortedRanges
 from raftlog.state.command import (
     ApplyMismatch,
@@ -226,17 +226,17 @@ class PartitionState:
         if entry.index != self.applied_index + 1:
             raise ApplyMismatch(f"entry {entry.index} does not follow {self.applied_index}")
         result: object = None
-        if entry.kind == FrameKind.BATCH:
+        if entry.kind == BATCH:
             result = self._apply_batch(entry)
-        elif entry.kind == FrameKind.COMMAND:
+        elif entry.kind == COMMAND:
             result = self._apply_command(decode_command(entry.payload))
-        elif entry.kind not in (FrameKind.NOOP, FrameKind.CONF):
+        elif entry.kind not in (NOOP, CONF):
             raise UnknownCommand(f"entry {entry.index} is of kind {entry.kind}: upgrade raftlog")
         self.applied_index = entry.index
         return result
 
     def _apply_batch(self, entry: Entry) -> int:
-        header = BatchHeader.parse(entry.payload)
+        header = BatchHeader.parse(entry.frame, FRAME_HEADER_BYTES)
         base_offset = self.next_offset
         if header.base_offset != base_offset or header.leader_epoch != entry.term:
             raise ApplyMismatch(
@@ -253,7 +253,7 @@ class PartitionState:
             if duplicate is not None:
                 raise ApplyMismatch(f"batch at index {entry.index} doubles that at {duplicate.base_offset}")
             self._remember(header, base_offset, entry.leader_time_ms)
-        self.next_offset = header.next_offset
+        self.next_offset = base_offset + header.last_offset_delta + 1
         return base_offset
 
     def _remember(self, header: BatchHeader, base_offset: int, time_ms: int) -> None:

@@ -47,7 +47,8 @@ WINDOW_BATCHES: Final = 5
 """Batches remembered per producer; also the most that an idempotent producer may have in flight."""
 
 _BATCH = struct.Struct(">iiqq")
-_WINDOW_BYTES: Final = WINDOW_BATCHES * _BATCH.size
+_BATCH_BYTES: Final = _BATCH.size
+_WINDOW_BYTES: Final = WINDOW_BATCHES * _BATCH_BYTES
 _HALF: Final = SEQUENCE_MODULUS // 2
 
 
@@ -129,8 +130,9 @@ def check_sequence(known: ProducerState | None, header: BatchHeader) -> Duplicat
         return None
     if known.outcome:
         return _find_in_ended(known, header)
-    if first == known.expected_sequence:
-        return None
+    window = known.window
+    if first == (_BATCH.unpack_from(window, len(window) - _BATCH_BYTES)[1] + 1) % SEQUENCE_MODULUS:
+        return None  # as expected
     return find_duplicate(known, header) or _refuse(known, header)
 
 
@@ -221,11 +223,13 @@ def record_batch(
     known: ProducerState | None, header: BatchHeader, base_offset: int, timestamp_ms: int
 ) -> ProducerState:
     """The producer's state after a batch that :func:`check_sequence` let pass was appended."""
-    packed = _BATCH.pack(header.base_sequence, header.last_sequence, base_offset, timestamp_ms)
+    first = header.base_sequence
+    last = (first + header.last_offset_delta) % SEQUENCE_MODULUS
+    packed = _BATCH.pack(first, last, base_offset, timestamp_ms)
     if known is None:
         return ProducerState(header.producer_epoch, packed, timestamp_ms)
     if known.epoch == header.producer_epoch:
-        packed = known.window[_BATCH.size - _WINDOW_BYTES :] + packed
+        packed = known.window[_BATCH_BYTES - _WINDOW_BYTES :] + packed
     return ProducerState(header.producer_epoch, packed, timestamp_ms, known.coordinator_epoch)
 
 

@@ -145,12 +145,14 @@ class Journal:
     def submit(self, log: ReplicaLog, append: Append, direct: dict[int, Segment] | None, done: Done) -> int:
         """Queue an append whose entries ``log`` has taken, for :meth:`begin`; ``done`` is called once it is
         durable (written, for a replica with ``flush_interval_ms``). Returns the bytes of its frames."""
-        size = 0
+        size, written = 0, HARD_STATE_BYTES
         for entry in append.entries:
             size += len(entry.frame)
-        written = size + RECORD_HEADER_BYTES * len(append.entries) + HARD_STATE_BYTES
-        for index in direct or ():
-            written += ENTRY_REF_BYTES - len(log.memory.at(index).frame)
+            written += RECORD_HEADER_BYTES
+        written += size
+        if direct is not None:
+            for index in direct:
+                written += ENTRY_REF_BYTES - len(log.memory.at(index).frame)
         self._queue.append(_Item(log, append, direct, done, size, written, self._loop.time()))
         self.pending_bytes += size
         return size
@@ -475,7 +477,7 @@ class Journal:
     def _is_full(self, file: JournalFile) -> bool:
         used = self._position - file.base
         coming = MARK_BYTES + (len(self._due) + len(self._resets)) * CHECKPOINT_BYTES
-        coming += sum(item.written for item in self._queue)
+        coming += sum([item.written for item in self._queue])
         return used > 0 and FILE_HEADER_BYTES + used + coming > self._config.journal_bytes
 
     async def _retry_all(self, attempt: Callable[[list[Write]], Awaitable[None]]) -> None:

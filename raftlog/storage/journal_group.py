@@ -5,6 +5,7 @@ from __future__ import annotations
 from raftlog.raft.types import Append, Entry, HardState
 from raftlog.record.frame import Buffer
 from raftlog.storage.journal_format import (
+    ENTRY,
     RECORD_HEADER_BYTES,
     RecordKind,
     encode_checkpoint,
@@ -96,7 +97,7 @@ class Group:
                     buffers.append(record)
                     position += len(record)
                     continue
-            buffers.append(record_head(position, RecordKind.ENTRY, replica_id, frame))
+            buffers.append(record_head(position, ENTRY, replica_id, frame))
             buffers.append(frame)
             position += RECORD_HEADER_BYTES + len(frame)
         self.position = position
@@ -139,6 +140,6 @@ class Group:
                 self._add_frame(replica_id, entry.frame)
 
     def _add_frame(self, replica_id: int, frame: Buffer) -> None:
-        self.add(record_head(self.position, RecordKind.ENTRY, replica_id, frame))
+        self.add(record_head(self.position, ENTRY, replica_id, frame))
         self.buffers.append(frame)
         self.position += len(frame)

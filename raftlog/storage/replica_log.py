@@ -25,7 +25,7 @@ import msgspec
 
 from raftlog.errors import OffsetOutOfRange, RaftlogError
 from raftlog.raft.types import ConfState, Entry, HardState, Snapshot
-from raftlog.record.frame import Buffer, FrameKind
+from raftlog.record.frame import CONF, Buffer
 from raftlog.storage.journal_format import Checkpoint, Place
 from raftlog.storage.segment import Segment, batch_base_offset, decode_conf
 from raftlog.storage.segment_index import NO_TIMESTAMP
@@ -219,8 +219,8 @@ class ReplicaLog:
 
     def set_committed(self, index: int) -> None:
         """Entries up to ``index`` are committed: from now on they may be flushed, and never truncated."""
-        assert index <= self.memory.last_index, (index, self.last_index)
         if index > self.committed:
+            assert index <= self.memory.last_index, (index, self.last_index)
             self.committed = index
 
     # -- append (called by the store) ------------------------------------------------------------------------
@@ -235,14 +235,15 @@ class ReplicaLog:
         if not entries:
             self._pending.append((0, 0))
             return 0, None
-        first = entries[0].index
+        first, end = entries[0].index, self.memory.last_index + 1
         dropped = 0
-        if first <= self.memory.last_index:
+        if first < end:
             dropped = self._truncate(first)
             # A large frame might overwrite the bytes of a truncated one, which a crash before this append is
             # durable would bring back. Until then everything goes through the journal.
             self._direct_barrier = len(self._pending) + 1
-        assert first == self.memory.last_index + 1, f"append of {first} leaves a gap after {self.last_index}"
+            end = self.memory.last_index + 1
+        assert first == end, f"append of {first} leaves a gap after {self.last_index}"
         direct: dict[int, Segment] | None = None
         direct_bytes = 1 << 62 if self._direct_barrier else self.config.direct_bytes
         for entry in entries:
@@ -264,7 +265,7 @@ class ReplicaLog:
 
     def _place(self, entry: Entry) -> tuple[Segment, int]:
         segment = self.segments[-1]
-        if segment.is_full:
+        if segment.append_position >= self.spec.segment_bytes:
             previous = self.memory.entries[-1] if self.memory.entries else None
             segment = Segment(
                 self.spec,
@@ -278,7 +279,7 @@ class ReplicaLog:
         position = segment.append_position
         segment.append_position += len(entry.frame)
         self.memory.append(entry, position)
-        if entry.kind == FrameKind.CONF and entry.index > self.confs[-1][0]:
+        if entry.kind == CONF and entry.index > self.confs[-1][0]:
             self.confs.append((entry.index, decode_conf(entry.payload)))
         return segment, position
 
@@ -450,9 +451,10 @@ class ReplicaLog:
         memory = self.memory
         place = index - memory.first_index
         if place >= 0:
-            if place >= len(memory.entries):
+            entries = memory.entries
+            if place >= len(entries):
                 return False
-            return memory.positions[place] + len(memory.entries[place].frame) >= self.spec.segment_bytes
+            return memory.positions[place] + len(entries[place].frame) >= self.spec.segment_bytes
         slot = bisect_right(self.segments, index + 1, key=_base_index) - 1
         return slot > 0 and self.segments[slot].base_index == index + 1
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 
 from raftlog.raft.types import Entry
-from raftlog.record.frame import Buffer, FrameKind
+from raftlog.record.frame import BATCH, Buffer
 from raftlog.storage.segment import batch_fields
 from raftlog.storage.segment_index import NO_TIMESTAMP
 
@@ -47,16 +47,18 @@ class Tail:
 
     def append(self, entry: Entry, position: int) -> None:
         """Add the next entry."""
-        assert entry.index == self.first_index + len(self.entries), (entry.index, self.last_index)
-        if entry.kind == FrameKind.BATCH:
+        entries, times = self.entries, self.times
+        assert entry.index == self.first_index + len(entries), (entry.index, self.last_index)
+        last_time = times[-1] if times else self.base_time
+        if entry.kind == BATCH:
             end, time = batch_fields(entry.frame)
-            time = max(time, self.times[-1] if self.times else self.base_time)
+            if time < last_time:
+                time = last_time
         else:
-            end = self.end_offset
-            time = self.times[-1] if self.times else self.base_time
-        self.entries.append(entry)
+            end, time = self.end_offset, last_time
+        entries.append(entry)
         self.ends.append(end)
-        self.times.append(time)
+        times.append(time)
         self.positions.append(position)
 
     def truncate(self, index: int) -> int:

@@ -17,15 +17,17 @@ from typing import Any, Final, TypeAlias
 
 from raftlog.broker.group_replica import GroupReplica
 from raftlog.broker.partition import PartitionReplica
+from raftlog.broker.produce import split_batches
 from raftlog.broker.replica import Replica
-from raftlog.errors import RaftlogError
-from raftlog.net.connection import RpcConnection
+from raftlog.errors import RaftlogError, from_wire
+from raftlog.net.connection import Answered, RpcConnection
 from raftlog.net.handshake import Local
 from raftlog.net.rpc import (
     JOIN_EPOCH,
     LEAVE_EPOCH,
     GroupHeartbeatRequest,
     ProduceRequest,
+    ProduceResponse,
     StageOffsetsRequest,
 )
 from raftlog.net.rpc_transactions import EndTransactionRequest, EnlistRequest, MarkerRow, WriteMarkersRequest
@@ -38,7 +40,6 @@ KEPT_MAX: Final = 40
 """How many requests of its kind ago an echo comes from at most."""
 _CALL_S: Final = 1.0
 _ECHOED: Final = (
-    ProduceRequest,
     StageOffsetsRequest,
     EndTransactionRequest,
     EnlistRequest,
@@ -64,30 +65,54 @@ class Echo:
         self._random = rng
         self._heard: dict[type[Any], deque[_Message]] = {}
         self._connections: dict[int, RpcConnection] = {}
-        self._request: Any = None
+        self._before: tuple[Any, Any] | None = None
         """What connections had before this listened to them."""
 
     def start(self) -> None:
         """Listen, and repeat."""
-        request = self._request = RpcConnection.request
-        heard = self._heard
+        request, ask = self._before = RpcConnection.request, RpcConnection.ask
 
-        def listened(connection: RpcConnection, message: Any, payload: Sequence[Buffer] = ()) -> Any:
+        def requested(connection: RpcConnection, message: Any, payload: Sequence[Buffer] = ()) -> Any:
             answer = request(connection, message, payload)
             if isinstance(message, _ECHOED) and _is_harmless(message):
-                kind = heard.setdefault(type(message), deque(maxlen=KEPT_MAX))
-                kind.append((message, tuple(bytes(part) for part in payload), answer))
+                self._note(message, tuple(bytes(part) for part in payload), answer)
             return answer
 
-        setattr(RpcConnection, "request", listened)  # noqa: B010 - a method, to type checkers
+        def asked(
+            connection: RpcConnection, message: Any, payload: Sequence[Buffer], answered: Answered[Any]
+        ) -> None:
+            if isinstance(message, ProduceRequest):
+                answered = self._note_batches(message, b"".join(payload), answered)
+            ask(connection, message, payload, answered)
+
+        setattr(RpcConnection, "request", requested)  # noqa: B010 - a method, to type checkers
+        setattr(RpcConnection, "ask", asked)  # noqa: B010
         self._cluster.loop.run_as(NODE, self._repeat())
 
     def stop(self) -> None:
         """Repeat nothing more."""
-        if self._request is not None:
-            setattr(RpcConnection, "request", self._request)  # noqa: B010
-            self._request = None
+        if self._before is not None:
+            request, ask = self._before
+            setattr(RpcConnection, "request", request)  # noqa: B010
+            setattr(RpcConnection, "ask", ask)  # noqa: B010
+            self._before = None
             self._cluster.loop.kill(NODE)
+
+    def _note(self, message: Any, payload: tuple[bytes, ...], answer: _Answer) -> None:
+        self._heard.setdefault(type(message), deque(maxlen=KEPT_MAX)).append((message, payload, answer))
+
+    def _note_batches(self, message: ProduceRequest, sent: bytes, answered: Answered[Any]) -> Answered[Any]:
+        """Each batch of a request may come late by itself; returns who is to be told the answer."""
+        answers: list[_Answer] = []
+        for to, batch in zip(message.partitions, split_batches(message, memoryview(sent)), strict=True):
+            answers.append(self._cluster.loop.create_future())
+            self._note(ProduceRequest([to]), (bytes(batch),), answers[-1])
+
+        def told(response: Any, data: memoryview | None, error: RaftlogError | None) -> None:
+            settle_batches(answers, response, error)
+            answered(response, data, error)
+
+        return told
 
     async def _repeat(self) -> None:
         rng = self._random
@@ -114,7 +139,8 @@ class Echo:
             for row in message.markers:
                 self._mark(row)
             return
-        leader = self._leader((message.topic_id, message.partition))
+        to = message.partitions[0] if isinstance(message, ProduceRequest) else message
+        leader = self._leader((to.topic_id, to.partition))
         if leader is not None:
             connection = await self._connection(leader[0])
             await connection.call(message, payload, timeout=_CALL_S)
@@ -150,6 +176,35 @@ class Echo:
                 timeout=_CALL_S,
             )
         return known
+
+
+def settle_batches(
+    answers: Sequence[_Answer], response: ProduceResponse | None, error: RaftlogError | None
+) -> None:
+    """Note what the sender of batches is told.
+
+    Args:
+        answers: one for each batch of the request.
+        response: the answer, or a part of it.
+        error: or why there is none to what is left.
+    """
+    left = [number for number, answer in enumerate(answers) if not answer.done()]
+    if response is None:
+        assert error is not None, "an answer is a response or an error"
+        for number in left:
+            _refuse(answers[number], error)
+        return
+    for number, produced in zip(response.numbers or left, response.batches, strict=True):
+        if produced.error is None:
+            answers[number].set_result(produced)
+        else:
+            refusal = produced.error
+            _refuse(answers[number], from_wire(refusal.name, refusal.message, refusal.details))
+
+
+def _refuse(answer: _Answer, error: RaftlogError) -> None:
+    answer.set_exception(error)
+    answer.exception()  # nobody else looks at it
 
 
 def may_come_late(answer: _Answer) -> bool:

@@ -131,8 +131,8 @@ MUTATIONS: Final = (
     Mutation(
         "a leader serves before its no-op is applied",
         "raftlog.raft.raw_node",
-        "return node.role is Role.LEADER and node.log.applied >= node.term_start",
-        "return node.role is Role.LEADER",
+        "return node.role is LEADER and node.log.applied >= node.term_start",
+        "return node.role is LEADER",
     ),
     Mutation(
         "a leader that nobody answers stays in office",
@@ -199,7 +199,7 @@ MUTATIONS: Final = (
         "a batch is acknowledged when it is appended",
         "raftlog.broker.partition",
         "self._in_flight[base_offset] = entry.index",
-        "done(ProduceResponse(base_offset, entry.leader_time_ms, self.machine.log_start), None)",
+        "done(Produced(base_offset, entry.leader_time_ms, self.machine.log_start), None)",
     ),
     Mutation(
         "in a joint configuration one majority commits",

@@ -18,6 +18,7 @@ from raftlog.net.rpc import (
     FetchPartition,
     FetchRequest,
     FetchResponse,
+    ProducePartition,
     ProduceRequest,
     ProduceResponse,
     Request,
@@ -239,12 +240,12 @@ class World:
         self, connection: RpcConnection, encoded: bytes, partition: int = 0
     ) -> asyncio.Task[tuple[ProduceResponse, memoryview]]:
         """Send a batch."""
-        return self.ask(connection, ProduceRequest(self.topic_id, partition), (encoded,))
+        return self.ask(connection, ProduceRequest([ProducePartition(self.topic_id, partition)]), (encoded,))
 
     def written(self, connection: RpcConnection, encoded: bytes, partition: int = 0) -> int:
         """Send a batch and wait; returns its base offset."""
         response: ProduceResponse = self.answer(self.produce(connection, encoded, partition))[0]
-        return response.base_offset
+        return response.batches[0].base_offset
 
     def fetch_request(
         self,

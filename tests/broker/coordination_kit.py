@@ -25,6 +25,7 @@ from raftlog.net.rpc import (
     OffsetCommitRequest,
     OffsetFetchRequest,
     OffsetFetchResponse,
+    ProducePartition,
     ProduceRequest,
     Request,
     StageOffsetsRequest,
@@ -194,8 +195,8 @@ class CoordinatedWorld(World):
         encoded = batch(
             *values, producer=who.producer_id, epoch=who.epoch, sequence=sequence, transactional=True
         )
-        request = ProduceRequest(self.topic_id, partition)
-        offset: int = self.seek((self.topic_id, partition), request, (encoded,))[0].base_offset
+        request = ProduceRequest([ProducePartition(self.topic_id, partition)])
+        offset: int = self.seek((self.topic_id, partition), request, (encoded,))[0].batches[0].base_offset
         return offset
 
     def stage(self, who: ProducerIdentity, offset: int, member: str = "", epoch: int = -1) -> None:

@@ -40,7 +40,7 @@ from raftlog.net.connection import RpcConnection
 from raftlog.net.frames import FRAME_BYTES_MAX, PREFIX, Kind
 from raftlog.net.handshake import Local
 from raftlog.net.network import real_seams
-from raftlog.net.rpc import MetadataRequest, ProduceRequest, ProduceResponse
+from raftlog.net.rpc import MetadataRequest, ProducePartition, ProduceRequest, ProduceResponse
 from raftlog.record.batch import ATTRIBUTES_AT
 from raftlog.testing.local_cluster import LocalCluster
 
@@ -293,7 +293,7 @@ CORRUPT: dict[str, bytes] = {
 def test_corrupt_batch(cluster: LocalCluster, case: str) -> None:
     """That request fails; the next one on the same connection succeeds, the log holds nothing of it."""
     before = end_offset(cluster.log, 1)
-    request = ProduceRequest(topic_id(cluster), 1)
+    request = ProduceRequest([ProducePartition(topic_id(cluster), 1)])
 
     async def main() -> int:
         async with dialed(cluster) as connection:
@@ -301,7 +301,7 @@ def test_corrupt_batch(cluster: LocalCluster, case: str) -> None:
                 await connection.call(request, (CORRUPT[case],), timeout=5)
             assert not caught.value.indeterminate
             response: ProduceResponse = (await connection.call(request, (batch(b"valid"),), timeout=5))[0]
-            return response.base_offset
+            return response.batches[0].base_offset
 
     assert asyncio.run(main()) == before
     assert end_offset(cluster.log, 1) == before + 1

@@ -41,18 +41,29 @@ class Member:
         self.staged = self if leads else None
         self._to_store = True
 
-    def hand_out(self) -> None:
+    def hand_out(self) -> bool:
         self.dirty = False
         self.spy.did.append(f"{self.name} sends")
+        return self._to_store
 
     def store(self) -> None:
-        if self._to_store:
-            self._to_store = False
-            self.spy.stored.append(self)
-            self.spy.did.append(f"{self.name} stores")
+        assert self._to_store, "it said that it has something to store"
+        self._to_store = False
+        self.spy.stored.append(self)
+        self.spy.did.append(f"{self.name} stores")
 
     def follow_up(self) -> None:
         self.spy.did.append(f"{self.name} applies")
+
+
+class Answer:
+    """An answer of which a part is settled."""
+
+    def __init__(self, spy: Spy) -> None:
+        self.spy = spy
+
+    def send(self) -> None:
+        self.spy.did.append("a part leaves")
 
 
 def carried_out(*leads: bool) -> list[str]:
@@ -96,3 +107,19 @@ def test_all_that_is_marked_in_a_turn_shares_a_frame_and_a_sync() -> None:
     did = carried_out(True, False, False)
     assert did[:4] == ["leader sends", "follower sends", "follower sends", "flush"]
     assert did.count("sync") == 1
+
+
+def test_parts_of_answers_leave_before_the_sync_or_without_one() -> None:
+    async def main() -> list[str]:
+        spy = Spy()
+        spy.cycle.settle(Answer(spy))  # type: ignore[arg-type]
+        await asyncio.sleep(0)
+        assert spy.did.count("a part leaves") == 1, "though nobody else has anything to do"
+        spy.did.clear()
+        spy.cycle.mark(Member(spy, "leader", leads=True))  # type: ignore[arg-type]
+        spy.cycle.settle(Answer(spy))  # type: ignore[arg-type]
+        await asyncio.sleep(0)
+        return spy.did
+
+    did = asyncio.run(main())
+    assert did.index("a part leaves") < did.index("sync")

@@ -7,7 +7,8 @@ from broker_kit import TOPIC, World, batch
 
 from raftlog.broker.repair import Repairs
 from raftlog.errors import DamagedData, UnknownReplica
-from raftlog.net.rpc import DeleteTopicRequest, LogFramesRequest, LogFramesResponse
+from raftlog.net.rpc import DeleteTopicRequest
+from raftlog.net.rpc_repair import LogFramesRequest, LogFramesResponse
 from raftlog.storage.damage import BrokenLog
 from raftlog.testing.sim_cluster import broker_name
 

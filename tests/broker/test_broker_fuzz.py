@@ -28,18 +28,18 @@ from raftlog.net.rpc import (
     InitProducerRequest,
     JoinRequest,
     ListOffsetsRequest,
-    LogFramesRequest,
     MetadataCommandRequest,
     MetadataRequest,
     OffsetCommitRequest,
     OffsetFetchRequest,
     OffsetQuery,
+    ProducePartition,
     ProduceRequest,
-    SnapshotBytesRequest,
     StageOffsetsRequest,
     UpgradeRequest,
 )
 from raftlog.net.rpc_cluster import AlterTopicRequest, DrainRequest, ImageRequest, ReportRequest
+from raftlog.net.rpc_repair import LogFramesRequest, SnapshotBytesRequest
 from raftlog.net.rpc_transactions import (
     AbortTransactionRequest,
     DescribeTransactionsRequest,
@@ -79,7 +79,12 @@ creations = st.builds(
 )
 
 STRATEGIES: dict[type[Any], st.SearchStrategy[Any]] = {
-    ProduceRequest: st.builds(ProduceRequest, topic_ids, numbers, numbers),
+    ProduceRequest: st.builds(
+        ProduceRequest,
+        st.lists(st.builds(ProducePartition, topic_ids, numbers), max_size=3),
+        st.lists(numbers, max_size=3),
+        numbers,
+    ),
     FetchRequest: st.builds(
         FetchRequest, numbers.map(lambda wait: min(wait, 50)), numbers, st.lists(fetch_partitions, max_size=4)
     ),
@@ -185,6 +190,9 @@ def real(request: Any, topic_id: bytes) -> Any:
         )
     if isinstance(request, ListOffsetsRequest):
         return msgspec.structs.replace(request, queries=[real(each, topic_id) for each in request.queries])
+    if isinstance(request, ProduceRequest):
+        partitions = [real(each, topic_id) for each in request.partitions]
+        return msgspec.structs.replace(request, partitions=partitions)
     if getattr(request, "topic_id", b"") == b"topic":
         return msgspec.structs.replace(request, topic_id=topic_id)
     return request

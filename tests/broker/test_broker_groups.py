@@ -36,6 +36,7 @@ from raftlog.net.rpc import (
     MetadataRequest,
     OffsetCommitRequest,
     OffsetQuery,
+    ProducePartition,
     ProduceRequest,
 )
 from raftlog.net.rpc_transactions import InitTransactionsRequest, WriteMarkersRequest
@@ -484,7 +485,7 @@ def test_users_do_not_write_or_read_them() -> None:
         place = world.group_place
         connection = world.connection(world.leader_at(place))
         with pytest.raises(InvalidTopic):
-            world.call(connection, ProduceRequest(*place), (batch(b"mine"),))
+            world.call(connection, ProduceRequest([ProducePartition(*place)]), (batch(b"mine"),))
         fetched = world.call(connection, FetchRequest(0, 1 << 20, [FetchPartition(*place, 0)]))[0]
         listed = world.call(connection, ListOffsetsRequest([OffsetQuery(*place, -1)]))[0]
         for error in (fetched.partitions[0].error, listed.answers[0].error):

@@ -21,7 +21,7 @@ from raftlog.errors import (
     UnknownProducer,
     UnknownReplica,
 )
-from raftlog.net.rpc import ProduceRequest, ProduceResponse
+from raftlog.net.rpc import ProducePartition, ProduceRequest, ProduceResponse
 from raftlog.raft.types import AppendRequest
 from raftlog.testing.sim_cluster import broker_name
 
@@ -120,7 +120,7 @@ def test_a_duplicate_of_a_batch_in_flight_waits_for_the_original(world: World) -
     world.until(lambda: original.done() and again.done() and follows.done())
     found = [outcome(task) for task in (original, again, follows)]
     assert all(isinstance(each, ProduceResponse) for each in found), found
-    assert [each.base_offset for each in found if isinstance(each, ProduceResponse)] == [0, 0, 1]
+    assert [each.batches[0].base_offset for each in found if isinstance(each, ProduceResponse)] == [0, 0, 1]
     assert world.fetched(world.dial(world.leader())) == [b"once", b"twice"]
 
 
@@ -153,7 +153,7 @@ def test_a_partition_of_nobody_here_is_refused(world: World) -> None:
     connection = world.dial(world.leader())
     for topic_id, partition in ((b"?" * 16, 0), (world.topic_id, 1), (world.topic_id, -1)):
         with pytest.raises(UnknownReplica):
-            world.call(connection, ProduceRequest(topic_id, partition), (batch(b"a"),))
+            world.call(connection, ProduceRequest([ProducePartition(topic_id, partition)]), (batch(b"a"),))
     assert world.written(connection, batch(b"a")) == 0
 
 
@@ -218,7 +218,7 @@ def test_a_leader_may_hear_of_its_successor_and_of_its_entries_at_once(world: Wo
     )
 
     async def hear() -> None:
-        replica.step(request)
+        replica.step(request, replica.host.now_ms())
 
     world.cluster.run(hear(), node=broker_name(old))
     world.until(lambda: replica.node.applied == successor.node.commit)
@@ -247,10 +247,10 @@ def test_too_much_in_flight_is_busy_and_over_when_it_is_committed() -> None:
 def test_a_batch_without_acknowledgement_is_written_or_dropped_in_silence(world: World) -> None:
     leader = world.leader()
     connection = world.dial(leader)
-    request = ProduceRequest(world.topic_id, 0, 0)
+    request = ProduceRequest([ProducePartition(world.topic_id, 0)], acks=0)
     world.tell(connection, request, (batch(b"kept"),))
     world.tell(connection, request, (b"rubbish",))
-    world.tell(connection, ProduceRequest(b"?" * 16, 0, 0), (batch(b"lost"),))
+    world.tell(connection, ProduceRequest([ProducePartition(b"?" * 16, 0)], acks=0), (batch(b"lost"),))
     world.until(lambda: world.replica(leader).committed_offset == 1)
     assert world.written(connection, batch(b"after")) == 1
     assert world.fetched(connection) == [b"kept", b"after"]

@@ -11,7 +11,7 @@ from broker_kit import TOPIC, World, batch
 from coordination_kit import GROUP, CoordinatedWorld, begun
 
 from raftlog.broker.sampling import BrokerSampler
-from raftlog.net.rpc import BrokerStatusRequest, MetadataRequest, ProduceRequest
+from raftlog.net.rpc import BrokerStatusRequest, MetadataRequest, ProducePartition, ProduceRequest
 from raftlog.telemetry import catalogue as c
 from raftlog.telemetry.catalogue import BROKER_METRICS, Metric, Sample
 from raftlog.telemetry.counters import Latency
@@ -94,7 +94,7 @@ def test_a_duplicate_and_a_refused_batch_are_not_counted() -> None:
         watched, connection = Watched(world, 0), world.dial(0)
         encoded = batch(b"a", producer=7, sequence=0)
         assert world.written(connection, encoded) == world.written(connection, encoded)
-        task = world.ask(connection, ProduceRequest(world.topic_id, 0), (b"x" * 100,))
+        task = world.ask(connection, ProduceRequest([ProducePartition(world.topic_id, 0)]), (b"x" * 100,))
         world.until(task.done)
         assert task.exception() is not None
         assert watched.value(c.PRODUCED_RECORDS, TOPIC) == 1

@@ -10,7 +10,14 @@ from broker_kit import RAW, World, batch
 from raftlog.errors import Busy, ConnectionLost, RaftlogError
 from raftlog.net.connection import RpcConnection
 from raftlog.net.handshake import Local
-from raftlog.net.rpc import FetchPartition, FetchRequest, MetadataRequest, ProduceRequest, Request
+from raftlog.net.rpc import (
+    FetchPartition,
+    FetchRequest,
+    MetadataRequest,
+    ProducePartition,
+    ProduceRequest,
+    Request,
+)
 from raftlog.testing.sim_cluster import PORT, broker_name
 
 
@@ -27,7 +34,7 @@ def test_who_comes_while_a_broker_starts_is_told_to_come_again() -> None:
         disk = world.cluster.disks[0]
         disk.read_latency, disk.cached = 0.05, False
         requests: list[tuple[Request[Any], tuple[bytes, ...]]] = [
-            (ProduceRequest(topic_id, 0), (batch(b"x"),)),
+            (ProduceRequest([ProducePartition(topic_id, 0)]), (batch(b"x"),)),
             (FetchRequest(0, 1_000, [FetchPartition(topic_id, 0, 0)]), ()),
             (MetadataRequest(None), ()),
         ]

@@ -15,7 +15,14 @@ from raftlog.broker.internal_topics import GROUPS_TOPIC, TRANSACTIONS_TOPIC
 from raftlog.errors import RaftlogError
 from raftlog.net.connection import RpcConnection
 from raftlog.net.handshake import Local
-from raftlog.net.rpc import GroupOffset, OffsetFetchRequest, ProduceRequest, Request, StageOffsetsRequest
+from raftlog.net.rpc import (
+    GroupOffset,
+    OffsetFetchRequest,
+    ProducePartition,
+    ProduceRequest,
+    Request,
+    StageOffsetsRequest,
+)
 from raftlog.net.rpc_transactions import (
     EndTransactionRequest,
     EnlistRequest,
@@ -110,7 +117,7 @@ class Producer:
         value = f"{self.name} {number}".encode()
         encoded = batch(value, producer=producer_id, epoch=epoch, sequence=0, transactional=True)
         for target in targets:
-            await self.caller.call(target, ProduceRequest(*target), (encoded,))
+            await self.caller.call(target, ProduceRequest([ProducePartition(*target)]), (encoded,))
         offsets = [GroupOffset(self.topic_id, 0, number + 1)]
         await self.caller.call(
             self.group_place,

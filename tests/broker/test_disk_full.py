@@ -79,7 +79,7 @@ def test_disk_full(world: World) -> None:
     for number, task in enumerate(tasks):
         found = outcome(task)
         if isinstance(found, ProduceResponse):
-            assert values[found.base_offset] == b"%d" % number + BIG
+            assert values[found.batches[0].base_offset] == b"%d" % number + BIG
         elif isinstance(found, StorageFull):
             assert b"%d" % number + BIG not in values, "a refusal means that nothing happened"
     assert (values[0], values[-1]) == (b"before", b"after")
@@ -178,7 +178,7 @@ def test_a_failed_sync_retires_the_broker_and_the_others_go_on(world: World) -> 
     task = world.produce(connection, batch(b"doubtful"))
     world.until(task.done)
     found = outcome(task)
-    assert not isinstance(found, ProduceResponse) or found.base_offset == 1
+    assert not isinstance(found, ProduceResponse) or found.batches[0].base_offset == 1
     world.until(world.broker(leader).failed.done)
     assert isinstance(world.broker(leader).failed.result(), StorageFailed)
     with pytest.raises(NotLeader, match="out of service"):

@@ -66,7 +66,7 @@ def test_1_acknowledged_before_it_was_synced(world: World, kept: CrashMode) -> N
             value = b"%d-%d" % (number, part)
             task = world.produce(connection, batch(value))
             world.until(task.done)
-            assert task.result()[0].base_offset == len(acknowledged)
+            assert task.result()[0].batches[0].base_offset == len(acknowledged)
             acknowledged.append(value)
         for broker_id in list(world.cluster.brokers):
             world.cluster.cut_power(broker_id, kept)
@@ -173,13 +173,13 @@ def test_5_membership_changes_while_the_network_is_cut(seed: int) -> None:
             world.loop.run_for(random.uniform(0.0, 3.0))
             for task in tasks:
                 if task.done() and task.exception() is None:
-                    offset = task.result()[0].base_offset
+                    offset = task.result()[0].batches[0].base_offset
                     assert acknowledged.setdefault(offset, value) == value
             world.cluster.network.heal()
             for task in tasks:
                 world.until(task.done)
                 if task.exception() is None:
-                    offset = task.result()[0].base_offset
+                    offset = task.result()[0].batches[0].base_offset
                     assert acknowledged.setdefault(offset, value) == value
         world.until(lambda: not world.assignment.leaving, 60.0)
         connection = world.dial(world.leader())

@@ -12,7 +12,13 @@ from transaction_world import TOPIC
 
 from raftlog.broker.transactions import EPOCH_MAX, Enlisted, NeedsProducerId
 from raftlog.errors import ConcurrentTransactions, InvalidTransaction, ProducerFenced, TransactionTimedOut
-from raftlog.net.rpc import CommittedBefore, GroupOffset, ProduceRequest, StageOffsetsRequest
+from raftlog.net.rpc import (
+    CommittedBefore,
+    GroupOffset,
+    ProducePartition,
+    ProduceRequest,
+    StageOffsetsRequest,
+)
 from raftlog.net.rpc_transactions import ProducerIdentity
 from raftlog.record.control import Marker
 from raftlog.state.transactions import Cause, Identity, Phase, PutTransaction, TransactionsState
@@ -212,7 +218,7 @@ def write(
 ) -> None:
     """Produce to partition 0."""
     encoded = batch(value, producer=who.producer_id, epoch=who.epoch, sequence=sequence, transactional=True)
-    world.seek((world.topic_id, 0), ProduceRequest(world.topic_id, 0, before=before), (encoded,))
+    world.seek((world.topic_id, 0), ProduceRequest([ProducePartition(world.topic_id, 0, before)]), (encoded,))
 
 
 def word(ended: ProducerIdentity, following: ProducerIdentity) -> CommittedBefore:

@@ -10,7 +10,8 @@ from raftlog.broker.repair import Repairs
 from raftlog.errors import NotLeader, RaftlogError, StorageFull
 from raftlog.net.connection import RpcConnection
 from raftlog.net.handshake import Local
-from raftlog.net.rpc import BrokerStatusRequest, LogFramesRequest, LogFramesResponse, ReplicaRow
+from raftlog.net.rpc import BrokerStatusRequest, ReplicaRow
+from raftlog.net.rpc_repair import LogFramesRequest, LogFramesResponse
 from raftlog.raft.types import Role
 from raftlog.record.frame import FrameKind
 from raftlog.storage.manifest import load_manifest, store_manifest

@@ -11,7 +11,7 @@ from test_host_disks import status
 
 from raftlog.broker.partition import PartitionReplica
 from raftlog.errors import DamagedData, StorageFailed
-from raftlog.net.rpc import LogFramesRequest, LogFramesResponse
+from raftlog.net.rpc_repair import LogFramesRequest, LogFramesResponse
 from raftlog.state.partition import SetLogStart
 from raftlog.storage.segment import SEGMENT_HEADER_BYTES
 from raftlog.storage.snapshot_file import snapshot_path

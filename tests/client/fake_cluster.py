@@ -17,6 +17,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from raftlog import aio
+from raftlog.broker.produce import BatchAnswer, split_batches
 from raftlog.client.cluster import Bootstrap, ClusterClient
 from raftlog.errors import (
     NotLeader,
@@ -45,8 +46,25 @@ SECRET = b"the secret of the fake cluster.."
 PORT = 9092
 TOPIC = "orders"
 
-Fault = Callable[["FakeBroker", "FakePartition", memoryview, Reply], None]
-"""What a broker does with one produce request instead of appending and answering."""
+Fault = Callable[["FakeBroker", "FakePartition", memoryview, "Answer"], None]
+"""What a broker does with one batch instead of appending and answering."""
+
+
+class BatchReply:
+    """The answer to one batch of a request of several."""
+
+    def __init__(self, answer: BatchAnswer, number: int) -> None:
+        self._answer = answer
+        self._number = number
+
+    def ok(self, response: rpc.ProduceResponse) -> None:
+        self._answer.settle(self._number, response.batches[0], None)
+
+    def fail(self, error: RaftlogError) -> None:
+        self._answer.settle(self._number, None, error)
+
+
+Answer = Reply | BatchReply
 
 
 class FakePartition:
@@ -133,9 +151,9 @@ class FakeCluster:
         self.requests: list[tuple[int, rpc.Struct]] = []
         """(broker id, request) of everything that came."""
         self.faults: deque[Fault | None] = deque()
-        """For the next produce requests, one each; None: nothing wrong."""
+        """For the next batches, one each; None: nothing wrong."""
         self.every_fault: Fault | None = None
-        """For all produce requests when ``faults`` is empty."""
+        """For all batches when ``faults`` is empty."""
         self.create_faults: deque[RaftlogError] = deque()
         """Raised after the next topics were created, one each."""
         self.fetch_errors: deque[RaftlogError] = deque()
@@ -180,6 +198,10 @@ class FakeCluster:
     def count(self, kind: type[rpc.Struct]) -> int:
         """How many requests of this kind came."""
         return sum(isinstance(request, kind) for _, request in self.requests)
+
+    def batches(self) -> int:
+        """How many batches came."""
+        return sum(len(each.partitions) for _, each in self.requests if isinstance(each, rpc.ProduceRequest))
 
     def find(self, topic_id: bytes, index: int) -> FakePartition:
         for partitions in self.topics.values():
@@ -257,10 +279,11 @@ class FakeBroker:
     def on_one_way(self, connection: ServerConnection, message: rpc.Struct, payload: memoryview) -> None:
         self.cluster.requests.append((self.id, message))
         assert isinstance(message, rpc.ProduceRequest)
-        self.one_way.append(bytes(payload))
-        partition = self.cluster.find(message.topic_id, message.partition)
-        if partition.leader == self.id:
-            partition.append(payload, self.seams.wall_ms())
+        for to, batch in zip(message.partitions, split_batches(message, payload), strict=True):
+            self.one_way.append(bytes(batch))
+            partition = self.cluster.find(to.topic_id, to.partition)
+            if partition.leader == self.id:
+                partition.append(batch, self.seams.wall_ms())
 
     def on_request(
         self, connection: ServerConnection, request: rpc.Request[Any], payload: memoryview, reply: Reply
@@ -325,16 +348,27 @@ class FakeBroker:
         return partition
 
     def _produce(self, request: rpc.ProduceRequest, payload: memoryview, reply: Reply) -> None:
-        partition = self._led(request.topic_id, request.partition)
-        faults = self.cluster.faults
-        fault = faults.popleft() if faults else self.cluster.every_fault
-        if fault is None:
-            self.append_and_answer(partition, payload, reply)
-        else:
-            fault(self, partition, payload, reply)
+        batches = split_batches(request, payload)
+        answer = BatchAnswer(reply, list(map(len, batches)), self)
+        for number, (to, batch) in enumerate(zip(request.partitions, batches, strict=True)):
+            one = BatchReply(answer, number) if len(batches) > 1 else reply
+            try:
+                partition = self._led(to.topic_id, to.partition)
+                faults = self.cluster.faults
+                fault = faults.popleft() if faults else self.cluster.every_fault
+                if fault is None:
+                    self.append_and_answer(partition, batch, one)
+                else:
+                    fault(self, partition, batch, one)
+            except RaftlogError as error:
+                one.fail(error)
 
-    def append_and_answer(self, partition: FakePartition, payload: memoryview, reply: Reply) -> None:
-        reply.ok(rpc.ProduceResponse(*partition.append(payload, self.seams.wall_ms())))
+    def settle(self, answer: BatchAnswer) -> None:
+        """Parts of answers leave at the end of the turn."""
+        asyncio.get_running_loop().call_soon(answer.send)
+
+    def append_and_answer(self, partition: FakePartition, payload: memoryview, reply: Answer) -> None:
+        reply.ok(rpc.ProduceResponse([rpc.Produced(*partition.append(payload, self.seams.wall_ms()))]))
 
     def _offset(self, query: rpc.OffsetQuery) -> rpc.OffsetAnswer:
         try:
@@ -463,7 +497,7 @@ async def send_singly(producer: aio.Producer, values: list[bytes], partition: in
 def refuse(error: RaftlogError) -> Fault:
     """Answer with an error; nothing is appended."""
 
-    def fault(broker: FakeBroker, partition: FakePartition, payload: memoryview, reply: Reply) -> None:
+    def fault(broker: FakeBroker, partition: FakePartition, payload: memoryview, reply: Answer) -> None:
         reply.fail(error)
 
     return fault
@@ -472,29 +506,29 @@ def refuse(error: RaftlogError) -> Fault:
 def append_then(error: RaftlogError) -> Fault:
     """Append, and answer with an error nevertheless."""
 
-    def fault(broker: FakeBroker, partition: FakePartition, payload: memoryview, reply: Reply) -> None:
+    def fault(broker: FakeBroker, partition: FakePartition, payload: memoryview, reply: Answer) -> None:
         partition.append(payload, broker.seams.wall_ms())
         reply.fail(error)
 
     return fault
 
 
-def lose_answer(broker: FakeBroker, partition: FakePartition, payload: memoryview, reply: Reply) -> None:
+def lose_answer(broker: FakeBroker, partition: FakePartition, payload: memoryview, reply: Answer) -> None:
     """Append, and break the connection before the answer."""
     partition.append(payload, broker.seams.wall_ms())
     broker.drop_connections()
 
 
-def lose_request(broker: FakeBroker, partition: FakePartition, payload: memoryview, reply: Reply) -> None:
+def lose_request(broker: FakeBroker, partition: FakePartition, payload: memoryview, reply: Answer) -> None:
     """Break the connection before appending."""
     broker.drop_connections()
 
 
-def ignore(broker: FakeBroker, partition: FakePartition, payload: memoryview, reply: Reply) -> None:
+def ignore(broker: FakeBroker, partition: FakePartition, payload: memoryview, reply: Answer) -> None:
     """Neither append nor answer."""
 
 
-def append_silently(broker: FakeBroker, partition: FakePartition, payload: memoryview, reply: Reply) -> None:
+def append_silently(broker: FakeBroker, partition: FakePartition, payload: memoryview, reply: Answer) -> None:
     """Append and never answer."""
     partition.append(payload, broker.seams.wall_ms())
 
@@ -502,7 +536,7 @@ def append_silently(broker: FakeBroker, partition: FakePartition, payload: memor
 def move_to(leader: int) -> Fault:
     """Leadership moves before the request is looked at."""
 
-    def fault(broker: FakeBroker, partition: FakePartition, payload: memoryview, reply: Reply) -> None:
+    def fault(broker: FakeBroker, partition: FakePartition, payload: memoryview, reply: Answer) -> None:
         broker.cluster.move(partition, leader)
         reply.fail(NotLeader("not any more", leader=leader, term=partition.term))
 

@@ -35,6 +35,7 @@ from raftlog.net.rpc import (
     MetadataRequest,
     MetadataResponse,
     PartitionRow,
+    ProducePartition,
     ProduceRequest,
     TopicRow,
 )
@@ -291,7 +292,9 @@ def test_a_broker_that_hosts_the_partition_no_more_is_not_asked_again(
         monkeypatch.setattr(FakeBroker, "_led", gone)
         began = world.loop.time()
         batch = encode_batch([b"x"], None, 0)
-        await client.call_leader(place, ProduceRequest(place.topic_id, 0), (batch,), timeout=5)
+        await client.call_leader(
+            place, ProduceRequest([ProducePartition(place.topic_id, 0)]), (batch,), timeout=5
+        )
         await client.close()
         return world.loop.time() - began
 

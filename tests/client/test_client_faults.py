@@ -35,7 +35,7 @@ from raftlog.errors import (
     UnknownProducer,
     UnknownTopic,
 )
-from raftlog.net.rpc import InitProducerRequest, ProduceRequest
+from raftlog.net.rpc import InitProducerRequest
 
 
 def produce(world: SimWorld, values: list[bytes], **settings: Any) -> list[Any]:
@@ -130,7 +130,7 @@ def test_max_in_flight_bounds_the_window(world: SimWorld) -> None:
         producer = log.producer(max_in_flight=2)
         await send_singly(producer, numbered(5))
         await asyncio.sleep(0.2)
-        assert world.cluster.count(ProduceRequest) == 2
+        assert world.cluster.batches() == 2
         producer._core.sender.stop()
         await log._connected().close()
 
@@ -188,7 +188,7 @@ def test_a_late_answer_of_a_leader_that_was_left_is_stale(world: SimWorld) -> No
             assert [broker.id for broker, *_ in held] == [0, 1], "sent again to the new leader"
             held[0][3].fail(LeadershipLost("at last"))
             await asyncio.sleep(0.1)
-            assert world.cluster.count(ProduceRequest) == 2, "that was about the first attempt"
+            assert world.cluster.batches() == 2, "that was about the first attempt"
             broker, at, payload, reply = held[1]
             broker.append_and_answer(at, payload, reply)
             assert (await delivery).offset == 0

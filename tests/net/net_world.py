@@ -11,7 +11,7 @@ from raftlog.errors import RaftlogError
 from raftlog.net.connection import RpcConnection
 from raftlog.net.handshake import Local
 from raftlog.net.network import Seams
-from raftlog.net.rpc import ProduceRequest, ProduceResponse, Request, Struct
+from raftlog.net.rpc import Produced, ProducePartition, ProduceRequest, ProduceResponse, Request, Struct
 from raftlog.net.server import Reply, RpcServer, ServerConnection
 from raftlog.net.stream import Limits
 from raftlog.testing.loop import SimLoop
@@ -24,7 +24,11 @@ PORT = 9092
 
 
 def produce(partition: int = 0) -> ProduceRequest:
-    return ProduceRequest(topic_id=b"t" * 16, partition=partition)
+    return ProduceRequest([ProducePartition(b"t" * 16, partition)])
+
+
+def produced(offset: int) -> ProduceResponse:
+    return ProduceResponse([Produced(offset, 0)])
 
 
 def broker(broker_id: int, incarnation: int = 1) -> Local:
@@ -65,7 +69,8 @@ class Recorder:
         if self.hold:
             self.held.append(reply)
         else:
-            reply.ok(ProduceResponse(getattr(request, "partition", 0), 0), (payload,))
+            partition = request.partitions[0].partition if isinstance(request, ProduceRequest) else 0
+            reply.ok(produced(partition), (payload,))
 
     def on_one_way(self, connection: ServerConnection, message: Struct, payload: memoryview) -> None:
         self.one_way.append((message, bytes(payload)))
@@ -78,7 +83,7 @@ class Recorder:
     def release(self) -> None:
         held, self.held = self.held, []
         for reply in held:
-            reply.ok(ProduceResponse(0, 0))
+            reply.ok(produced(0))
 
 
 class RpcWorld:

@@ -6,9 +6,9 @@ import gc
 from collections.abc import Iterator
 
 import pytest
-from net_world import RpcWorld, broker, produce
+from net_world import RpcWorld, broker, produce, produced
 
-from raftlog.net.rpc import ProduceResponse, RaftMessages
+from raftlog.net.rpc import RaftMessages
 from raftlog.net.stream import Limits
 from raftlog.testing.transport import SimTransport
 
@@ -50,7 +50,7 @@ def test_a_connection_over_its_budget_is_not_read_until_half_is_answered(world: 
     held = len(world.handler.held)
     while 2 * accepted.in_flight_bytes > 1000 * KIB:
         assert not is_reading(accepted)
-        world.handler.held.pop(0).ok(ProduceResponse(0, 0))
+        world.handler.held.pop(0).ok(produced(0))
     assert is_reading(accepted)
     world.until(lambda: len(world.handler.requests) > held)
     world.handler.hold = False
@@ -71,7 +71,7 @@ def test_the_budget_of_the_broker_pauses_those_who_use_it_and_spares_the_others(
     assert sum(not is_reading(connection) for connection in server.connections) >= 1
     world.handler.hold = False
     response, _ = world.run("light", light.call(produce(7), timeout=5.0))
-    assert response.base_offset == 7
+    assert response.batches[0].base_offset == 7
     world.handler.release()
     world.until(lambda: all(future.done() for future in futures))
     assert all(is_reading(connection) for connection in server.connections)
@@ -150,7 +150,7 @@ def test_frames_above_the_limit_of_the_other_side_are_refused(world: RpcWorld) -
     world.serve(limits=Limits(frame_bytes_max=100 * KIB))
     connection = world.dial()
     response, _ = world.run("c", connection.call(produce(1), (bytes(99 * KIB),), timeout=5.0))
-    assert response.base_offset == 1
+    assert response.batches[0].base_offset == 1
     future = connection.request(produce(), (bytes(100 * KIB),))
     world.until(future.done)
     assert future.exception() is not None

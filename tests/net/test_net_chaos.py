@@ -53,7 +53,7 @@ class Caller:
         except RaftlogError:
             self.failed += 1
             return
-        assert (response.base_offset, payload) == (number, data), "the answer to another request"
+        assert (response.batches[0].base_offset, payload) == (number, data), "the answer to another request"
         self.answered += 1
 
 

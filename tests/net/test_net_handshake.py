@@ -36,7 +36,7 @@ def world() -> Iterator[RpcWorld]:
 def next_valid_request_succeeds(world: RpcWorld) -> None:
     connection = world.dial(node="valid")
     response, payload = world.run("valid", connection.call(produce(3), (b"x",), timeout=5.0))
-    assert (response.base_offset, bytes(payload)) == (3, b"x")
+    assert (response.batches[0].base_offset, bytes(payload)) == (3, b"x")
     connection.close()
 
 

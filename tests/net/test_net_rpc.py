@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 import pytest
-from net_world import RpcWorld, broker, produce
+from net_world import RpcWorld, broker, produce, produced
 
 from raftlog.errors import (
     Busy,
@@ -26,8 +26,8 @@ from raftlog.net.frames import PREFIX, Kind, encode_head
 from raftlog.net.rpc import (
     Addresses,
     InitProducerRequest,
+    ProducePartition,
     ProduceRequest,
-    ProduceResponse,
     RaftMessages,
     Struct,
 )
@@ -49,7 +49,7 @@ def _collect() -> Iterator[None]:
 
 def call(world: RpcWorld, connection: RpcConnection, partition: int = 0, payload: bytes = b"") -> bytes:
     response, answer = world.run("c", connection.call(produce(partition), (payload,), timeout=30.0))
-    assert response.base_offset == partition
+    assert response.batches[0].base_offset == partition
     return bytes(answer)
 
 
@@ -77,10 +77,10 @@ def test_hundreds_in_flight_come_back_each_to_its_own(world: RpcWorld) -> None:
         futures = [connection.request(produce(i), (str(i).encode() * (i % 50),)) for i in range(500)]
         for i, future in enumerate(futures):
             response, payload = await future
-            assert (response.base_offset, bytes(payload)) == (i, str(i).encode() * (i % 50))
+            assert (response.batches[0].base_offset, bytes(payload)) == (i, str(i).encode() * (i % 50))
 
     world.run("c", main())
-    assert [request.partition for request in world.handler.requests] == list(range(500))
+    assert [request.partitions[0].partition for request in world.handler.requests] == list(range(500))
 
 
 def test_answers_may_come_in_any_order(world: RpcWorld) -> None:
@@ -90,10 +90,61 @@ def test_answers_may_come_in_any_order(world: RpcWorld) -> None:
     futures = [connection.request(produce(i)) for i in range(3)]
     world.until(lambda: len(world.handler.held) == 3)
     for i in (2, 0, 1):
-        world.handler.held[i].ok(ProduceResponse(i, 0))
+        world.handler.held[i].ok(produced(i))
         world.until(lambda i=i: futures[i].done())
-        assert futures[i].result()[0].base_offset == i
+        assert futures[i].result()[0].batches[0].base_offset == i
     assert [future.done() for future in futures] == [True] * 3
+
+
+def test_an_answer_may_come_in_parts_each_of_which_frees_its_share(world: RpcWorld) -> None:
+    server = world.serve()
+    world.handler.hold = True
+    connection = world.dial()
+    told: list[tuple[Any, Any]] = []
+
+    async def ask() -> None:
+        connection.ask(produce(), (bytes(1000),), lambda response, _, error: told.append((response, error)))
+
+    world.run("c", ask())
+    world.until(lambda: bool(world.handler.held))
+    (reply,) = world.handler.held
+    whole = server.in_flight_bytes
+    for number in range(2):
+        reply.part(produced(number), 300)
+        assert server.in_flight_bytes == whole - 300 * (number + 1)
+        world.until(lambda number=number: len(told) == number + 1)
+    assert connection._pending
+    assert not reply.is_done
+    reply.ok(produced(2))
+    world.until(lambda: len(told) == 3)
+    assert told == [(produced(number), None) for number in range(3)]
+    assert (server.in_flight_bytes, connection._pending) == (0, {})
+    with pytest.raises(AssertionError, match="after the whole"):
+        reply.part(produced(3), 0)
+
+
+def test_what_is_left_of_an_answer_fails_with_the_connection(world: RpcWorld) -> None:
+    server = world.serve()
+    world.handler.hold = True
+    connection = world.dial()
+    told: list[tuple[Any, Any]] = []
+
+    async def ask() -> None:
+        connection.ask(produce(), (bytes(1000),), lambda response, _, error: told.append((response, error)))
+
+    world.run("c", ask())
+    world.until(lambda: bool(world.handler.held))
+    (reply,) = world.handler.held
+    reply.part(produced(0), 300)
+    world.until(lambda: len(told) == 1)
+    connection.close()
+    world.until(lambda: len(told) == 2)
+    assert isinstance(told[1][1], ConnectionLost)
+    assert told[1][1].indeterminate
+    world.until(lambda: not server.connections)
+    reply.part(produced(1), 300)
+    reply.ok(produced(2))
+    assert server.in_flight_bytes == 0
 
 
 def test_one_way_messages_arrive_in_order_and_are_not_answered(world: RpcWorld) -> None:
@@ -102,12 +153,12 @@ def test_one_way_messages_arrive_in_order_and_are_not_answered(world: RpcWorld) 
     addresses = Addresses({1: (5, "h", 9092)})
     connection.send(addresses)
     connection.send(RaftMessages([1, "x"], [3]), (b"abc",))
-    connection.send(ProduceRequest(b"t" * 16, 0, acks=0), (b"batch",))
+    connection.send(ProduceRequest([ProducePartition(b"t" * 16, 0)], acks=0), (b"batch",))
     world.until(lambda: len(world.handler.one_way) == 3)
     assert world.handler.one_way == [
         (addresses, b""),
         (RaftMessages([1, "x"], [3]), b"abc"),
-        (ProduceRequest(b"t" * 16, 0, acks=0), b"batch"),
+        (ProduceRequest([ProducePartition(b"t" * 16, 0)], acks=0), b"batch"),
     ]
     world.loop.run_for(1.0)
     assert not connection._pending
@@ -152,12 +203,16 @@ def test_fields_of_a_newer_release_are_ignored_and_those_of_an_older_one_get_def
 ) -> None:
     world.serve()
     connection = world.dial()
-    for correlation, fields in ((71, [b"t" * 16, 5]), (72, [b"t" * 16, 6, -1, None, "from the future", [1]])):
+    topic = b"t" * 16
+    for correlation, fields in (
+        (71, [[[topic, 5]]]),
+        (72, [[[topic, 6, None, [1]]], [], -1, "from the future"]),
+    ):
         future = world.loop.create_future()
         connection._pending[correlation] = partial(_settle, future)
         connection._write(encode_head(Kind.REQUEST, 10, 1, correlation, fields), (), 0)
         world.until(future.done)
-        assert future.result()[0].base_offset == fields[1]
+        assert future.result()[0].batches[0].base_offset == fields[0][0][1]
     assert [request.acks for request in world.handler.requests] == [-1, -1]
 
 
@@ -201,7 +256,7 @@ def test_a_late_refusal_through_the_reply(world: RpcWorld) -> None:
     world.until(future.done)
     assert isinstance(future.exception(), Busy)
     with pytest.raises(AssertionError, match="twice"):
-        world.handler.held[0].ok(ProduceResponse(0, 0))
+        world.handler.held[0].ok(produced(0))
 
 
 def test_an_answer_that_does_not_encode_leaves_the_reply_open(world: RpcWorld) -> None:
@@ -219,7 +274,7 @@ def test_an_answer_that_does_not_encode_leaves_the_reply_open(world: RpcWorld) -
     assert server.in_flight_bytes > 0
     world.handler.release()
     world.until(future.done)
-    assert future.result()[0] == ProduceResponse(0, 0)
+    assert future.result()[0] == produced(0)
     assert server.in_flight_bytes == 0
 
 
@@ -256,7 +311,7 @@ def test_a_cancelled_request_does_not_disturb_the_others(world: RpcWorld) -> Non
     first, second = connection.request(produce(1)), connection.request(produce(2))
     first.cancel()
     world.until(second.done)
-    assert second.result()[0].base_offset == 2
+    assert second.result()[0].batches[0].base_offset == 2
     world.until(lambda: not connection._pending)
 
 
@@ -356,7 +411,7 @@ def test_a_connection_cut_inside_a_frame_loses_that_frame_only(world: RpcWorld) 
     connection._transport.write(frame)
     connection._transport.close()
     world.until(lambda: bool(world.handler.closed))
-    assert [request.partition for request in world.handler.requests] == [1]
+    assert [request.partitions[0].partition for request in world.handler.requests] == [1]
     assert "inside a frame" in str(world.handler.closed[0][1])
 
 
@@ -366,7 +421,7 @@ GARBAGE = {
     "oversized": PREFIX.pack(1 << 30, Kind.REQUEST, 10, 1, 0, 1, 0),
     "unknown kind": PREFIX.pack(12, 99, 10, 1, 0, 1, 0),
     "hello again": encode_head(Kind.HELLO, 0, 1, 0, produce()),
-    "response from a client": encode_head(Kind.RESPONSE, 10, 1, 1, ProduceResponse(0, 0)),
+    "response from a client": encode_head(Kind.RESPONSE, 10, 1, 1, produced(0)),
     "other version": encode_head(Kind.REQUEST, 10, 9, 1, produce()),
     "header of another type": encode_head(Kind.REQUEST, 10, 1, 1, ["a", "b", "c"]),
     "header not msgpack": PREFIX.pack(13, Kind.REQUEST, 10, 1, 0, 1, 1) + b"\xc1",
@@ -390,12 +445,12 @@ def test_oversized_or_garbage_frames_close_that_connection_only(
     assert "client 'app'" in caplog.text
     assert isinstance(world.handler.closed[0][1], ProtocolError)
     response, _ = world.run("b", bystander.call(produce(4), timeout=5.0))
-    assert response.base_offset == 4
+    assert response.batches[0].base_offset == 4
     call(world, world.dial(node="c"), 5)
 
 
 BAD_ANSWERS = {
-    "unasked": encode_head(Kind.RESPONSE, 10, 1, 4711, ProduceResponse(0, 0)),
+    "unasked": encode_head(Kind.RESPONSE, 10, 1, 4711, produced(0)),
     "undecodable": encode_head(Kind.RESPONSE, 10, 1, 1, ["x"]),
     "bad error": encode_head(Kind.ERROR, 10, 1, 1, [1]),
     "request": encode_head(Kind.REQUEST, 10, 1, 1, produce()),

@@ -60,7 +60,7 @@ def test_echo_of_all_sizes_pipelined() -> None:
             futures = [connection.request(produce(i), (payload,)) for i, payload in enumerate(payloads)]
             for i, future in enumerate(futures):
                 response, payload = await future
-                assert response.base_offset == i
+                assert response.batches[0].base_offset == i
                 assert payload == payloads[i]
             connection.close()
             await until(lambda: bool(handler.closed))
@@ -148,7 +148,7 @@ def test_wrong_secret_garbage_and_refused_connections() -> None:
             await writer.wait_closed()
             connection = await dial(server)
             response, _ = await connection.call(produce(4), (b"x",), timeout=5.0)
-            assert response.base_offset == 4
+            assert response.batches[0].base_offset == 4
             connection.close()
             address = server.local.address
         with pytest.raises(ConnectionLost, match="cannot connect"):

@@ -9,14 +9,14 @@ import pytest
 import test_replication
 from chaos import Chaos
 
-from raftlog.raft import follower, heartbeats, leader
+from raftlog.raft import follower, heartbeats, leader, raw_node
 from raftlog.raft.confstack import ConfStack
 from raftlog.raft.durability import Durability
 from raftlog.raft.log import RaftLog
 from raftlog.raft.node import Node
 from raftlog.raft.progress import Progress
 from raftlog.raft.quorum import quorum_index, voter_ids
-from raftlog.raft.types import ConfState
+from raftlog.raft.types import AppendRequest, ConfState, HeartbeatResponse
 
 pytestmark = pytest.mark.walk
 
@@ -88,7 +88,7 @@ def believes_the_leaders_commit_blindly(patch: pytest.MonkeyPatch) -> None:
         handle(node, message)
         node.log.commit = max(node.log.commit, min(message.commit, node.log.last_index))
 
-    patch.setattr(follower, "handle_append", handle_and_commit)
+    patch.setitem(raw_node._HANDLERS, AppendRequest, handle_and_commit)
 
 
 def skips_the_term_check(patch: pytest.MonkeyPatch) -> None:
@@ -124,7 +124,7 @@ def streams_without_probing(patch: pytest.MonkeyPatch) -> None:
 
 
 def never_sends_again(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(leader, "handle_heartbeat_response", lambda node, message: None)
+    patch.setitem(raw_node._HANDLERS, HeartbeatResponse, lambda node, message: None)
 
 
 def test_figure_8_catches_counting_entries_of_earlier_terms(monkeypatch: pytest.MonkeyPatch) -> None:

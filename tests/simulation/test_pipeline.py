@@ -149,6 +149,7 @@ def test_late_copies_do_no_harm() -> None:
     assert workload.pipeline is not None
     counts = workload.pipeline.counts
     assert counts["EndTransactionRequest came late"] > 0
+    assert counts["ProduceRequest came late"] > 0
     assert counts["late ProducerFenced"] > 0
 
 
