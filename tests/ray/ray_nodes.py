@@ -21,6 +21,8 @@ with warnings.catch_warnings():
     import ray
 
 BIN = Path(sys.executable).parent
+START_ATTEMPTS = 2
+"""Of a node: now and then one of Ray's servers does not come up."""
 SECRET = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "cd" * 32}
 
 
@@ -110,25 +112,40 @@ class RayNodes:
         """Start Ray on a node; node 0 is the head. Returns when its processes run: two that start at a time
         on one machine get in each other's way."""
         role = [f"--address={self.address}"] if number else self._head
-        ports = [f"--dashboard-agent-listen-port={free_port()}", "--node-ip-address=127.0.0.1"]
         said = self._disks / f"ray-start-{number}.txt"
-        with said.open("wb") as output:
-            self._nodes[number] = subprocess.Popen(
-                [
-                    str(BIN / "ray"),
-                    "start",
-                    *role,
-                    *ports,
-                    "--num-cpus=1",
-                    "--block",
-                    "--disable-usage-stats",
-                ],
-                stdout=output,
-                stderr=output,
-                env={**os.environ, **SECRET, "RAFTLOG_DISK": str(self._disks / f"disk-{number}")},
-                start_new_session=True,
-            )
-        until(f"node {number} runs", lambda: "Ray runtime started" in said.read_text())
+        environ = {**os.environ, **SECRET, "RAFTLOG_DISK": str(self._disks / f"disk-{number}")}
+
+        def runs() -> bool:
+            ended = node.poll() is not None
+            assert not ended, f"ray start ended: {said.read_text()[-2000:]}"
+            return "Ray runtime started" in said.read_text()
+
+        for attempt in range(START_ATTEMPTS):  # its ports are free when they are chosen, and may not stay so
+            ports = [f"--dashboard-agent-listen-port={free_port()}", "--node-ip-address=127.0.0.1"]
+            with said.open("wb") as output:
+                self._nodes[number] = node = subprocess.Popen(
+                    [
+                        str(BIN / "ray"),
+                        "start",
+                        *role,
+                        *ports,
+                        "--num-cpus=1",
+                        "--block",
+                        "--disable-usage-stats",
+                    ],
+                    stdout=output,
+                    stderr=output,
+                    env=environ,
+                    start_new_session=True,
+                )
+            try:
+                until(f"node {number} runs", runs)
+            except AssertionError:
+                if attempt == START_ATTEMPTS - 1:
+                    raise
+                self.kill(number)
+            else:
+                return
 
     def run(self, *command: str, input: str | None = None) -> subprocess.CompletedProcess[str]:
         """A command of Ray or raftlog, as its user."""
