@@ -14,7 +14,7 @@ BENCH  := .venv/.ready-bench
 SAY    := @printf '\033[1m== %s\033[0m\n'
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo semantics test lint types imports deps core unit ray-tests simulate format bench bench-full bench-check clean
+.PHONY: help setup demo semantics test lint types imports deps core unit ray-tests simulate seeds planted format bench bench-full bench-check clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -74,9 +74,14 @@ ifeq ($(RAY),yes)
 	@$(BIN)/python -m pytest -q -m ray || test $$? -eq 5  # 5: none were collected
 endif
 
-simulate: $(READY)  ## 500 simulated clusters under faults (SEEDS=, ARGS=), then every planted bug must be found
+simulate: $(READY)  ## 500 simulated clusters under faults (SEEDS=, ARGS=), and every planted bug must be found
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target seeds planted
+
+seeds: $(READY)
 	$(SAY) "simulation: $(SEEDS) seeds"
 	@nice -n 10 $(BIN)/python -m raftlog.testing.simulate --seeds $(SEEDS) $(ARGS)
+
+planted: $(READY)
 	$(SAY) "simulation: planted bugs"
 	@nice -n 10 $(BIN)/python -m raftlog.testing.simulate --mutations
 

@@ -164,6 +164,7 @@ MUTATIONS: Final = (
         "raftlog.storage.recovery",
         "while entries and entries[-1].header.index >= header.index:",
         "while False:",
+        ("usurp", "split", "crash twice", "power cut"),
     ),
     Mutation(
         "recovery trusts bytes that no sync has covered",
