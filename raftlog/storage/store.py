@@ -403,7 +403,8 @@ class BrokerStore:
         border = await self._last_border(log, index)
         await self._flusher.settle()
         dropped: list[Segment] = []
-        while len(log.segments) > 1 and log.segments[0].last_index <= border:
+        # By where the next one begins: of a segment's own entries some may not be flushed yet.
+        while len(log.segments) > 1 and log.segments[1].base_index - 1 <= border:
             dropped.append(log.segments.pop(0))
         if not dropped:
             return

@@ -297,6 +297,30 @@ def test_truncate_prefix_drops_whole_segments_below_a_snapshot() -> None:
     run(main())
 
 
+def test_truncate_prefix_keeps_a_segment_of_which_nothing_is_flushed_yet() -> None:
+    """It ends, as far as it is flushed, where the one before it ends; its entries are in the journal, and the
+    next segment has begun already (seed 4100579)."""
+
+    async def main() -> None:
+        disk = SimDisk()
+        store = await BrokerStore.open(disk, SMALL, disk_id=DISK_ID)
+        log = await store.create(spec(1))
+        entries = await grow(store, log, 1)
+        while not log.is_segment_end(len(entries)):
+            entries += await grow(store, log, 1)
+        border = len(entries)
+        log.save_snapshot(snapshot_at(log, border))
+        await store.flush()
+        while len(log.segments) < 3:
+            entries += await grow(store, log, 1, commit=False)
+        await log.truncate_prefix(border)
+        assert log.first_index == border + 1
+        assert [bytes(e.frame) for e in entries[border:]] == await contents(log)
+        await store.close()
+
+    run(main())
+
+
 def test_configurations_are_recovered_and_rolled_back() -> None:
     async def main() -> None:
         disk = SimDisk()
