@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -145,10 +146,14 @@ def test_consume_names_what_is_not_there(run: Run, topic: str) -> None:
 
 def test_status(run: Run, topic: str) -> None:
     ok(run("produce", topic, "-p", "1", input="x\ny\n"))
-    text = ok(run("status"))
+    deadline = time.monotonic() + 30
+    while True:  # a follower may be a moment behind
+        text = ok(run("status"))
+        rows = [line.split() for line in text.splitlines() if line.startswith(f"{topic} ")]
+        if rows[1][7:] == ["0", "2", "2"] or time.monotonic() > deadline:
+            break
     assert "3 of 3 brokers alive" in text
     assert "none under-replicated" in text
-    rows = [line.split() for line in text.splitlines() if line.startswith(f"{topic} ")]
     row = rows[1]
     assert [row[1] for row in rows] == ["0", "1"]
     assert row[2] in "012"

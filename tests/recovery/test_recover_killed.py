@@ -30,6 +30,10 @@ STRIDE = 4
 """The writes are spread over so many tests."""
 
 
+ATTEMPTS = 3
+"""A process that was forked while another thread held a lock may wait for that for ever."""
+
+
 @pytest.fixture(scope="module")
 def two_of_five(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Brokers 0 and 1 of five are left. Of five partitions of three replicas each, one has lost all of them,
@@ -80,10 +84,18 @@ def killed_runs(source: Path, scratch: Path, first: int) -> Iterator[tuple[int, 
     """A copy of the directories for each of these steps, after a run that was killed there."""
     for step in range(first, 1000, STRIDE):
         data = scratch / f"step-{step}"
-        subprocess.run(["cp", "-a", "--sparse=always", source, data], check=True)  # journals are mostly holes
-        process = multiprocessing.get_context("fork").Process(target=run_to_step, args=(step, data))
-        process.start()
-        process.join(60)
+        for _ in range(ATTEMPTS):
+            subprocess.run(
+                ["cp", "-a", "--sparse=always", source, data], check=True
+            )  # journals are mostly holes
+            process = multiprocessing.get_context("fork").Process(target=run_to_step, args=(step, data))
+            process.start()
+            process.join(30)
+            if process.exitcode is not None:
+                break
+            process.kill()
+            process.join()
+            shutil.rmtree(data)
         if process.exitcode == 0:
             return
         assert process.exitcode == KILLED
