@@ -27,15 +27,15 @@ class Flight:
     Attributes:
         connection: where it goes.
         size: bytes of its batches, as their producer accounts for them.
-        attempts: of each of its batches, by number: which one this is.
     """
 
-    __slots__ = ("_batches", "_partitions", "_pieces", "attempts", "connection", "size")
+    __slots__ = ("_attempts", "_batches", "_partitions", "_pieces", "connection", "size")
 
     def __init__(self, connection: RpcConnection) -> None:
         self.connection = connection
         self.size = 0
-        self.attempts: list[int] = []
+        self._attempts: list[int] = []
+        """By number: which one of the batch this is."""
         self._partitions: list[ProducePartition] = []
         self._pieces: list[tuple[Buffer, ...]] = []
         self._batches: dict[int, ProducerBatch] = {}
@@ -43,7 +43,7 @@ class Flight:
 
     def add(self, partition: ProducePartition, batch: ProducerBatch) -> None:
         """One more batch."""
-        attempts = self.attempts
+        attempts = self._attempts
         self._batches[len(attempts)] = batch
         attempts.append(batch.attempt)
         self._partitions.append(partition)
@@ -64,8 +64,7 @@ class Flight:
             self.connection.send(ProduceRequest(self._partitions, lengths, 0), payload)
 
     def take(self, response: ProduceResponse) -> list[tuple[int, ProducerBatch]]:
-        """The batches that a response answers, in its order, with their numbers. Of one that was given up, or
-        sent again, meanwhile (see ``attempts``) it is no news.
+        """The batches that a response answers, in its order, with their numbers.
 
         Raises:
             ProtocolError: it does not fit the request, or what was answered before.
@@ -83,6 +82,10 @@ class Flight:
         """The batches that are not answered."""
         batches, self._batches = self._batches, {}
         return list(batches.items())
+
+    def is_news(self, number: int, batch: ProducerBatch) -> bool:
+        """Whether an answer to that batch is: not if it was given up, or sent again, meanwhile."""
+        return not batch.done and batch.attempt == self._attempts[number]
 
 
 class Outbox:

@@ -296,7 +296,7 @@ class Sender:
                 produced = self._take_in(flight, answered, response.batches)
         if error is not None:
             for number, batch in flight.take_rest():
-                if not (self._stopped or batch.done or batch.attempt != flight.attempts[number]):
+                if not self._stopped and flight.is_news(number, batch):
                     self._refused(batch.queue, batch, connection, error)
                     self._advance(batch.queue)
         if self._outbox.gathered:
@@ -312,7 +312,7 @@ class Sender:
         """Go on where batches were answered; returns those that are in the log, and their offsets."""
         produced = []
         for (number, batch), each in zip(answered, outcomes, strict=True):
-            if self._stopped or batch.done or batch.attempt != flight.attempts[number]:
+            if self._stopped or not flight.is_news(number, batch):
                 continue
             queue = batch.queue
             if each.error is None:

@@ -20,6 +20,8 @@ from raftlog import aio
 from raftlog.broker.produce import BatchAnswer, split_batches
 from raftlog.client.cluster import Bootstrap, ClusterClient
 from raftlog.errors import (
+    Busy,
+    LeadershipLost,
     NotLeader,
     OffsetOutOfRange,
     RaftlogError,
@@ -582,3 +584,16 @@ class SimWorld:
 
     def close(self) -> None:
         self.loop.close()
+
+
+FAULTS: dict[str, Fault] = {
+    "answer lost": lose_answer,
+    "request lost": lose_request,
+    "leader moved": move_to(1),
+    "leadership lost, written": append_then(LeadershipLost("stepped down")),
+    "leadership lost, not written": refuse(LeadershipLost("stepped down")),
+    "busy": refuse(Busy("too much")),
+    "no answer": ignore,
+    "written, no answer": append_silently,
+}
+"""What may befall a batch, by name."""

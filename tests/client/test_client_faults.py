@@ -9,14 +9,12 @@ from typing import Any
 
 import pytest
 from fake_cluster import (
+    FAULTS,
     TOPIC,
-    Fault,
     SimWorld,
     append_silently,
-    append_then,
     ignore,
     lose_answer,
-    lose_request,
     move_to,
     numbered,
     refuse,
@@ -24,7 +22,6 @@ from fake_cluster import (
 )
 
 from raftlog.errors import (
-    Busy,
     CorruptBatch,
     DeliveryTimeout,
     LeadershipLost,
@@ -55,17 +52,6 @@ def produce(world: SimWorld, values: list[bytes], **settings: Any) -> list[Any]:
 
 
 # -- faults --------------------------------------------------------------------------------------------------
-
-FAULTS: dict[str, Fault] = {
-    "answer lost": lose_answer,
-    "request lost": lose_request,
-    "leader moved": move_to(1),
-    "leadership lost, written": append_then(LeadershipLost("stepped down")),
-    "leadership lost, not written": refuse(LeadershipLost("stepped down")),
-    "busy": refuse(Busy("too much")),
-    "no answer": ignore,
-    "written, no answer": append_silently,
-}
 
 
 @pytest.mark.parametrize("name", FAULTS)

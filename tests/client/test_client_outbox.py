@@ -7,22 +7,17 @@ from typing import Any
 
 import pytest
 from fake_cluster import (
+    FAULTS,
     TOPIC,
     Answer,
     FakeBroker,
     FakePartition,
-    Fault,
     SimWorld,
-    append_then,
     ignore,
-    lose_answer,
-    lose_request,
-    move_to,
-    refuse,
 )
 
 from raftlog.client import outbox
-from raftlog.errors import Busy, Closed, DeliveryTimeout, LeadershipLost
+from raftlog.errors import Closed, DeliveryTimeout
 from raftlog.net.rpc import Produced, ProduceRequest, ProduceResponse
 from raftlog.net.server import Reply
 
@@ -96,16 +91,6 @@ def test_a_batch_that_is_not_settled_holds_no_other(world: SimWorld) -> None:
             assert (await deliveries[at.index]).offset == 1
 
     world.run(work())
-
-
-FAULTS: dict[str, Fault] = {
-    "answer lost": lose_answer,
-    "request lost": lose_request,
-    "leader moved": move_to(1),
-    "leadership lost, written": append_then(LeadershipLost("stepped down")),
-    "busy": refuse(Busy("too much")),
-    "no answer": ignore,
-}
 
 
 @pytest.mark.parametrize("name", FAULTS)

@@ -31,6 +31,7 @@ from raftlog.net.rpc import (
     RaftMessages,
     Struct,
 )
+from raftlog.net.server import Reply
 from raftlog.net.stream import Limits
 
 
@@ -96,10 +97,9 @@ def test_answers_may_come_in_any_order(world: RpcWorld) -> None:
     assert [future.done() for future in futures] == [True] * 3
 
 
-def test_an_answer_may_come_in_parts_each_of_which_frees_its_share(world: RpcWorld) -> None:
-    server = world.serve()
+def ask_and_hold(world: RpcWorld, connection: RpcConnection) -> tuple[list[tuple[Any, Any]], Reply]:
+    """Ask with a kilobyte; what is told, and the reply that the server has to give."""
     world.handler.hold = True
-    connection = world.dial()
     told: list[tuple[Any, Any]] = []
 
     async def ask() -> None:
@@ -108,6 +108,13 @@ def test_an_answer_may_come_in_parts_each_of_which_frees_its_share(world: RpcWor
     world.run("c", ask())
     world.until(lambda: bool(world.handler.held))
     (reply,) = world.handler.held
+    return told, reply
+
+
+def test_an_answer_may_come_in_parts_each_of_which_frees_its_share(world: RpcWorld) -> None:
+    server = world.serve()
+    connection = world.dial()
+    told, reply = ask_and_hold(world, connection)
     whole = server.in_flight_bytes
     for number in range(2):
         reply.part(produced(number), 300)
@@ -125,16 +132,8 @@ def test_an_answer_may_come_in_parts_each_of_which_frees_its_share(world: RpcWor
 
 def test_what_is_left_of_an_answer_fails_with_the_connection(world: RpcWorld) -> None:
     server = world.serve()
-    world.handler.hold = True
     connection = world.dial()
-    told: list[tuple[Any, Any]] = []
-
-    async def ask() -> None:
-        connection.ask(produce(), (bytes(1000),), lambda response, _, error: told.append((response, error)))
-
-    world.run("c", ask())
-    world.until(lambda: bool(world.handler.held))
-    (reply,) = world.handler.held
+    told, reply = ask_and_hold(world, connection)
     reply.part(produced(0), 300)
     world.until(lambda: len(told) == 1)
     connection.close()
