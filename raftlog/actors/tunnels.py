@@ -15,7 +15,7 @@ from raftlog.actors.launch import attach_ray
 from raftlog.actors.options import Actor
 from raftlog.client.connections import Address
 from raftlog.errors import ConnectionLost
-from raftlog.net.network import seen
+from raftlog.net.network import StreamProtocol, seen
 from raftlog.net.tunnel_dial import dial
 
 LOOK_S: Final = 2.0
@@ -46,8 +46,8 @@ class ActorTunnels:
         return list(self._actors)
 
     async def connect(
-        self, protocol_factory: Callable[[], asyncio.Protocol], host: str, port: int, *, timeout: float
-    ) -> tuple[asyncio.Transport, asyncio.Protocol]:
+        self, protocol_factory: Callable[[], StreamProtocol], host: str, port: int, *, timeout: float
+    ) -> tuple[asyncio.Transport, StreamProtocol]:
         """As ``Network.connect``.
 
         Raises:

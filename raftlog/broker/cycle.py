@@ -8,6 +8,7 @@ leaves in one frame, and what they want durable shares a write.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from raftlog.broker.produce import BatchAnswer
@@ -59,21 +60,21 @@ class Cycle:
         try:
             while self._marked or followers or self._answers:
                 marked, self._marked = self._marked, []
-                storing = [replica for replica in marked if replica.hand_out()]
+                storing = [replica for replica in marked if _taken(replica, replica.hand_out)]
                 broker.peers.flush()
                 for replica in storing:
-                    replica.store()
+                    _taken(replica, replica.store)
                 for replica in marked:
                     if replica.staged is None:
                         followers[replica] = None
                     else:
-                        replica.follow_up()
+                        _taken(replica, replica.follow_up)
                         pumped(replica)
                 self._send_answers()
                 broker.store.begin()
                 if not self._marked:
                     for replica in followers:
-                        replica.follow_up()
+                        _taken(replica, replica.follow_up)
                         pumped(replica)
                     followers.clear()
         finally:
@@ -84,3 +85,13 @@ class Cycle:
         answers, self._answers = self._answers, []
         for answer in answers:
             answer.send()
+
+
+def _taken(replica: Replica[Any], step: Callable[[], bool | None]) -> bool | None:
+    """Take one replica's step. What it meets there ends this replica, and keeps none of the others from
+    theirs: they are marked, and nobody would mark them again."""
+    try:
+        return step()
+    except Exception as bug:  # noqa: BLE001 - the broker's other groups can go on
+        replica.halt("cannot go on", bug)
+        return False

@@ -183,6 +183,8 @@ class FetchSession:
                     if history.is_suspect(source, wanted):
                         await history.check(source, wanted)
                     found = await source.log.read(wanted.offset, source.node.applied, answer.room(wanted))
+                    # below the log's start nobody knows any more what was aborted
+                    source.check_readable(wanted.offset)
                 except RaftlogError as error:
                     answer.fail(error)
                 else:

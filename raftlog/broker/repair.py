@@ -20,8 +20,9 @@ lacks.
 The chain of checksums proves all frames, so it does not matter who sends them, nor in which state that one
 is: two replicas that are damaged at different places repair each other.
 
-What nobody has any more cannot be repaired: where retention has dropped it everywhere, or where the journal
-lacks the replica's term and vote, the metadata is asked for another replica in its place.
+What nobody has any more cannot be repaired. Where retention has dropped it everywhere, a log that goes on
+behind a peer's snapshot begins there; where it does not, or where the journal lacks the replica's term and
+vote, the metadata is asked for another replica in its place.
 """
 
 from __future__ import annotations
@@ -217,6 +218,8 @@ class Repairs:
         finally:
             await patch.close()
         if self._dropped_below > index and self._broker.replica(spec.replica_id) is None:
+            if await self._begin_behind(spec, self._dropped_below - 1):
+                return True
             self._give_up(spec, f"the others begin with entry {self._dropped_below}: {damage.message}")
         else:
             self._notes[spec.replica_id] = (
@@ -265,8 +268,26 @@ class Repairs:
                 return True
             if await self._do_without(spec, index):
                 return True
+        if self._broker.replica(spec.replica_id) is None:
+            self._dropped_below = 0
+            for broker_id in self._sources(spec):  # who has no such entry says with which its log begins
+                await self._frames_of(broker_id, spec, damage.indexes[0] + 1, 0)
+            first_index = self._dropped_below
+            if first_index > damage.indexes[0] + 1 and await self._begin_behind(spec, first_index - 1):
+                return True
         indexes = ", ".join(map(str, damage.indexes))
         self._notes[spec.replica_id] = f"waits for a peer that has a snapshot at {indexes}: {damage.message}"
+        return False
+
+    async def _begin_behind(self, spec: ReplicaSpec, index: int) -> bool:
+        """Whether the log goes on behind a snapshot of those who have dropped what it lacks."""
+        for broker_id in self._sources(spec):
+            data = await self._snapshot_of(broker_id, spec, index)
+            try:
+                if await self._ward.begin_behind(spec.replica_id, index, data):
+                    return True
+            except DamagedData:
+                continue  # it has none, or it does not check
         return False
 
     async def _snapshot_of(self, broker_id: int, spec: ReplicaSpec, index: int) -> bytes:

@@ -460,7 +460,7 @@ class Replica(Generic[M]):
         with suppress(RaftlogError):  # if the disk cannot note it, the replica is cured again after a restart
             await self.log.cured()
 
-    def halt(self, what: str, error: AssertionError) -> None:
+    def halt(self, what: str, error: Exception) -> None:
         """An invariant is broken: this replica must not go on. The broker's other groups can."""
         logger.error("broker %d: %s %s", self.host.broker_id, self.name, what, exc_info=error)
         self.retire(StorageFailed(f"{self.name} {what}: {error}"))

@@ -38,6 +38,7 @@ from raftlog.errors import (
     ConcurrentTransactions,
     InvalidTopic,
     RaftlogError,
+    StaleCoordinator,
     UnknownReplica,
 )
 from raftlog.net.rpc import Empty
@@ -453,7 +454,8 @@ class TransactionReplica(CoordinatorReplica[TransactionsState]):
             now_ms = self.leader_time_ms()
             for name in coordinator.overdue(staged, now_ms):
                 logger.info("%s: the transaction of %r is open for too long: aborted", self.name, name)
-                self._decide(name, partial(_abort, name, Cause.TIMEOUT), nobody_waits)
+                identity = staged.transaction(name).identity
+                self._decide(name, partial(_time_out, name, identity), nobody_waits)
             for command in coordinator.expired(staged, now_ms):
                 self.log_command(staged, command, nobody_waits)
         except RaftlogError as error:
@@ -474,7 +476,20 @@ class TransactionReplica(CoordinatorReplica[TransactionsState]):
         target = hanging.topic_id, hanging.partition
         identity = Identity(hanging.producer_id, hanging.epoch)
         marker = coordinator.abort_hanging(staged, request.transactional_id, identity, target)
-        self._send(coordinator, marker, target, partial(_landed, done))
+
+        def landed(error: RaftlogError | None) -> None:
+            if (
+                isinstance(error, StaleCoordinator)
+                and not request.transactional_id
+                and "epoch" in error.details
+            ):
+                # terms of another partition of this topic: whoever had that one knows the producer no more
+                again = Marker(*identity, error.details["epoch"], commit=False)
+                self._send(coordinator, again, target, partial(_landed, done))
+            else:
+                _landed(done, error)
+
+        self._send(coordinator, marker, target, landed)
 
     async def describe(self, request: DescribeTransactionsRequest) -> DescribeTransactionsResponse:
         """Transactions of this partition."""
@@ -495,6 +510,21 @@ def _abort(
     fresh: int | None,
 ) -> Decision:
     return coordinator.abort(staged, now_ms, name, cause, fresh)
+
+
+def _time_out(
+    name: str,
+    identity: Identity,
+    coordinator: TransactionCoordinator,
+    staged: TransactionsState,
+    now_ms: int,
+    fresh: int | None,
+) -> Decision:
+    """Abort the transaction of this identity; what has begun since is not overdue."""
+    present = staged.transactions.get(name)
+    if present is None or present.identity != identity:
+        return Decision()
+    return coordinator.abort(staged, now_ms, name, Cause.TIMEOUT, fresh)
 
 
 def _nothing(done: Done, answer: Any, error: RaftlogError | None) -> None:
@@ -532,4 +562,5 @@ def _row(transaction: Transaction) -> TransactionRow:
         list(present.partitions),
         list(present.groups),
         transaction.coordinator_epoch,
+        transaction.ended.identity if transaction.ended is not None and transaction.is_ending else None,
     )

@@ -443,7 +443,9 @@ class TransactionCoordinator:
             _check_hanging(state.transaction(transactional_id), identity, target)
         else:
             for each in state.transactions.values():
-                if each.identity.producer_id == identity.producer_id:
+                ending = each.ended if each.is_ending else None
+                known = (each.identity, *(() if ending is None else (ending.identity,)))
+                if any(identity.producer_id == one.producer_id for one in known):
                     raise InvalidTransaction(
                         f"producer {identity.producer_id} belongs to {each.transactional_id!r}: name it"
                     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 import time
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Final, NamedTuple
 import typer
 
 from raftlog.cli.format import FIELDS_HELP, Formatter, as_json, template
-from raftlog.cli.session import ClusterOption, connected, reader_gone
+from raftlog.cli.session import ClusterOption, connected, reader_gone, stdout
 from raftlog.cli.topics import TopicArgument
 from raftlog.errors import ConfigError
 
@@ -156,7 +155,7 @@ def _chunks(records: Iterable[Record], size: int = 500) -> Iterator[list[Record]
 
 def _print(chunks: Iterable[list[Record]], formatter: Formatter, count: int | None) -> None:
     """Write chunk by chunk, each flushed, so that a reader sees a record as soon as it is there."""
-    out = sys.stdout.buffer
+    out = stdout().buffer
     left = count
     if left == 0:
         return

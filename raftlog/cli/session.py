@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Protocol, TextIO
 
 import typer
 
@@ -62,10 +62,21 @@ class Session:
     plan: Callable[[str, bool], list[Any]]
 
 
+_kept: TextIO | None = None
+"""Stdout, once others in this process are sent to stderr."""
+
+
 def session(ctx: typer.Context) -> Session:
-    """The session given to the command line, or the real one."""
+    """The session given to the command line, or the real one.
+
+    With the real one, stdout is the command's alone from here on (see :func:`stdout`): Ray prints there, from
+    a thread of its own, that a node has died, and would do so in the middle of what ``--json`` prints.
+    """
+    global _kept
     if isinstance(ctx.obj, Session):
         return ctx.obj
+    if _kept is None:
+        _kept, sys.stdout = sys.stdout, sys.stderr
     return Session(connect=_connect, start=_start, shutdown=_shutdown, plan=_plan)
 
 
@@ -124,11 +135,16 @@ def connected(ctx: typer.Context, cluster: str) -> Iterator[Log]:
         log.close()
 
 
+def stdout() -> TextIO:
+    """Where a command prints what it was asked for; nothing else goes there."""
+    return _kept or sys.stdout
+
+
 def console(*, stderr: bool = False) -> Console:
     """A console on the present stdout or stderr; wide, so that nothing is cut, unless it is a terminal."""
     from rich.console import Console
 
-    stream = sys.stderr if stderr else sys.stdout
+    stream = sys.stderr if stderr else stdout()
     return Console(
         file=stream,
         width=None if stream.isatty() else PIPE_WIDTH,
@@ -162,8 +178,8 @@ def write_out(data: bytes) -> None:
     Raises:
         BrokenPipeError: who read it has gone.
     """
-    sys.stdout.buffer.write(data)
-    sys.stdout.buffer.flush()
+    stdout().buffer.write(data)
+    stdout().buffer.flush()
 
 
 def print_error(error: BaseException) -> None:
@@ -176,7 +192,7 @@ def abandon_stdout() -> None:
     """After a broken pipe: drop what is still buffered, so that the flush at exit is quiet."""
     with contextlib.suppress(io.UnsupportedOperation, OSError, ValueError):
         null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, sys.stdout.fileno())
+        os.dup2(null, stdout().fileno())
         os.close(null)
 
 
@@ -186,7 +202,7 @@ def reader_gone() -> bool:
 
     try:
         poll = select.poll()
-        poll.register(sys.stdout.fileno(), 0)
+        poll.register(stdout().fileno(), 0)
     except (io.UnsupportedOperation, OSError, ValueError):  # not a file of the system's: a test's buffer
         return False
     return any(event & select.POLLERR for _, event in poll.poll(0))

@@ -115,8 +115,8 @@ class Connections:
                     link.connection.close()
 
     def dial(self, broker_id: int) -> None:
-        """Begin to connect to a broker, unless it is connected or under way; ``changed`` tells how it
-        ended."""
+        """Begin to connect to a broker, unless it is connected or under way; ``changed`` tells when it is
+        connected. Of a failure nobody is told: who still needs it tries again in time."""
         link = self.links.get(broker_id)
         if link is not None and link.open() is None and not self._closed:
             self._dial(link.address)
@@ -232,10 +232,11 @@ class Connections:
         return self._adopt(connection, address)
 
     def _dialed(self, address: Address, task: asyncio.Task[RpcConnection]) -> None:
+        """Nothing has changed unless :meth:`_adopt` said so: who looks for a leader would dial again at once,
+        and who listens there, if anybody, would get no rest."""
         self._dials.pop(address, None)
         if not task.cancelled() and (error := task.exception()) is not None:
             log.debug("cannot reach %s:%d: %s", *address, error)
-        self._changed()
 
     def _adopt(self, connection: RpcConnection, address: Address) -> RpcConnection:
         """Put a new connection where it belongs; the peer says which broker it is."""
@@ -253,6 +254,7 @@ class Connections:
             link.address, link.incarnation = peer.address or address, peer.incarnation
         if present is not None:
             present.close()
+        self._changed()
         return connection
 
     def _lost(self, connection: RpcConnection, error: Exception | None) -> None:

@@ -127,10 +127,12 @@ class Fetcher:
         turn = self._turn % max(len(self._partitions), 1)  # who comes first gets the bytes of a full answer
         due, unknown = [], []
         for each in self._partitions[turn:] + self._partitions[:turn]:
-            if each.fetching or each.paused or each.error is not None or each.pause_until > now:
+            if each.fetching or each.error is not None or each.pause_until > now:
                 continue
             if each.position is None:
-                unknown.append(each)
+                unknown.append(each)  # also of a paused one: it may be asked for
+            elif each.paused:
+                continue
             elif each.buffered == 0 or (room > 0 and each.buffered < share):
                 due.append(each)
         if unknown:

@@ -194,7 +194,7 @@ class Membership:
                 failures = 0
                 if member_id != self._member_id:  # it fell out meanwhile: this is of no concern any more
                     continue
-                await self._take(answer)
+                await self._take(answer, member_id)
                 if self._echo != self._revision:  # the consumer has to let go first
                     await self._nap(min(answer.heartbeat_ms / 1000, self._patience_left()))
                     self._lose_patience()
@@ -226,7 +226,7 @@ class Membership:
         )
         return answer
 
-    async def _take(self, answer: GroupHeartbeatResponse) -> None:
+    async def _take(self, answer: GroupHeartbeatResponse, member_id: str) -> None:
         """Take in an answer: partitions that this client cannot find yet come later."""
         if answer.assigned is not None:
             self._keys = frozenset(
@@ -237,6 +237,8 @@ class Membership:
             # topics that are new, or have new partitions, of which this client has not heard
             with contextlib.suppress(RaftlogError):  # the next answer brings another try
                 await self._cluster.metadata(list(self._topics), timeout=1.0)
+            if member_id != self._member_id:  # it fell out meanwhile
+                return
             views = {key: self._view(key) for key in self._keys}
         with self._lock:
             self._epoch, self._revision = answer.member_epoch, answer.revision

@@ -31,9 +31,11 @@ from raftlog.client.admin import CALL_TIMEOUT_S, Admin
 from raftlog.client.aio_consumer import Consumer
 from raftlog.client.aio_producer import Producer, Transaction
 from raftlog.client.cluster import ClusterClient
+from raftlog.client.producer import DEFAULT_MESSAGE_BYTES_MAX
 from raftlog.client.retry import BACKOFF
 from raftlog.config import ConsumerConfig, ProcessConfig, ProducerConfig, validate_topic_name
 from raftlog.errors import CommitInDoubt, ConfigError, DeliveryFailed, RaftlogError
+from raftlog.record.batch import BATCH_BYTES_LIMIT
 from raftlog.record.rows import as_bytes
 from raftlog.record.types import Headers, Record, TopicPartition
 
@@ -42,6 +44,10 @@ log = logging.getLogger("raftlog.client")
 POLL_S: Final = 0.25
 """How often the loop looks whether it is to stop, or at the end."""
 LOOKUP_S: Final = 30.0
+ERROR_CHARS_MAX: Final = 1_000
+"""Of what a function has raised, in a dead letter: some name the whole record."""
+DEAD_BYTES: Final = 16 << 10
+"""By how much a dead letter may be larger than its record."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +55,7 @@ class Output:
     """A record that comes of another one.
 
     Args:
-        value: bytes, or what the ``value_serializer`` of ``producer=`` takes; None is a tombstone.
+        value: bytes; None is a tombstone.
         key: bytes.
         topic: default: the sink.
         headers: pairs of (str, bytes or None).
@@ -295,9 +301,12 @@ class ProcessLoop:
             "offset": record.offset,
             "group": self._work.group,
             "attempts": attempts,
-            "error": f"{type(error).__name__}: {error}",
+            "error": f"{type(error).__name__}: {error}"[:ERROR_CHARS_MAX],
         }
-        headers = (*record.headers, *((f"dead.{name}", str(value).encode()) for name, value in why.items()))
+        headers = (
+            *record.headers,
+            *((f"dead.{name}", str(value).encode(errors="backslashreplace")) for name, value in why.items()),
+        )
         topic = self._config.dead_letters or f"{record.topic}.dead"
         task.is_dead = True
         task.outputs = [Output(record.value, record.key, topic, headers, timestamp_ms=record.timestamp_ms)]
@@ -375,8 +384,17 @@ class ProcessLoop:
     async def _make_dead_topics(self, tasks: list[_Task]) -> None:
         for name in {task.outputs[0].topic for task in tasks if task.is_dead}:
             if name is not None and name not in self._dead_topics:
-                await Admin(self._cluster).create_topic(name, 1, "auto", None, True, CALL_TIMEOUT_S)
+                config = {"max_message_bytes": await self._dead_bytes_max()}
+                await Admin(self._cluster).create_topic(name, 1, "auto", config, True, CALL_TIMEOUT_S)
                 self._dead_topics.add(name)
+
+    async def _dead_bytes_max(self) -> int:
+        """What a topic of dead letters has to take: the largest record of any source, and why it is there."""
+        sizes = []
+        for name in self._work.source:
+            topic = await self._cluster.topic(name, timeout=LOOKUP_S)
+            sizes.append(int(topic.config.get("max_message_bytes", DEFAULT_MESSAGE_BYTES_MAX)))
+        return min(max(sizes) + DEAD_BYTES, BATCH_BYTES_LIMIT)
 
 
 def outputs_of(made: Any, record: Record) -> list[Output]:

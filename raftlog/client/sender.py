@@ -2,7 +2,7 @@
 back.
 
 Everything here runs on the loop, in callbacks: no task per batch. One timer ends lingering, one watches
-    deadlines:
+deadlines:
 
 - a batch not acknowledged within its delivery timeout fails (*indeterminate* if it may have been written);
 - an answer that is late makes the client ask in the background who leads now, and a newer term's leader gets
@@ -24,7 +24,7 @@ from raftlog.client.cluster import ClusterClient
 from raftlog.client.delivery import NO_OFFSET
 from raftlog.client.identities import Identities
 from raftlog.client.identity_pool import Place
-from raftlog.client.metadata import PartitionView
+from raftlog.client.metadata import NO_LEADER, PartitionView
 from raftlog.client.outbox import Flight, Outbox
 from raftlog.client.retry import BACKOFF
 from raftlog.client.window import Identity, Verdict
@@ -196,6 +196,9 @@ class Sender:
                 queue.connection.close()
             elif waited >= LATE_ANSWER_S:
                 late.add(queue.view.topic)
+                if self._is_left(queue):
+                    queue.window.abandon_in_flight()
+                    self._advance(queue)
             if queue.is_empty():
                 del self._active[queue]
                 if queue.view.deleted:
@@ -262,6 +265,12 @@ class Sender:
                     self.accumulator.put_back(queue, [batch])
                 self._seek(queue)
                 return
+            if window.in_flight and connection is not queue.connection:
+                # another handle heard first who leads now: that one gets what the other never answered
+                if not resend:
+                    self.accumulator.put_back(queue, [batch])
+                window.abandon_in_flight()
+                continue
             if resend:
                 window.resend()
             else:
@@ -401,10 +410,17 @@ class Sender:
             queue = self._by_view.get(view)
             if queue is None or not queue.window.in_flight or queue.connection is None:
                 continue
-            if queue.connection.peer.broker_id != view.leader:
+            if self._is_left(queue):
                 queue.window.abandon_in_flight()
                 self._advance(queue)
         self._outbox.flush()
+
+    def _is_left(self, queue: PartitionQueue) -> bool:
+        """What is in flight went to another broker than the one that leads, as far as is known."""
+        leader = queue.view.leader
+        return (
+            leader != NO_LEADER and queue.connection is not None and queue.connection.peer.broker_id != leader
+        )
 
     # -- identity --------------------------------------------------------------------------------------------
 

@@ -61,7 +61,7 @@ class Sharing:
     def is_due(self) -> bool:
         """Whether :meth:`rebalance` has anything to do. Not while it is under way: callbacks may use the
         consumer."""
-        return self.member.disturbed and not self._is_busy
+        return (self.member.disturbed or bool(self._core.unlimited)) and not self._is_busy
 
     def rebalance(self) -> Generator[Step]:
         """What the group asks for, step by step. Where a step raises, close the iterator: the partition it
@@ -76,6 +76,8 @@ class Sharing:
         try:
             while (change := self.member.change()) is not None:
                 yield from self._take_over(change) if change.kind == "assigned" else self._give_up(change)
+            if self._core.unlimited:  # it failed when they came
+                yield self._limit()
         finally:
             self._is_busy = False
 

@@ -42,6 +42,8 @@ class TransactionDescription(msgspec.Struct, frozen=True):
     groups: list[str]
     coordinator: int | None
     """Broker id of whoever decides about it."""
+    ending: tuple[int, int] | None = None
+    """(producer id, epoch) of what has ended, while not all have been told of its end."""
 
 
 class OpenTransaction(msgspec.Struct, frozen=True):
@@ -99,9 +101,11 @@ class TransactionAdmin:
     async def open(self, topic: str) -> list[OpenTransaction]:
         """See :meth:`raftlog.Log.open_transactions`."""
         known = {
-            (each.producer_id, epoch): each.transactional_id
+            identity: each.transactional_id
             for each in await self.transactions()
-            for epoch in (each.epoch, each.epoch - 1)  # one that is ending moved on to the next
+            # one that is ending moved on to the next, if need be under another producer id
+            for identity in ((each.producer_id, each.epoch), (each.producer_id, each.epoch - 1), each.ending)
+            if identity is not None
         }
         views = (await self._cluster.topic(topic, timeout=CALL_TIMEOUT_S)).partitions
         answers = await asyncio.gather(
@@ -131,7 +135,7 @@ class TransactionAdmin:
     ) -> None:
         """See :meth:`raftlog.Log.abort_hanging_transaction`."""
         target = partition_of(await self._cluster.topic(topic, timeout=timeout), partition)
-        owner = next((each for each in await self.transactions() if each.producer_id == producer_id), None)
+        owner = next((each for each in await self.transactions() if producer_id in _producer_ids(each)), None)
         name = "" if owner is None else owner.transactional_id
         view = await self._place(name)
         hanging = HangingTransaction(target.topic_id, partition, producer_id, epoch)
@@ -162,6 +166,12 @@ class TransactionAdmin:
         return {row.topic_id: row.name for row in answer.topics}
 
 
+def _producer_ids(transaction: TransactionDescription) -> set[int]:
+    """Those under which it has written what is open."""
+    ending = transaction.ending
+    return {transaction.producer_id} if ending is None else {transaction.producer_id, ending[0]}
+
+
 def _describe(row: TransactionRow, view: PartitionView, names: dict[bytes, str]) -> TransactionDescription:
     return TransactionDescription(
         row.transactional_id,
@@ -174,4 +184,5 @@ def _describe(row: TransactionRow, view: PartitionView, names: dict[bytes, str])
         sorted(TopicPartition(names.get(topic, topic.hex()), index) for topic, index in row.partitions),
         sorted(row.groups),
         view.leader if view.leader >= 0 else None,
+        row.ending,
     )

@@ -9,15 +9,15 @@ from typing import Final, Protocol
 
 from raftlog.client.connections import Address, Bootstrap
 from raftlog.errors import ConnectionLost
-from raftlog.net.network import Listener, Network, RealNetwork, seen
+from raftlog.net.network import Listener, Network, RealNetwork, StreamProtocol, seen
 
 log = logging.getLogger("raftlog.client")
 
 STREAMS_S: Final = 1.0
 """How long "auto" waits for a port to answer."""
 
-_Made = tuple[asyncio.Transport, asyncio.Protocol]
-_Factory = Callable[[], asyncio.Protocol]
+_Made = tuple[asyncio.Transport, StreamProtocol]
+_Factory = Callable[[], StreamProtocol]
 
 
 class Tunnels(Protocol):

@@ -10,12 +10,13 @@ that are never decoded on the way. ``correlation`` ties a response to its reques
 
 Ownership: a parsed frame is made of read-only views of a buffer that nothing writes to any more: the received
 chunk itself for frames that lie within one (no copy; the frame keeps the whole chunk alive), else a buffer of
-the frame's own into which its pieces were collected (one copy).
+the frame's own into which its pieces were collected, or what is missing of a long frame was received at once.
 """
 
 from __future__ import annotations
 
 import struct
+import threading
 from enum import IntEnum
 from typing import Final, TypeAlias
 
@@ -51,6 +52,11 @@ class Kind(IntEnum):
     """A part of the answer to a request: its RESPONSE follows."""
 
 
+INBOX_BYTES: Final = 64 * 1024
+"""Received at once, unless more than that is missing of a frame."""
+GROWTH_BYTES: Final = 1024 * 1024
+"""Memory taken for what is missing of a frame, beyond as much as has come of it."""
+
 _KINDS: Final = frozenset(int(kind) for kind in Kind)
 
 Frame: TypeAlias = tuple[int, int, int, int, memoryview, memoryview]
@@ -73,29 +79,73 @@ def encode_head(
     return PREFIX.pack(length, kind, api, version, 0, correlation, size) + encoded
 
 
+class _Thread(threading.local):
+    """What the parsers of one thread share: a loop fills one buffer at a time, and says so at once."""
+
+    def __init__(self) -> None:
+        self.inbox = memoryview(bytearray(INBOX_BYTES))
+
+
+_thread = _Thread()
+
+
 class FrameParser:
     """Cuts a stream into frames.
 
-    ``feed`` one received chunk, then call ``next`` until it returns None. Memory held is at most the chunk
-    and one frame, and grows only with bytes that really arrived, whatever a length field claims.
+    Receive into ``buffer()`` and say how much came to ``filled``, or ``feed`` a chunk that is there already;
+    then call ``next`` until it returns None. Memory held is at most the chunk and one frame, and grows with
+    bytes that really arrived, whatever a length field claims: at most to twice as many, or by GROWTH_BYTES.
+    Belongs to the thread that made it.
 
     Attributes:
         frame_bytes_max: longest frame accepted, its length field included; may be changed between frames.
     """
 
-    __slots__ = ("_chunk", "_needed", "_partial", "_position", "frame_bytes_max")
+    __slots__ = (
+        "_chunk",
+        "_have",
+        "_inbox",
+        "_is_direct",
+        "_needed",
+        "_partial",
+        "_position",
+        "frame_bytes_max",
+    )
 
     def __init__(self, frame_bytes_max: int = FRAME_BYTES_MAX) -> None:
         self.frame_bytes_max = frame_bytes_max
         self._chunk = b""
         self._position = 0
+        self._inbox = _thread.inbox
+        self._is_direct = False  # whether what is received now goes to the frame itself
         self._partial: bytearray | None = None  # the beginning of a frame whose end has not come
+        self._have = 0  # how much of it
         self._needed = 0  # length of that frame, or PREFIX_BYTES while that is unknown
 
     @property
     def is_between_frames(self) -> bool:
         """Whether all that was fed has been returned: the stream may end here."""
         return self._partial is None and self._position == len(self._chunk)
+
+    def buffer(self) -> memoryview:
+        """Where the next bytes of the stream are to be put: used up before anything else is received in this
+        thread, and given up before it is asked for again."""
+        partial, have = self._partial, self._have
+        self._is_direct = partial is not None and self._needed - have > INBOX_BYTES
+        if partial is None or not self._is_direct:
+            return self._inbox
+        if have == len(partial):
+            self._partial = bytearray(min(self._needed, have + max(have, GROWTH_BYTES)))
+            self._partial[:have] = partial
+            partial = self._partial
+        return memoryview(partial)[have:]
+
+    def filled(self, count: int) -> None:
+        """So many bytes have been put there. The caller must have drained ``next`` before."""
+        if self._is_direct:
+            self._have += count
+        else:
+            self.feed(bytes(self._inbox[:count]))
 
     def feed(self, chunk: bytes) -> None:
         """Take the next bytes of the stream. The caller must have drained ``next`` before."""
@@ -144,6 +194,7 @@ class FrameParser:
     def _keep(self, needed: int) -> None:
         """Start collecting a frame with the rest of the chunk."""
         self._partial = bytearray(memoryview(self._chunk)[self._position :])
+        self._have = len(self._partial)
         self._needed = needed
         self._release_chunk()
 
@@ -167,20 +218,19 @@ class FrameParser:
         return kind, api, version, correlation, view[PREFIX_BYTES:header_end], view[header_end:]
 
     def _fill(self, partial: bytearray) -> bool:
-        """Move bytes from the chunk until ``partial`` holds what is needed. ``+=`` grows a bytearray in
-        proportion to its size, so collecting a frame costs one copy of it however small the chunks are."""
-        missing = self._needed - len(partial)
+        """Move bytes from the chunk until ``partial`` holds what is needed. It grows in proportion to its
+        size, so collecting a frame costs one copy of it however small the chunks are."""
+        missing = self._needed - self._have
         available = len(self._chunk) - self._position
-        if available <= missing:
-            if self._position:
-                partial += memoryview(self._chunk)[self._position :]
-            else:
-                partial += self._chunk
+        taken = min(missing, available)
+        if taken:
+            end = self._position + taken
+            partial[self._have : self._have + taken] = memoryview(self._chunk)[self._position : end]
+            self._have += taken
+            self._position = end
+        if taken == available:
             self._release_chunk()
-            return available == missing
-        partial += memoryview(self._chunk)[self._position : self._position + missing]
-        self._position += missing
-        return True
+        return taken == missing
 
     def _check(self, length: int, kind: int, flags: int, header_size: int) -> None:
         size = LENGTH_BYTES + length

@@ -13,9 +13,25 @@ import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 from raftlog.errors import ConnectionLost
+
+StreamProtocol: TypeAlias = asyncio.Protocol | asyncio.BufferedProtocol
+
+
+def deliver(protocol: StreamProtocol, data: bytes) -> None:
+    """Give a protocol bytes that are there already, as a loop gives it what it receives."""
+    if isinstance(protocol, asyncio.Protocol):
+        protocol.data_received(data)
+        return
+    left = memoryview(data)
+    while left:
+        with memoryview(protocol.get_buffer(len(left))) as buffer:
+            count = min(len(buffer), len(left))
+            buffer[:count] = left[:count]
+        protocol.buffer_updated(count)
+        left = left[count:]
 
 
 class Listener(Protocol):
@@ -32,9 +48,7 @@ class Listener(Protocol):
 class Network(Protocol):
     """Byte streams between processes, in the shape of asyncio's own protocol and transport pairs."""
 
-    async def listen(
-        self, protocol_factory: Callable[[], asyncio.Protocol], host: str, port: int
-    ) -> Listener:
+    async def listen(self, protocol_factory: Callable[[], StreamProtocol], host: str, port: int) -> Listener:
         """Accept connections on (host, port); port 0 picks a free one.
 
         Raises:
@@ -42,8 +56,8 @@ class Network(Protocol):
         """
 
     async def connect(
-        self, protocol_factory: Callable[[], asyncio.Protocol], host: str, port: int, *, timeout: float
-    ) -> tuple[asyncio.Transport, asyncio.Protocol]:
+        self, protocol_factory: Callable[[], StreamProtocol], host: str, port: int, *, timeout: float
+    ) -> tuple[asyncio.Transport, StreamProtocol]:
         """Open a connection within ``timeout`` seconds.
 
         Raises:
@@ -87,15 +101,15 @@ class RealNetwork:
     backlog: int = field(default=512)
 
     async def listen(
-        self, protocol_factory: Callable[[], asyncio.Protocol], host: str, port: int
+        self, protocol_factory: Callable[[], StreamProtocol], host: str, port: int
     ) -> RealListener:
         loop = asyncio.get_running_loop()
         server = await loop.create_server(protocol_factory, host, port, backlog=self.backlog)
         return RealListener(server)
 
     async def connect(
-        self, protocol_factory: Callable[[], asyncio.Protocol], host: str, port: int, *, timeout: float
-    ) -> tuple[asyncio.Transport, asyncio.Protocol]:
+        self, protocol_factory: Callable[[], StreamProtocol], host: str, port: int, *, timeout: float
+    ) -> tuple[asyncio.Transport, StreamProtocol]:
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(timeout):

@@ -117,6 +117,9 @@ class TransactionRow(Struct, frozen=True):
     partitions: list[tuple[bytes, int]]
     groups: list[str]
     coordinator_epoch: int
+    ending: tuple[int, int] | None = None
+    """(producer id, epoch) of what has ended, while not all have been told of its end. After the last epoch
+    of a producer id that is another one than the id has now."""
 
 
 class DescribeTransactionsResponse(Struct, frozen=True):

@@ -48,7 +48,7 @@ class Limits(msgspec.Struct, frozen=True):
     """How long a closing connection may take to flush what was written."""
 
 
-class FrameStream(asyncio.Protocol):
+class FrameStream(asyncio.BufferedProtocol):
     """An asyncio protocol that reads and writes frames. Subclasses give it a meaning through ``_on_frame``,
     ``_on_batch_end``, ``_on_garbage`` and ``_on_lost``."""
 
@@ -102,15 +102,18 @@ class FrameStream(asyncio.Protocol):
         self._transport = cast(asyncio.Transport, transport)
         self._transport.set_write_buffer_limits(high=self._limits.write_buffer_bytes)
 
-    def data_received(self, data: bytes) -> None:
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return self._parser.buffer()
+
+    def buffer_updated(self, nbytes: int) -> None:
         if self._closing:
             return
         was_corked, self._corked = self._corked, True
         try:
             if self._handshake_left >= 0:
-                self._count_handshake(len(data))
+                self._count_handshake(nbytes)
             parser = self._parser
-            parser.feed(data)
+            parser.filled(nbytes)
             while not self._closing and (frame := parser.next()) is not None:
                 self._on_frame(frame)
         except ProtocolError as error:

@@ -33,6 +33,7 @@ from typing import Any, Final, NamedTuple
 
 from raftlog.errors import ProtocolError
 from raftlog.net.frames import Buffer
+from raftlog.net.network import StreamProtocol, deliver
 
 CHUNK_BYTES: Final = 96 * 1024
 WINDOW_BYTES: Final = 4 * 1024 * 1024
@@ -96,7 +97,7 @@ class TunnelEnd(asyncio.Transport):
         super().__init__({"peername": peer})
         self._loop = asyncio.get_running_loop()
         self._tunnel = tunnel
-        self._protocol: asyncio.Protocol
+        self._protocol: StreamProtocol
         self._unsent: deque[memoryview] = deque()
         self._unsent_bytes = 0
         self._sent = 0
@@ -168,7 +169,7 @@ class TunnelEnd(asyncio.Transport):
         """Send what there is to send, if it can be sent now."""
         raise AssertionError("an end of a tunnel is a dialed or a served one")
 
-    def _begin(self, protocol: asyncio.Protocol) -> None:
+    def _begin(self, protocol: StreamProtocol) -> None:
         self._protocol = protocol
         protocol.connection_made(self)
 
@@ -262,7 +263,7 @@ class TunnelEnd(asyncio.Transport):
             self._unread_bytes -= len(data)
             self._read += len(data)
             if not self._closing:
-                self._protocol.data_received(data)
+                deliver(self._protocol, data)
 
     def _deliver_and_tell(self) -> None:
         self._deliver()
@@ -285,7 +286,7 @@ class TunnelEnd(asyncio.Transport):
         self._loop.call_soon(self._protocol.connection_lost, error)
 
 
-def as_protocol(made: Any) -> asyncio.Protocol:
+def as_protocol(made: Any) -> StreamProtocol:
     """What a protocol factory made."""
-    assert isinstance(made, asyncio.Protocol), "a tunnel carries a stream of bytes"
+    assert isinstance(made, asyncio.Protocol | asyncio.BufferedProtocol), "a tunnel carries a stream of bytes"
     return made

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Final, TypeAlias
 
 from raftlog.errors import ConnectionLost, ProtocolError
-from raftlog.net.network import seen
+from raftlog.net.network import StreamProtocol, seen
 from raftlog.net.tunnel import (
     ANSWER_S,
     CALLS_MAX,
@@ -30,8 +30,8 @@ _BUSY_BYTES: Final = CHUNK_BYTES // 2
 
 
 async def dial(
-    call: Call, protocol_factory: Callable[[], asyncio.Protocol], peer: str, *, timeout: float
-) -> tuple[asyncio.Transport, asyncio.Protocol]:
+    call: Call, protocol_factory: Callable[[], StreamProtocol], peer: str, *, timeout: float
+) -> tuple[asyncio.Transport, StreamProtocol]:
     """Open a connection inside calls, as ``Network.connect`` does on TCP.
 
     Args:
@@ -90,7 +90,7 @@ class DialedTunnel(TunnelEnd):
         """The first message."""
         return self._message(OPEN)
 
-    def begin(self, protocol: asyncio.Protocol, first: Message) -> None:
+    def begin(self, protocol: StreamProtocol, first: Message) -> None:
         """The tunnel is open."""
         self._patience = self._loop.call_later(HOLD_S, self._look_at_oldest)
         self._begin(protocol)

@@ -10,6 +10,7 @@ from typing import Final
 from raftlog.errors import Busy, ProtocolError
 from raftlog.net.frames import Kind, encode_head
 from raftlog.net.handshake import HANDSHAKE_VERSION, encode_error
+from raftlog.net.network import StreamProtocol
 from raftlog.net.stream import logger
 from raftlog.net.tunnel import (
     ANSWER_S,
@@ -35,7 +36,7 @@ class Tunnels:
         accept: makes the protocol of a new connection.
     """
 
-    def __init__(self, accept: Callable[[], asyncio.Protocol]) -> None:
+    def __init__(self, accept: Callable[[], StreamProtocol]) -> None:
         self._accept = accept
         self._open: dict[bytes, ServedTunnel] = {}
 
@@ -90,7 +91,7 @@ class ServedTunnel(TunnelEnd):
         self._aborted = False
         self._silence = self._loop.call_later(SILENT_S, self._look_for_calls)
 
-    def open(self, protocol: asyncio.Protocol, message: Message) -> asyncio.Future[bytes]:
+    def open(self, protocol: StreamProtocol, message: Message) -> asyncio.Future[bytes]:
         """Begin; the answer is given at once."""
         self._begin(protocol)
         answer = self.exchange(message)

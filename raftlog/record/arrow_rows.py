@@ -19,8 +19,9 @@ from raftlog.record.arrow_murmur2 import Hashes, murmur2_of
 from raftlog.record.batch import BATCH_HEADER_BYTES, Compression, Unsealed
 from raftlog.record.codec import check_timestamp, compressed
 from raftlog.record.frame import Buffer
+from raftlog.record.layout import BODY_BYTES, DELTA_WIDTHS, NULL, RECORD_BYTES_MIN, varint
 from raftlog.record.partitioner import DefaultPartitioner, murmur2
-from raftlog.record.rows import BODY_BYTES, DELTA_WIDTHS, NULL, RECORD_BYTES_MIN, Rows, varint
+from raftlog.record.rows import Rows
 
 COLUMN: Final = pa.large_binary()
 NO_HEADERS: Final = b"\0"
@@ -112,7 +113,7 @@ class ArrowRows:
             first = last = moments
         else:
             first, last = int(moments[start]), int(moments[start : start + count].max())
-        return compressed(compression, records, count, first, last), start + count
+        return compressed(compression, (records,), count, first, last), start + count
 
     def _timestamp_deltas(self, start: int, count: int) -> Integers | None:
         """From the first of these records, as which a batch begins; None: they have one timestamp."""

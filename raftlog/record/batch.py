@@ -230,8 +230,8 @@ class Unsealed(msgspec.Struct, frozen=True, gc=False):
     for ever.
     """
 
-    records: Buffer
-    """The records section, compressed or not."""
+    records: tuple[Buffer, ...]
+    """The records section in pieces, compressed or not."""
     compression: Compression
     count: int
     first_timestamp: int
@@ -249,12 +249,12 @@ class Unsealed(msgspec.Struct, frozen=True, gc=False):
             raise CorruptBatch(f"record batch compression {header.compression} is not supported")
         records = memoryview(batch)[BATCH_HEADER_BYTES:]
         times = header.first_timestamp, header.max_timestamp
-        return cls(records, Compression(header.compression), header.record_count, *times)
+        return cls((records,), Compression(header.compression), header.record_count, *times)
 
     @property
     def size(self) -> int:
         """Bytes of the whole batch."""
-        return BATCH_HEADER_BYTES + len(self.records)
+        return BATCH_HEADER_BYTES + sum(map(len, self.records))
 
     def seal(
         self,
@@ -262,9 +262,8 @@ class Unsealed(msgspec.Struct, frozen=True, gc=False):
         producer_epoch: int = NO_PRODUCER,
         base_sequence: int = NO_SEQUENCE,
         transactional: bool = False,
-    ) -> tuple[bytes, Buffer]:
-        """(header, records): the batch in two pieces, base offset 0 and no leader epoch."""
-        records = self.records
+    ) -> tuple[Buffer, ...]:
+        """(header, *records): the batch in pieces, base offset 0 and no leader epoch."""
         after = _AFTER_CRC.pack(
             self.compression | TRANSACTIONAL if transactional else self.compression,
             self.count - 1,
@@ -275,9 +274,11 @@ class Unsealed(msgspec.Struct, frozen=True, gc=False):
             base_sequence,
             self.count,
         )
-        crc = crc32c(records, crc32c(after))
-        length = BATCH_HEADER_BYTES + len(records) - LENGTH_END
-        return _UNTIL_CRC.pack(0, length, _UNSTAMPED_EPOCH, MAGIC, crc) + after, records
+        crc = crc32c(after)
+        for piece in self.records:
+            crc = crc32c(piece, crc)
+        head = _UNTIL_CRC.pack(0, self.size - LENGTH_END, _UNSTAMPED_EPOCH, MAGIC, crc) + after
+        return head, *self.records
 
 
 def stamped(batch: Buffer, base_offset: int, leader_epoch: int) -> bytes:

@@ -28,6 +28,7 @@ from raftlog.record.batch import (
 )
 from raftlog.record.compression import UNCOMPRESSED_BYTES_MAX, compress, decompress
 from raftlog.record.frame import Buffer
+from raftlog.record.layout import NULL, record_bytes, varint
 from raftlog.record.types import Record
 
 try:
@@ -43,6 +44,8 @@ _ATTRIBUTES_LOW_BYTE: Final = ATTRIBUTES_AT + 1
 _BUILDER_BYTES_MAX: Final = 2**31 - 1
 TIMESTAMP_MS_MAX: Final = 253_402_300_799_999
 """The end of the year 9999: what ``datetime`` can still say."""
+LARGE_BYTES: Final = 64 * 1024
+"""A value of so many bytes is not copied into a batch that it has to itself."""
 _NO_HEADERS: Final[list[tuple[str, bytes | None]]] = []
 
 
@@ -63,7 +66,7 @@ class BatchBuilder:
     Not thread-safe.
     """
 
-    __slots__ = ("_append", "_builder", "count")
+    __slots__ = ("_append", "_builder", "_bytes_max", "_large", "count")
 
     count: int
     """Records appended so far; the relative offset that the next one gets."""
@@ -79,6 +82,9 @@ class BatchBuilder:
             min(bytes_max, _BUILDER_BYTES_MAX),
         )
         self._append = self._builder.append
+        self._bytes_max = bytes_max
+        self._large: tuple[int, bytes | None, bytes] | None = None
+        """(timestamp, key, value) of the only record so far, if it is large: not in the builder then."""
         self.count = 0
 
     def append(
@@ -95,11 +101,22 @@ class BatchBuilder:
 
         Raises:
             InvalidRecord: key or value not bytes-like, headers not pairs of (str, bytes or None), timestamp
-            not
-                an int from 1970 to the year 9999.
+                not an int from 1970 to the year 9999.
         """
         check_timestamp(timestamp_ms)
+        if (
+            not self.count
+            and type(value) is bytes  # which nobody changes meanwhile
+            and len(value) >= LARGE_BYTES
+            and (key is None or type(key) is bytes)
+            and not headers
+        ):
+            self._large = timestamp_ms, key, value
+            self.count = 1
+            return 0
         try:
+            if self._large is not None and not self._take_in(key, value):
+                return None
             pairs = list(headers) if headers else _NO_HEADERS
             if self._append(self.count, timestamp_ms, key, value, pairs) is None:
                 return None
@@ -136,6 +153,9 @@ class BatchBuilder:
         index, end = start, len(values)
         try:
             check_timestamp(timestamp_ms)
+            alone = self._large is not None and index < end
+            if alone and not self._take_in(None if keys is None else keys[index], values[index]):
+                return index
             while index < end:
                 key = None if keys is None else keys[index]
                 if append(index + shift, timestamp_ms, key, values[index], headers) is None:
@@ -147,9 +167,21 @@ class BatchBuilder:
             self.count = index + shift
         return index
 
+    def _take_in(self, key: Buffer | None, value: Buffer | None) -> bool:
+        """Let the large record have company, unless this one cannot fit."""
+        assert self._large is not None, "there is one"
+        if self.size + len(key or b"") + len(value or b"") > self._bytes_max:
+            return False
+        self._append(0, *self._large, _NO_HEADERS)
+        self._large = None
+        return True
+
     @property
     def size(self) -> int:
         """Bytes of the batch so far, uncompressed, header included."""
+        if self._large is not None:
+            _, key, value = self._large
+            return BATCH_HEADER_BYTES + record_bytes(NULL if key is None else len(key), len(value), 1)[1]
         size: int = self._builder.size()
         return size
 
@@ -160,9 +192,12 @@ class BatchBuilder:
         """
         if not self.count:
             raise ValueError("a batch needs at least one record")
+        if self._large is not None:
+            timestamp_ms, key, value = self._large
+            return compressed(compression, _pieces(key, value), 1, timestamp_ms, timestamp_ms)
         plain = memoryview(self._builder.build())
         built = BatchHeader.parse(plain)
-        records = plain[BATCH_HEADER_BYTES:]
+        records = (plain[BATCH_HEADER_BYTES:],)
         return compressed(compression, records, self.count, built.first_timestamp, built.max_timestamp)
 
     def build(self, compression: Compression = Compression.NONE) -> bytes:
@@ -170,14 +205,26 @@ class BatchBuilder:
         return b"".join(self.finish(compression).seal())
 
 
+def _pieces(key: bytes | None, value: bytes) -> tuple[Buffer, ...]:
+    """The one record of a batch, around its value."""
+    key_bytes = NULL if key is None else len(key)
+    head = varint(record_bytes(key_bytes, len(value), 1)[0]) + b"\0\0\0" + varint(key_bytes)
+    return head + (key or b"") + varint(len(value)), value, b"\0"
+
+
 def compressed(
-    compression: Compression, records: Buffer, count: int, first_timestamp: int, max_timestamp: int
+    compression: Compression,
+    records: tuple[Buffer, ...],
+    count: int,
+    first_timestamp: int,
+    max_timestamp: int,
 ) -> Unsealed:
-    """A batch of these records, compressed where that makes them smaller."""
+    """A batch of these records, which come in pieces, compressed where that makes them smaller."""
     if compression is not Compression.NONE:
-        smaller = compress(compression, records)
-        if len(smaller) < len(records):
-            return Unsealed(smaller, compression, count, first_timestamp, max_timestamp)
+        plain = records[0] if len(records) == 1 else b"".join(records)
+        smaller = compress(compression, plain)
+        if len(smaller) < len(plain):
+            return Unsealed((smaller,), compression, count, first_timestamp, max_timestamp)
     return Unsealed(records, Compression.NONE, count, first_timestamp, max_timestamp)
 
 

@@ -22,15 +22,9 @@ from raftlog.errors import InvalidRecord
 from raftlog.record.batch import BATCH_HEADER_BYTES, Compression, Unsealed
 from raftlog.record.codec import BatchBuilder, check_timestamp, compressed
 from raftlog.record.frame import Buffer
+from raftlog.record.layout import DELTA_WIDTHS, NULL, record_bytes, varint
 from raftlog.record.partitioner import DefaultPartitioner
 
-NULL: Final = -1
-"""The length of a key or value that is not there."""
-BODY_BYTES: Final = 3
-"""Of a record, beside offset delta, key and value: attributes, timestamp delta, number of headers."""
-RECORD_BYTES_MIN: Final = 7
-DELTA_WIDTHS: Final = ((0, 64, 1), (64, 8_192, 2), (8_192, 1_048_576, 3))
-"""(from, to, bytes) of offset deltas; no batch made here holds more records."""
 _HEADS_MAX: Final = 16_384
 """So many heads are kept, enough for a batch of 1 MiB with records of 64 bytes."""
 
@@ -40,17 +34,6 @@ def as_bytes(given: Any, what: str) -> bytes:
     if isinstance(given, (bytes, bytearray, memoryview)):
         return bytes(given)
     raise InvalidRecord(f"a record's {what} is bytes or None, not {type(given).__name__}")
-
-
-def varint(number: int) -> bytes:
-    """``number`` (int64) as a zigzag varint: seven bits a byte, the lowest first."""
-    left = (number << 1) ^ (number >> 63)
-    encoded = bytearray()
-    while left > 0x7F:
-        encoded.append(left & 0x7F | 0x80)
-        left >>= 7
-    encoded.append(left)
-    return bytes(encoded)
 
 
 class Rows(Protocol):
@@ -142,7 +125,7 @@ class ListRows:
             end = builder.extend(self._values, self._keys, at, start)
             return builder.finish(compression), end
         count = min(_fitting(*self._shape, bytes_max - BATCH_HEADER_BYTES), len(self) - start)
-        return compressed(compression, self._woven(start, count), count, at, at), start + count
+        return compressed(compression, (self._woven(start, count),), count, at, at), start + count
 
     def _woven(self, start: int, count: int) -> bytes:
         assert self._shape is not None, "records of one shape"
@@ -168,18 +151,11 @@ def _checked(given: Sequence[Buffer | None], what: str) -> tuple[Sequence[bytes 
     return checked, {NULL if each is None else len(each) for each in checked}
 
 
-def _record_bytes(key_length: int, value_length: int, delta_bytes: int) -> tuple[int, int]:
-    """(what the length of such a record says, bytes that it takes)"""
-    key_bytes = len(varint(key_length)) + max(key_length, 0)
-    body = BODY_BYTES + delta_bytes + key_bytes + len(varint(value_length)) + value_length
-    return body, len(varint(body)) + body
-
-
 def _fitting(key_length: int, value_length: int, room: int) -> int:
     """How many such records ``room`` bytes hold, one at least."""
     count = 0
     for first, last, width in DELTA_WIDTHS:
-        size = _record_bytes(key_length, value_length, width)[1]
+        size = record_bytes(key_length, value_length, width)[1]
         count = first + room // size
         room -= (last - first) * size
         if room < 0:
@@ -196,6 +172,6 @@ def _heads(key_length: int, value_length: int) -> Sequence[bytes]:
         after += varint(value_length)
     heads: list[bytes] = []
     for first, last, width in DELTA_WIDTHS:
-        before = b"\0" + varint(_record_bytes(key_length, value_length, width)[0]) + b"\0\0"
+        before = b"\0" + varint(record_bytes(key_length, value_length, width)[0]) + b"\0\0"
         heads += [before + varint(delta) + after for delta in range(first, min(last, _HEADS_MAX))]
     return heads

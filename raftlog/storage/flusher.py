@@ -10,7 +10,7 @@ import asyncio
 from collections import deque
 from collections.abc import Callable
 
-from raftlog.errors import RaftlogError, StorageFull
+from raftlog.errors import RaftlogError, StorageFailed, StorageFull
 from raftlog.raft.types import Entry
 from raftlog.record.frame import Buffer, FrameHeader
 from raftlog.storage.disk import Disk, Write
@@ -120,8 +120,8 @@ class Flusher:
                 await asyncio.sleep(delay)
                 delay = min(2 * delay, self._config.retry_seconds_max)
                 self._wanted = True
-            except RaftlogError as error:
-                self._on_fault(error)
+            except Exception as error:  # noqa: BLE001 - unflushed entries would gather, and nobody be told
+                self._on_fault(error if isinstance(error, RaftlogError) else StorageFailed(repr(error)))
                 return
             else:
                 delay = self._config.retry_seconds
@@ -146,6 +146,8 @@ class Flusher:
             save_index: write the index of the growing segment too, so that recovery need not rescan it.
         """
         async with self._busy:
+            if not log.removed and log.flushed_index >= log.first_index:
+                await self._seal_if_due(log, log.segment_of(log.flushed_index))  # there was no room before
             target = log.flushable_index
             while log.flushed_index < target and not log.removed:
                 await self._flush_some(log, target)
@@ -187,9 +189,8 @@ class Flusher:
         log.flushed_to(segment)
         self.unflushed_bytes -= size
         self._keep(log, entries[-1].index, size)
-        if segment.is_full and segment.append_position == segment.end_position:
-            await self._seal(log, segment)
-        elif segment.end_position - segment.index_saved_position >= self._config.index_checkpoint_bytes:
+        await self._seal_if_due(log, segment)
+        if segment.end_position - segment.index_saved_position >= self._config.index_checkpoint_bytes:
             await self._save_index(segment)
         self._journal.checkpoint_due(log)
 
@@ -206,6 +207,11 @@ class Flusher:
             chosen.append(entry)
             size += len(entry.frame)
         return chosen
+
+    async def _seal_if_due(self, log: ReplicaLog, segment: Segment) -> None:
+        complete = segment.is_full and segment.append_position == segment.end_position
+        if complete and not segment.sealed:
+            await self._seal(log, segment)
 
     async def _seal(self, log: ReplicaLog, segment: Segment) -> None:
         """No further frame comes: drop what a truncated large frame may have left behind, and save the

@@ -132,6 +132,8 @@ class Journal:
         """Carries out what takes several steps."""
         self.failed: RaftlogError | None = None
         self.pending_bytes = 0
+        self.groups = 0
+        """Put together so far: what is appended now goes into the next."""
 
     # -- for the store ---------------------------------------------------------------------------------------
 
@@ -318,7 +320,7 @@ class Journal:
         elif isinstance(error, StorageFull):
             self._in_steps(partial(self._write_mixed, file, write, group, now))
         else:
-            self._fail(error if isinstance(error, RaftlogError) else StorageFailed(repr(error)))
+            self._fail(error)
 
     def _in_steps(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
         self._task = self._loop.create_task(self._guarded(work), name="raftlog-journal")
@@ -326,8 +328,9 @@ class Journal:
     async def _guarded(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
         try:
             await work()
-        except RaftlogError as error:
-            self._fail(error)
+        except Exception as error:  # noqa: BLE001 - no other group would ever begin, and nobody be told
+            if not self._stopped.done():
+                self._fail(error)
 
     async def _roll(self) -> None:
         """Begin a new file, whose header says that everything below its base is durable."""
@@ -343,6 +346,7 @@ class Journal:
         )
 
     def _build(self, items: list[_Item], *, first: bool) -> Group:
+        self.groups += 1
         group = Group(self._position)
         group.add(encode_mark(group.position, self._synced))
         # Before the checkpoints, which already describe the logs as they are after it.
@@ -411,10 +415,10 @@ class Journal:
         if self._queue or self._due_now() or self._mark_due or self._closing:
             self._wake_up()
 
-    def _fail(self, error: RaftlogError) -> None:
+    def _fail(self, cause: BaseException) -> None:
         if self.failed is not None:
             return
-        self.failed = error
+        error = self.failed = cause if isinstance(cause, RaftlogError) else StorageFailed(repr(cause))
         self._cancel_timers()
         self._on_fault(error)
         items = self._running + self._queue

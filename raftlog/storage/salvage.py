@@ -83,7 +83,8 @@ async def survey(disk: Disk, segment: Segment) -> BrokenLog | None:
 
 async def find_anchors(disk: Disk, broken: BrokenLog) -> frozenset[Anchor]:
     """All entries behind the break whose crcs this disk knows: those it is told of, the predecessor of the
-    next frame in the file that checks, and of the segments further on."""
+    next frame in the file that checks, and of the segments further on. That frame may be another log's, which
+    a misdirected write has put here; so that of the run which leads to a known entry counts, too."""
     segment = broken.segment
     needed = segment.last_index + 1 if segment.header_written else segment.last_index
     reach = max(index for index, _ in broken.anchors)
@@ -97,20 +98,41 @@ async def find_anchors(disk: Disk, broken: BrokenLog) -> frozenset[Anchor]:
         file = await disk.open(segment.path)
     except FileNotFoundError:
         return frozenset(anchors)
+    known = frozenset(anchors)
     try:
-        async for position, data in _windows(file, segment.end_position):
-            for match in _ANY_FRAME.finditer(data):
-                if len(data) - match.start() < FRAME_HEADER_BYTES:
-                    break  # it is whole in the next window
-                header = FrameHeader(data, match.start())
-                if not needed < header.index <= reach:
-                    continue
-                if await _checks(file, position + match.start(), data[match.start() :], header.length):
-                    anchors.add((header.index - 1, header.prev_crc))
-                    return frozenset(anchors)
+        before: Anchor = 0, 0
+        last: Anchor | None = None
+        async for header in _frames_behind(file, segment.end_position, needed + 1, reach):
+            follows = header.index - 1, header.prev_crc
+            if last is None:
+                anchors.add(follows)
+            if follows != last:
+                before = follows
+            last = (header.index, header.crc)
+            if last in known:
+                anchors.add(before)
+                break
     finally:
         file.close()
     return frozenset(anchors)
+
+
+async def _frames_behind(file: DiskFile, start: int, lowest: int, highest: int) -> AsyncIterator[FrameHeader]:
+    """Headers of the frames at or behind ``start`` that check and have one of these indexes."""
+    end = start
+    async for position, data in _windows(file, start):
+        for match in _ANY_FRAME.finditer(data):
+            at = position + match.start()
+            if at < end:
+                continue  # within one that checks
+            if len(data) - match.start() < FRAME_HEADER_BYTES:
+                break  # it is whole in the next window
+            header = FrameHeader(data, match.start())
+            if not lowest <= header.index <= highest:
+                continue
+            if await _checks(file, at, data[match.start() :], header.length):
+                end = at + header.length
+                yield header
 
 
 async def _anchor_of_header(disk: Disk, path: str) -> set[Anchor]:

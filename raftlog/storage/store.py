@@ -199,6 +199,12 @@ class BrokerStore:
         return self._journal.pending_bytes
 
     @property
+    def groups(self) -> int:
+        """Groups of appends that were put together since it was opened; what is appended now goes into the
+        next."""
+        return self._journal.groups
+
+    @property
     def oldest_pending_since(self) -> float | None:
         """Loop time at which the oldest append that is not yet durable was made."""
         return self._journal.oldest_pending_since

@@ -221,6 +221,33 @@ class Ward:
             log.snapshots.append(index)
             log.snapshots.sort()
 
+    async def begin_behind(self, replica_id: int, index: int, data: Buffer) -> bool:
+        """Let a sleeper's log begin behind a peer's snapshot at ``index``: what it lacks below, nobody has
+        any more, for retention has dropped it. It keeps term and vote, and all its entries above.
+
+        Returns:
+            False if its log does not go on from there.
+
+        Raises:
+            DamagedData: the snapshot does not check.
+            StorageFull, StorageFailed: the device.
+        """
+        path = snapshot_path(replica_id, index)
+        snapshot = parse_snapshot(data, index, path)
+        sleeper = self.sleepers.get(replica_id)
+        if sleeper is None or not sleeper.checkpoint.first_index <= index <= sleeper.checkpoint.index:
+            return False
+        if index == sleeper.checkpoint.index:
+            follows = sleeper.checkpoint.crc == snapshot.crc
+        else:
+            follows = bool(await salvage(self._disk, replica_id, index + 1, snapshot.crc, 1))
+        if not follows:
+            return False
+        await self._disk.replace_file(path, bytes(data))
+        # Not written down: a process that ends before the journal's next checkpoint finds the same again.
+        sleeper.checkpoint = msgspec.structs.replace(sleeper.checkpoint, first_index=index + 1)
+        return True
+
     async def drop_snapshot(self, replica_id: int, index: int) -> bool:
         """Do without a damaged snapshot of a replica that runs, if its log does not begin behind it.
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from raftlog.config import TopicConfig
 from raftlog.raft.confstack import decode_conf
-from raftlog.raft.types import ConfState, Entry, Role
+from raftlog.raft.types import AppendRequest, ConfState, Entry, Role
 from raftlog.record.frame import FrameKind
 from raftlog.state.partition import SetLogStart, decode_command
 
@@ -245,6 +245,29 @@ def overlap(a: ConfState, b: ConfState) -> bool:
             if is_quorum(a, some) and is_quorum(b, voters.difference(some)):
                 return False
     return True
+
+
+@dataclass(slots=True)
+class Window:
+    """What a leader has sent to a follower in its term: counted here, not by the core."""
+
+    term: int
+    messages: int = 0
+    entries: dict[int, tuple[int, int]] = field(default_factory=dict)
+    """index -> (number of the message, bytes)."""
+
+    def sent(self, message: AppendRequest) -> None:
+        """A message is on its way."""
+        self.messages += 1
+        for entry in message.entries:
+            self.entries[entry.index] = self.messages, len(entry.frame)
+
+    def in_flight(self, match: int, next_index: int) -> tuple[int, int]:
+        """Messages and bytes with entries above ``match`` and below ``next_index``."""
+        for index in [each for each in self.entries if not match < each < next_index]:
+            del self.entries[index]
+        numbers = {number for number, _ in self.entries.values()}
+        return len(numbers), sum(size for _, size in self.entries.values())
 
 
 @dataclass(frozen=True, slots=True)

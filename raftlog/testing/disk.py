@@ -134,8 +134,8 @@ class SimDisk:
         self.syncs = 0
         """Syncs of a file so far."""
         self.commits = 0
-        """Commits of the journal's lane that have begun, failed ones too; one that found no room and is tried
-        again counts once."""
+        """Commits of the journal's lane that have begun to write something, failed ones too; one that found
+        no room and is tried again counts once."""
         self.commits_done = 0
         """The last of them that was synced (with it, those before that were only written)."""
         self.commits_written = 0
@@ -198,6 +198,7 @@ class SimDisk:
             record=self.trace is not None,
         )
         disk.boot_id = self.boot_id
+        disk.cached = self.cached
         return disk
 
     def fail_sync(self, count: int = 1) -> None:
@@ -290,7 +291,9 @@ class SimDisk:
     @contextmanager
     def _counted(self, writes: Sequence[Write], sync: bool) -> Iterator[None]:
         """Around what a commit does."""
-        if not self._again:  # else what was handed over since the first try is not in it
+        has_bytes = any(write.buffers for write in writes)
+        # one that only syncs carries nothing that was handed over; a second try nothing that came meanwhile
+        if has_bytes and not self._again:
             self.commits += 1
         ordinal, synced = self.commits, self.commits_done
         try:
@@ -299,7 +302,7 @@ class SimDisk:
             self._again = True
             raise
         self._again = False
-        if any(write.buffers for write in writes):
+        if has_bytes:
             self.commits_marked = synced
         self.commits_written = ordinal
         if sync:

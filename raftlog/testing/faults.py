@@ -330,20 +330,20 @@ class Nemesis:
         rng = random.Random(f"quorum {self.profile.seed}")
         chosen: set[int] = set()
         self.revive()
+        self.cluster.network.heal()
+        self._restore_latency()
         for broker_id in rng.sample(self._whole, len(self._whole)):
+            # No time passes from here to the end of the others: who joins meanwhile changes the quorum.
             if self.mover.is_quorum(chosen - self._forgetful() - self._disks.atlas.spoilt):
                 break
             chosen.add(broker_id)
-        self.cluster.network.heal()
-        self._restore_latency()
-        for broker_id in sorted(chosen):
             self.cluster.disks[broker_id].capacity = None
             self.cluster.disks[broker_id].fail_sync(0)
             self.cut.discard(broker_id)
             if broker_id in self.down:
                 self.start(broker_id)
         for broker_id in sorted(set(self.cluster.brokers) - chosen):
-            rng.choice([self._kill, self._isolate, self._deafen])(broker_id)
+            rng.choice([self._end, self._isolate, self._deafen])(broker_id)
         self.say(f"only brokers {sorted(chosen)} are healed")
 
     # -- network ---------------------------------------------------------------------------------------------
@@ -402,8 +402,11 @@ class Nemesis:
     def _kill(self, broker_id: int) -> None:
         self._catch_unsynced([broker_id])
         if broker_id in self.cluster.brokers:
-            self.down.add(broker_id)
-            self.cluster.kill_broker(broker_id)
+            self._end(broker_id)
+
+    def _end(self, broker_id: int) -> None:
+        self.down.add(broker_id)
+        self.cluster.kill_broker(broker_id)
 
     def _crash_twice(self, broker_id: int) -> None:
         """A kill, which leaves writes that no sync has covered, and a power cut soon after the restart."""

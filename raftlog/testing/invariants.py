@@ -37,6 +37,7 @@ from typing import TYPE_CHECKING, Any, Final
 from raftlog.broker.group_replica import GroupReplica
 from raftlog.config import TopicConfig
 from raftlog.errors import RaftlogError
+from raftlog.raft.progress import ProgressState
 from raftlog.raft.types import (
     Append,
     AppendRequest,
@@ -50,7 +51,17 @@ from raftlog.raft.types import (
 from raftlog.record.frame import FrameKind
 from raftlog.storage.replica_log import Accept, ReplicaLog
 from raftlog.storage.snapshot_file import LogSnapshot
-from raftlog.testing.books import Event, Group, GroupKey, Member, View, Violation, column, overlap
+from raftlog.testing.books import (
+    Event,
+    Group,
+    GroupKey,
+    Member,
+    View,
+    Violation,
+    Window,
+    column,
+    overlap,
+)
 from raftlog.testing.disk import SimDisk
 from raftlog.testing.loop import START_TIME, SimLoop, SimNode
 from raftlog.testing.ownership import Ownership
@@ -81,6 +92,7 @@ class Watch:
         self._views: dict[int, dict[int, View]] = {}
         self._votes: dict[tuple[int, int], int] = {}
         self._last_vote: dict[int, tuple[int, int]] = {}
+        self._windows: dict[tuple[int, int], Window] = {}
         self._broken: Violation | None = None
         loop.on_step = self._after_step
 
@@ -133,8 +145,8 @@ class Watch:
 
     # -- what leaves a replica -------------------------------------------------------------------------------
 
-    def appended(self, view: View, disk: SimDisk, append: Append) -> None:
-        """Entries are handed to a disk."""
+    def appended(self, view: View, disk: SimDisk, commit: int, append: Append) -> None:
+        """Entries are handed to a disk; they go into its commit of that number."""
         member, group = view.member, view.group
         first, last = append.entries[0].index, append.entries[-1].index
         member.settle(disk)
@@ -152,7 +164,7 @@ class Watch:
             row = member.rows[entry.index] = group.book(entry)
             if row.kind == FrameKind.CONF:
                 self._configured(view, row.index, row.says)
-        member.flights.append([disk.commits + 1, last])
+        member.flights.append([commit, last])
 
     def _configured(self, view: View, index: int, conf: ConfState) -> None:
         """A configuration is in force in this log."""
@@ -177,8 +189,7 @@ class Watch:
             self.violated(violation)
 
     def _check_sent(self, broker: Broker, message: Message) -> None:
-        kind = type(message)
-        if kind is AppendRequest:
+        if isinstance(message, AppendRequest):
             self._check_window(broker, message)
         elif isinstance(message, AppendResponse):
             if not message.rejected:
@@ -208,19 +219,24 @@ class Watch:
                 f"durable before told: {view.name} acknowledged index {index}, synced is {member.durable}"
             )
 
-    def _check_window(self, broker: Broker, message: Message) -> None:
+    def _check_window(self, broker: Broker, message: AppendRequest) -> None:
         replica = broker.replica(message.sender)
         if replica is None or replica.node.role is not Role.LEADER:
             return
         progress = replica.node.progress.get(message.to)
         if progress is None:
             return
+        window = self._windows.get((message.sender, message.to))
+        if window is None or window.term != message.term:
+            window = self._windows[message.sender, message.to] = Window(message.term)
+        window.sent(message)
+        if progress.state is not ProgressState.REPLICATE:
+            return
+        messages, size = window.in_flight(progress.match, progress.next)
         config = broker.config
         # A single message always goes, however large its first entry.
-        if progress.inflight_messages > config.inflight_messages_max or (
-            progress.inflight_messages > 1 and progress.inflight_bytes > config.inflight_bytes_max
-        ):
-            raise Violation(f"bounds: {progress} of {replica.name}")
+        if messages > config.inflight_messages_max or (messages > 1 and size > config.inflight_bytes_max):
+            raise Violation(f"bounds: {messages} messages, {size} bytes to {progress} of {replica.name}")
 
     # -- after every event -----------------------------------------------------------------------------------
 
@@ -449,7 +465,9 @@ class Watch:
 
     def _check_serving(self, view: View) -> None:
         core, group = view.replica.node, view.group
-        if _next_offset(view.replica) < group.served:
+        # one that stood still may come to serve its own term when a later one has its leader already
+        is_newest = core.term >= max(group.leaders)
+        if is_newest and _next_offset(view.replica) < group.served:
             raise Violation(
                 f"high watermark: replica {core.id} serves {group.name} up to {_next_offset(view.replica)}, "
                 f"{group.served} was served before"
@@ -480,7 +498,7 @@ class _Ears:
         view = self._view(log)
         if view is not None and append.entries:
             try:
-                self._watch.appended(view, self._disk, append)
+                self._watch.appended(view, self._disk, self._broker.store.groups + 1, append)
             except Violation as violation:
                 self._watch.violated(violation)
         self._append(log, append, done)

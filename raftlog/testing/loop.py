@@ -19,7 +19,9 @@ import heapq
 import math
 import random
 import struct
+import sys
 import threading
+import time
 import weakref
 from asyncio import Handle, Task, TimerHandle
 from collections import deque
@@ -335,6 +337,11 @@ class SimLoop(asyncio.BaseEventLoop):
 
     # -- running ---------------------------------------------------------------------------------------------
 
+    def run_forever(self) -> None:
+        """Run until ``stop``; see asyncio. Meanwhile there is no real clock and no thread to start."""
+        with _no_real_time():
+            super().run_forever()
+
     def run_until(self, condition: Callable[[], bool], timeout: float) -> None:
         """Run until ``condition()`` holds; it is asked after every callback.
 
@@ -488,6 +495,41 @@ for _name, _what in (
     ("subprocess_shell", "a real process"),
 ):
     setattr(SimLoop, _name, _refusal(_what))
+
+
+_CLOCKS: Final = ("time", "time_ns", "monotonic", "monotonic_ns", "perf_counter", "perf_counter_ns", "sleep")
+
+
+@contextmanager
+def _no_real_time() -> Iterator[None]:
+    """Within the block raftlog's code reads no real clock in this thread, which starts no other one."""
+    here = threading.get_ident()
+    clocks = {name: getattr(time, name) for name in _CLOCKS}
+    start = threading.Thread.start
+
+    def refused(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def clock(*args: Any) -> Any:
+            caller = sys._getframe(1).f_globals.get("__name__", "")
+            if threading.get_ident() == here and caller.partition(".")[0] == "raftlog":
+                raise RuntimeError(f"time.{name} is not possible in the simulation: go through the seams")
+            return real(*args)
+
+        return clock
+
+    def start_refused(thread: threading.Thread) -> None:
+        if threading.get_ident() == here:
+            raise RuntimeError("a thread is not possible in the simulation: go through the seams")
+        start(thread)
+
+    for name, real in clocks.items():
+        setattr(time, name, refused(name, real))
+    _set(threading.Thread, "start", start_refused)
+    try:
+        yield
+    finally:
+        _set(threading.Thread, "start", start)
+        for name, real in clocks.items():
+            setattr(time, name, real)
 
 
 def _set(target: object, attribute: str, value: object) -> None:

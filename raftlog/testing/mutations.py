@@ -65,6 +65,14 @@ MUTATIONS: Final = (
         "match[node.id] = node.log.last_index",
     ),
     Mutation(
+        "what is sent to a follower takes no room in its window",
+        "raftlog.raft.progress",
+        """        self._inflight.append((last_index, size))
+        self.inflight_bytes += size
+""",
+        "",
+    ),
+    Mutation(
         "a follower acknowledges what is not synced",
         "raftlog.raft.follower",
         "index = min(node.matched_index, durability.index)",
@@ -406,9 +414,11 @@ def run_all(seeds: int, only: str = "") -> list[str]:
         Names of the mutations that were not found, or not they.
 
     Raises:
-        PatchFailed: a mutation no longer applies.
+        PatchFailed: a mutation no longer applies, or there is none of that name.
     """
     check_all_apply()
+    if not any(only in mutation.name for mutation in MUTATIONS):
+        raise PatchFailed(f"no planted bug has {only!r} in its name")
     escaped = []
     for number, mutation in enumerate(MUTATIONS):
         if only not in mutation.name:

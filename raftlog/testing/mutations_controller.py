@@ -10,6 +10,8 @@ from raftlog.testing.mutation import Mutation
 _FAULTS: Final = ("move", "drain", "grow", "kill controller", "two controllers", "kill", "isolate")
 _LOSSES: Final = ("wipe", "move", "kill controller", "two controllers")
 _FIVE: Final[Mapping[str, Any]] = {"brokers": 5, "replication": 3}
+_FIVE_FAR_APART: Final[Mapping[str, Any]] = {**_FIVE, "latency": (0.01, 0.06)}
+"""Moves take long enough to be met by another fault."""
 
 CONTROLLER: Final = (
     Mutation(
@@ -58,6 +60,6 @@ CONTROLLER: Final = (
         "if move.reason is Reason.LOST:  # it waits for somebody who does not come",
         "if False:",
         _LOSSES,
-        _FIVE,
+        _FIVE_FAR_APART,
     ),
 )

@@ -25,11 +25,12 @@ from contextvars import Context, copy_context
 from typing import Final
 
 from raftlog.errors import ConnectionLost
+from raftlog.net.network import StreamProtocol
 from raftlog.testing.loop import SimLoop, SimNode, current_node
 from raftlog.testing.transport import END, OPENED, Link, Pipe, SimTransport, reset
 
 Address = tuple[str, int]
-ProtocolFactory = Callable[[], asyncio.Protocol]
+ProtocolFactory = Callable[[], StreamProtocol]
 
 FIRST_FREE_PORT: Final = 40_000
 CONNECT_RETRY_SECONDS: Final = 1.0
@@ -316,7 +317,7 @@ class NodeNetwork:
 
     async def connect(
         self, protocol_factory: ProtocolFactory, host: str, port: int, *, timeout: float
-    ) -> tuple[asyncio.Transport, asyncio.Protocol]:
+    ) -> tuple[asyncio.Transport, StreamProtocol]:
         opened: asyncio.Future[None] = self.world.loop.create_future()
         attempt = self.world._dial(self._node(), self.host, (host, port), opened)
         try:

@@ -501,17 +501,17 @@ class Pipeline:
         return {place: row[-1][0] + 1 for place, row in rows.items() if row}
 
     async def _audit(self) -> None:
-        """Read everything with fresh clients; ask where the group is."""
+        """Ask where the groups are, before their offsets expire; read everything with fresh clients."""
         history = self.history
-        history.committed_only.add("auditor of committed records")
-        for topic in (IN, OUT):
-            for place, row in (await self._read(topic)).items():
-                history.finals["auditor of committed records", place] = row
         log = self.log("pipeline auditor")
         for group in self._groups():
             for each in (await log.describe_group(group)).offsets:
                 history.groups[group, f"{each.topic}/{each.partition}"] = each.committed or 0
         await log.close()
+        history.committed_only.add("auditor of committed records")
+        for topic in (IN, OUT):
+            for place, row in (await self._read(topic)).items():
+                history.finals["auditor of committed records", place] = row
 
 
 async def _note(send: Send, delivery: Any) -> None:

@@ -10,8 +10,8 @@ from raftlog.broker.transactions import EPOCH_MAX
 
 CLIENT_FAULTS: Final = {"client pause": 1.0, "client cut": 1.0, "kill coordinator": 1.0}
 """Faults for runs with groups and transactions only, and how often they come."""
-OFFSETS_RETENTION_MS: Final = 20_000
-"""Longer than faults keep all members of a group away."""
+OFFSETS_RETENTION_MS: Final = 60_000
+"""Longer than faults keep all members of a group away, and than transactions of the dead take to end."""
 
 
 @dataclass(frozen=True)

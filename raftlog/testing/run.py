@@ -73,7 +73,7 @@ class Result:
     lag_seconds: float = 0.0
     fault_log: list[str] = field(default_factory=list)
     events: str = ""
-    """The readable trace (of a failure)."""
+    """The readable trace of its last events."""
     stack: str = ""
 
     @property
@@ -112,8 +112,7 @@ def run_once(profile: Profile) -> Result:
     result.lag_seconds = workload.history.lag_seconds
     result.seconds = cluster.loop.time() - START_TIME
     result.steps, result.trace = cluster.loop.steps, cluster.loop.trace
-    if result.verdict is not Verdict.GOOD:
-        result.events = render(cluster.watch.events, max(cluster.disks) + 1)
+    result.events = render(cluster.watch.events, max(cluster.disks) + 1)
     workload.close()
     result.cpu_seconds = time.process_time() - begin
     return result

@@ -131,9 +131,14 @@ class SimCluster:
         )
 
     def _new_disk(self, rng: random.Random, name: str) -> SimDisk:
-        """An empty one; every third carries out commits at once."""
+        """An empty one; every third carries out commits at once, and every third has nothing that is read in
+        memory."""
         prompt = random.Random(f"{self._seed}/{name}/prompt").random() < 1 / 3
-        return SimDisk(self._fork(), latency=rng.uniform(*self._sync_seconds), prompt=prompt)
+        disk = SimDisk(self._fork(), latency=rng.uniform(*self._sync_seconds), prompt=prompt)
+        reads = random.Random(f"{self._seed}/{name}/reads")
+        if reads.random() < 1 / 3:
+            disk.cached, disk.read_latency = False, reads.uniform(*self._sync_seconds)
+        return disk
 
     def join_broker(self) -> int:
         """Start a new broker on an empty disk; returns its id once it runs. After an error the next call goes

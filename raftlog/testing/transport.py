@@ -23,6 +23,7 @@ from contextvars import Context
 from typing import Any, Final
 
 from raftlog.net.frames import Buffer
+from raftlog.net.network import StreamProtocol, deliver
 from raftlog.testing.loop import SimLoop, SimNode
 
 CHUNK_BYTES_MAX: Final = 64 * 1024
@@ -286,7 +287,7 @@ class SimTransport(asyncio.Transport):
         self._loop = outgoing._loop
         self.outgoing = outgoing
         self.incoming = incoming
-        self._protocol: asyncio.Protocol | None = None
+        self._protocol: StreamProtocol | None = None
         self._is_closing = False
         self._is_reading = True
         self._wake_scheduled = False
@@ -345,7 +346,7 @@ class SimTransport(asyncio.Transport):
         return self._get()
 
     def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
-        assert isinstance(protocol, asyncio.Protocol)
+        assert isinstance(protocol, asyncio.Protocol | asyncio.BufferedProtocol)
         self._protocol = protocol
 
     def close(self) -> None:
@@ -362,7 +363,7 @@ class SimTransport(asyncio.Transport):
 
     # -- from the pipes --------------------------------------------------------------------------------------
 
-    def _get(self) -> asyncio.Protocol:
+    def _get(self) -> StreamProtocol:
         assert self._protocol is not None, "the connection was not made yet"
         return self._protocol
 
@@ -409,7 +410,7 @@ class SimTransport(asyncio.Transport):
         elif not self._is_closing:
             self.incoming.acknowledge(len(item))
             self._loop.note(item)
-            self._get().data_received(item)
+            deliver(self._get(), item)
         self._wake()
 
     def _on_news(self, news: Signal) -> None:
@@ -428,7 +429,7 @@ class SimTransport(asyncio.Transport):
             elif self.opened is not None and not self.opened.done() and news.error is not None:
                 self.opened.set_exception(news.error)
 
-    def made(self, protocol: asyncio.Protocol) -> None:
+    def made(self, protocol: StreamProtocol) -> None:
         """Give the connection its protocol (in this node's context)."""
         self._protocol = protocol
         protocol.connection_made(self)

@@ -131,13 +131,16 @@ class World:
 
     def move(self, *holders: int) -> None:
         """Want the topic's partition 0 on these brokers, as a controller that has just taken over."""
-        here = {broker_id: replica_id for replica_id, broker_id in self.assignment.members}
-        replicas = [(broker_id, here.get(broker_id, 0)) for broker_id in holders]
         broker_id = self.metadata_leader()
         metadata = self.broker(broker_id).metadata
 
         async def move() -> None:
             epoch = await metadata.call(TakeControl())
+            # as the leader stages it: a replica that leaves may be gone by what is not applied yet
+            staged = metadata.replica.check_serving()
+            members = staged.topics[TOPIC].partitions[0].members
+            here = {broker_id: replica_id for replica_id, broker_id in members}
+            replicas = [(each, here.get(each, 0)) for each in holders]
             await metadata.call(AlterPartition(epoch, self.topic_id, 0, replicas))
 
         self.cluster.run(move(), node=broker_name(broker_id))

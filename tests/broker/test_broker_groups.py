@@ -341,7 +341,7 @@ def test_fifty_members_over_five_hundred_partitions() -> None:
         owned = [partition for member in members for partition in member.assigned]
         assert sorted(owned) == [*range(500)]
         assert world.loop.time() - before < 5.0
-        assert len(beats) <= 5 * 50, "four heartbeats take a member from joining to all it gets"
+        assert len(beats) <= 5 * 50, "five heartbeats, on average, take a member from joining to all it gets"
 
 
 # -- offsets -------------------------------------------------------------------------------------------------

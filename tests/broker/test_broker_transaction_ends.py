@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from broker_kit import batch, outcome
-from coordination_kit import TXN, CoordinatedWorld, begun, check_committed
+from coordination_kit import TXN, CoordinatedWorld, begun, check_committed, restart
 
 from raftlog.broker.internal_topics import TRANSACTIONS_TOPIC
 from raftlog.broker.markers import Markers
@@ -233,3 +233,31 @@ def test_who_waits_for_an_end_hears_of_the_next_leader(monkeypatch: pytest.Monke
         assert isinstance(outcome(waiting), NotLeader | ConcurrentTransactions)
         world.leader_at(place, but=old)
         check_committed(world, b"a")
+
+
+def test_an_operator_aborts_what_hangs_of_an_id_that_is_forgotten() -> None:
+    """Whoever is asked may be of a lower term than the one that ended the producer's transactions there."""
+    with CoordinatedWorld(config=BrokerConfig(transactional_id_expiry_ms=20_000)) as world:
+        me = world.init()
+        place, nobodys = world.transaction_place, world.place(TRANSACTIONS_TOPIC, "")
+        for _ in range(3):
+            victim = world.leader_at(place)
+            world.cluster.kill_broker(victim)
+            world.leader_at(place, but=victim)
+            restart(world, victim)
+            world.pass_time(2.0)
+        world.enlist(me)
+        world.write(me, b"a")
+        after = world.end(me)
+        world.until_state("complete_commit")
+        world.write(after, b"stray")
+        world.pass_time(45.0)
+        coordinator = world.transaction_replica(world.leader_at(place))
+        assert TXN not in coordinator.machine.transactions
+        other = world.broker(world.leader_at(nobodys)).place_of(*nobodys)
+        assert other.node.term < coordinator.node.term
+        (row,) = world.open_transactions().open
+        hanging = HangingTransaction(world.topic_id, 0, row.producer_id, row.epoch)
+        world.seek(nobodys, AbortTransactionRequest(*nobodys, "", hanging))
+        assert world.open_transactions().open == []
+        assert world.read() == [b"a"]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from typing import Any
 
 import pytest
-from broker_kit import TIMEOUT_S, batch, outcome
+from broker_kit import RAW, TIMEOUT_S, batch, outcome
 from coordination_kit import GROUP, TXN, CoordinatedWorld, begun, check_committed, restart, visible
 
 from raftlog.broker.markers import Markers
+from raftlog.config import BrokerConfig
 from raftlog.errors import (
     InvalidTransaction,
     LeadershipLost,
@@ -33,6 +35,7 @@ from raftlog.net.rpc_transactions import (
     ProducerIdentity,
     WriteMarkersRequest,
 )
+from raftlog.storage.replica_log import ReplicaLog
 from raftlog.testing.disk import CrashMode
 
 
@@ -423,3 +426,74 @@ def test_offsets_of_an_aborted_transaction_are_forgotten() -> None:
         world.end(me, commit=False)
         world.until_state("complete_abort")
         assert world.offsets() == {0: 3}
+
+
+def test_what_retention_drops_while_it_is_read_does_not_show_what_was_aborted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = {"segment_bytes": 64 << 10, "retention_ms": 15_000}
+    with CoordinatedWorld(brokers=1, topic_config=config) as world:
+        me = world.init()
+        world.enlist(me)
+        world.write(me, b"aborted")
+        world.end(me, commit=False)
+        world.until_state("complete_abort")
+        connection = world.dial(0)
+        for number in range(120):
+            world.written(connection, batch(b"%d-" % number + b"v" * 2_000))
+        world.cluster.run(world.broker(0).store.flush(), node="broker-0")
+        world.cluster.kill_broker(0)
+        world.cluster.start_broker(0)
+        world.leader()
+        replica = world.replica(0)
+        assert replica.machine.log_start == 0
+        world.cluster.disks[0].cached = False
+        original = ReplicaLog.read
+
+        async def slow_read(self: ReplicaLog, *args: Any) -> Any:
+            """The device takes its time; meanwhile the log's start moves."""
+            found = await original(self, *args)
+            while self is replica.log and not replica.machine.log_start:  # noqa: ASYNC110
+                await asyncio.sleep(0.1)
+            return found
+
+        monkeypatch.setattr(ReplicaLog, "read", slow_read)
+        response, payload = world.call(world.dial(0), world.committed_fetch(0))
+        assert replica.machine.log_start > 0
+        row = response.partitions[0]
+        if row.error is None:
+            assert b"aborted" not in visible(payload, row.aborted)[0]
+        else:
+            assert row.error.name == "OffsetOutOfRange"
+
+
+# -- size ----------------------------------------------------------------------------------------------------
+
+
+def test_what_coordinators_write_down_stays_bounded_under_endless_transactions() -> None:
+    segment = 64 << 10
+    config = BrokerConfig(internal_partitions=1, internal_segment_bytes=segment)
+    with CoordinatedWorld(config=config) as world:
+        connection = world.connection(world.leader_at(world.transaction_place))
+        request = InitTransactionsRequest(*world.transaction_place, TXN, 60_000)
+        last = []
+
+        async def begin_many() -> None:
+            for _ in range(400):
+                answer, _ = await connection.call(request, timeout=TIMEOUT_S)
+                last.append((answer.producer_id, answer.epoch))
+
+        logs = [world.transaction_replica(broker_id).log for broker_id in range(3)]
+        for _ in range(8):
+            task = world.loop.run_as(RAW, begin_many())
+            world.until(task.done)
+            task.result()
+            world.pass_time(12.0)  # the housekeepers come by
+            sizes = [sum(each.append_position for each in log.segments) for log in logs]
+            assert max(sizes) <= 3 * segment, sizes
+        assert min(log.first_index for log in logs) > 1_000, "what came before was written, and is gone"
+        victim = world.leader_at(world.transaction_place)
+        world.cluster.kill_broker(victim)
+        world.leader_at(world.transaction_place, but=victim)
+        row = world.transaction()
+        assert (row.producer_id, row.epoch) == last[-1]

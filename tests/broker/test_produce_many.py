@@ -8,7 +8,14 @@ from typing import Any
 import pytest
 from broker_kit import RAW, World, batch
 
-from raftlog.errors import ProtocolError, RaftlogError, StorageFailed, UnknownReplica, from_wire
+from raftlog.errors import (
+    LeadershipLost,
+    ProtocolError,
+    RaftlogError,
+    StorageFailed,
+    UnknownReplica,
+    from_wire,
+)
 from raftlog.net.connection import RpcConnection
 from raftlog.net.rpc import ProducePartition, ProduceRequest, ProduceResponse
 
@@ -172,3 +179,19 @@ def test_a_bug_that_one_batch_meets_is_not_told_of_the_others(
     world.until(lambda: asked.over)
     assert asked.outcomes == {0: 0, 1: RaftlogError, 2: 0, 3: 0}
     assert [type(context["exception"]) for context in reported] == [ZeroDivisionError]
+
+
+@pytest.mark.parametrize("step", ["hand_out", "store", "follow_up"])
+def test_a_bug_in_the_cycle_ends_the_replica_that_met_it_and_no_other(
+    world: World, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    connection = world.dial(0)
+
+    def broken() -> bool:
+        raise AssertionError("an invariant")
+
+    monkeypatch.setattr(world.replica(0, 1), step, broken)
+    asked = Asked(world, connection, [(n, batch(b"%d" % n)) for n in range(PARTITIONS)])
+    world.until(lambda: asked.over)
+    assert asked.outcomes == {0: 0, 1: LeadershipLost, 2: 0, 3: 0}
+    assert [world.replica(0, n).fault is None for n in range(PARTITIONS)] == [True, False, True, True]

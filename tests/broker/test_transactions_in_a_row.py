@@ -3,6 +3,8 @@ answer is lost, the next one is not wanted, or somebody is in the way."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from broker_kit import batch
 from coordinated import P0, P1, P2, Coordinated
@@ -10,6 +12,7 @@ from coordination_kit import GROUP, CoordinatedWorld, restart
 from msgspec.structs import replace
 from transaction_world import TOPIC
 
+from raftlog.broker.markers import Markers
 from raftlog.broker.transactions import EPOCH_MAX, Enlisted, NeedsProducerId
 from raftlog.errors import ConcurrentTransactions, InvalidTransaction, ProducerFenced, TransactionTimedOut
 from raftlog.net.rpc import (
@@ -327,3 +330,42 @@ def test_the_next_coordinator_goes_on(told: bool) -> None:
         world.end(third, commit=False)
         world.until_state("complete_abort")
         assert world.read() == [b"a", b"b"]
+
+
+def test_a_transaction_that_is_overdue_and_commits_does_not_time_out_the_next(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It cannot be aborted at once: the end of the one before has not reached a partition, as far as the
+    coordinator knows. While that waits the producer, which has told the partition, commits and goes on."""
+    original = Markers.send
+    held: list[Any] | None = []
+
+    def send(*errand: Any) -> None:
+        if held is None:
+            original(*errand)
+        else:
+            held.append(errand)
+
+    with CoordinatedWorld(partitions=2) as world:
+        first = world.init(timeout_ms=15_000)
+        world.enlist(first)
+        world.write(first, b"a")
+        replica = world.transaction_replica(world.leader_at(world.transaction_place))
+        monkeypatch.setattr(Markers, "send", send)
+        second = end(world, first)
+        write(world, second, b"b", word(first, second))
+        world.until(lambda: bool(replica._waiting), 40.0)  # it is overdue
+        third = end(world, second)
+        assert third.begun
+        write(world, third, b"c", word(second, third))
+
+        async def release() -> None:
+            nonlocal held
+            late, held = held, None
+            for errand in late or ():
+                original(*errand)
+
+        world.cluster.run(release(), node="admin")
+        world.pass_time(1.0)
+        assert world.transaction().state == "ongoing", "it has only just begun"
+        world.end(third)

@@ -144,6 +144,26 @@ def test_a_bug_is_one_line_unless_the_traceback_is_asked_for() -> None:
     assert "Traceback" in result.stderr
 
 
+def test_what_others_in_the_process_print_is_not_in_the_output() -> None:
+    """Ray's listener prints to sys.stdout when a node dies, whatever was asked of it."""
+    code = (
+        "import sys, raftlog\n"
+        "from raftlog.cli.main import main\n"
+        "class Log:\n"
+        "    def topics(self):\n"
+        "        print('(raylet) a node has died')\n"
+        "        return []\n"
+        "    close = lambda self: None\n"
+        "raftlog.connect = lambda name, timeout: Log()\n"
+        "sys.argv = ['raftlog', 'topics', 'list', '--json']\n"
+        "main()"
+    )
+    result = python(code)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == "[]\n"
+    assert "a node has died" in result.stderr
+
+
 def test_the_command_line_loads_nothing_heavy(tmp_path: Path) -> None:
     result = python(
         "import sys\n"

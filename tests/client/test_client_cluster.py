@@ -10,7 +10,7 @@ import pytest
 from fake_cluster import TOPIC, FakeBroker, FakePartition, SimWorld
 
 from raftlog.client.cluster import ClusterClient
-from raftlog.client.connections import Bootstrap
+from raftlog.client.connections import Bootstrap, Connections
 from raftlog.client.metadata import NO_LEADER, MetadataCache, PartitionView
 from raftlog.client.retry import BACKOFF, retry
 from raftlog.errors import (
@@ -544,5 +544,39 @@ def test_descriptions_are_put_together_from_what_brokers_say(world: SimWorld) ->
             assert [each.leaders for each in cluster.brokers] == [1, 0, 0]
             with pytest.raises(UnknownTopic):
                 await log.describe_topic("nosuch")
+
+    world.run(work())
+
+
+@pytest.mark.parametrize("taken", [False, True], ids=["nobody is there", "another broker is there"])
+def test_a_leader_that_is_gone_is_dialed_now_and_then(
+    world: SimWorld, monkeypatch: pytest.MonkeyPatch, taken: bool
+) -> None:
+    (partition,) = world.cluster.create(TOPIC)
+    dials: list[Any] = []
+    dial = Connections._open
+
+    async def counted(self: Connections, address: Any) -> Any:
+        dials.append(address)
+        return await dial(self, address)
+
+    monkeypatch.setattr(Connections, "_open", counted)
+
+    async def work() -> None:
+        client = world.client()
+        view = await client.partition(TOPIC, 0, timeout=5)
+        await client.seek_leader(view)
+        world.loop.kill("broker-0")
+        partition.leader = None
+        if taken:
+            client.connections.links[0].address = world.cluster.brokers[1].address
+        await asyncio.sleep(0.1)
+        dials.clear()
+        found = client.seek_leader(view)
+        await asyncio.sleep(10)
+        assert 10 < len(dials) < 100, "as the back-off says, and not as fast as it is refused"
+        world.cluster.move(partition, 2)
+        assert (await found).peer.broker_id == 2
+        await client.close()
 
     world.run(work())

@@ -308,6 +308,9 @@ def test_a_paused_partition_is_silent_and_keeps_its_place(world: SimWorld) -> No
         await consumer.resume((TOPIC, 0))
         got += await poll_all(consumer, 60 - len(seen) - len(got))
         assert values([r for r in [*seen, *got] if r.partition == 0]) == numbered(0, 30)
+        await consumer.pause()
+        await consumer.seek_to_end()
+        assert await consumer.position((TOPIC, 0)) == 30, "of a paused one, too"
 
     consume(world, work)
 

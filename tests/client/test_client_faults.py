@@ -398,3 +398,36 @@ def test_a_topic_deleted_under_way_fails_what_is_buffered(world: SimWorld) -> No
         await log.close()
 
     world.run(work())
+
+
+@pytest.mark.parametrize("more", [0, 2])
+def test_what_a_silent_leader_never_answered_goes_to_one_that_another_handle_heard_of_first(
+    world: SimWorld, more: int
+) -> None:
+    (partition,) = world.cluster.create(TOPIC)
+
+    async def work() -> float:
+        async with (
+            world.log() as log,
+            log.producer(linger_ms=0, delivery_timeout_ms=20_000) as producer,
+            log.consumer(TOPIC, auto_offset_reset="earliest") as consumer,
+        ):
+            await (await producer.send(TOPIC, b"0000"))
+            assert len(await consumer.poll(timeout=1)) == 1
+            polling = asyncio.ensure_future(consumer.poll(timeout=60))
+            await asyncio.sleep(0.1)
+            world.cluster.faults.append(ignore)
+            deliveries = await send_singly(producer, [b"0001"])
+            await asyncio.sleep(0.1)
+            world.cluster.move(partition, 1)  # which the consumer is told, whose request is answered
+            await asyncio.sleep(0.1)
+            assert log._connected().cache.topics[TOPIC].partitions[0].leader == 1
+            began = world.loop.time()
+            deliveries += await send_singly(producer, numbered(2 + more)[2:])
+            await asyncio.gather(*deliveries)
+            took = world.loop.time() - began
+            await polling
+            return took
+
+    assert world.run(work()) < 3, "long before the request timeout of ten seconds"
+    assert partition.values() == numbered(2 + more)

@@ -10,6 +10,7 @@ import pytest
 from group_kit import GROUP, TOPIC, GroupWorld, Reader
 
 from raftlog import aio
+from raftlog.client.cluster import ClusterClient
 from raftlog.client.group import Membership
 from raftlog.errors import ConfigError, OffsetOutOfRange, RequestTimeout, StaleMember, UnknownPartition
 from raftlog.net.rpc import GroupOffset
@@ -504,3 +505,34 @@ def test_a_group_that_is_full_refuses_in_poll(monkeypatch: pytest.MonkeyPatch) -
                 await consumer.poll(timeout=10)
 
         member(world, work)
+
+
+def test_an_answer_to_who_falls_out_while_it_is_taken_in_is_of_no_concern(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A commit learns that the member is out while the new assignment's topics are looked up."""
+    with GroupWorld(2) as world:
+        reader = world.reader("a")
+        world.until(world.is_shared_by_one)
+        member = reader.consumer._core.in_group.member
+        fallen: list[str] = []
+        original = ClusterClient.metadata
+
+        async def metadata(self: ClusterClient, *args: Any, **options: Any) -> Any:
+            unknown = self is member._cluster and None in map(member._view, member._keys)
+            found = await original(self, *args, **options)
+            if unknown and not fallen:
+                fallen.append(member._member_id)
+                member._fall_out(member._member_id, StaleMember("told of by a commit", member_epoch=-1))
+            return found
+
+        async def add() -> None:
+            await world.admin.add_partitions(TOPIC, 4, allow_key_reorder=True)
+
+        monkeypatch.setattr(ClusterClient, "metadata", metadata)
+        world.run(add())
+        world.until(lambda: len(reader.assigned) >= 4)
+        world.loop.run_for(5.0)
+        assert fallen
+        fell = [each for each in caplog.messages if "this consumer fell out" in each]
+        assert len(fell) == 1, "it has joined anew at once"

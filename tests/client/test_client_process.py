@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 from transaction_kit import OTHER, PARTITIONS, TOPIC, TransactionWorld
 
+from raftlog.client.consumer import ConsumerCore
 from raftlog.client.process import Output, ProcessStats
-from raftlog.errors import ConfigError, InvalidTopic, RaftlogError, UnknownTopic
+from raftlog.errors import ConfigError, InvalidTopic, RaftlogError, RequestTimeout, UnknownTopic
 from raftlog.record.types import Record
 
 GROUP = "workers"
@@ -209,6 +210,20 @@ def test_an_output_that_cannot_be_written_is_a_dead_letter_too() -> None:
         assert len(world.read(OTHER)) == 18
 
 
+@pytest.mark.parametrize("text", ["\udcff", "x" * 20_000_000], ids=["not UTF-8", "long"])
+def test_whatever_an_error_says_it_makes_a_dead_letter(text: str) -> None:
+    def fails(record: Record) -> Any:
+        if record.value == b"3":
+            raise ValueError(text)
+        return upper(record)
+
+    with ProcessWorld() as world:
+        world.fill(10)
+        stats = world.process(fails, retries=0)
+        assert (stats.dead_letters, stats.records_out) == (1, 9)
+        assert world.read(f"{TOPIC}.dead") == [b"3"]
+
+
 # -- who dies ------------------------------------------------------------------------------------------------
 
 
@@ -334,3 +349,42 @@ def test_stopping_ends_after_the_batch() -> None:
         assert len(world.read(OTHER)) == stats.records_in
         world.process()
         assert sorted(world.read(OTHER)) == expected(50)
+
+
+def test_where_the_end_of_a_partition_cannot_be_asked_at_first_the_loop_ends_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    original, failed = ConsumerCore.ends, []
+
+    async def ends(self: ConsumerCore, places: Any = ()) -> Any:
+        if places and not failed:
+            failed.append(places)
+            raise RequestTimeout("nobody answers", indeterminate=False)
+        return await original(self, places)
+
+    monkeypatch.setattr(ConsumerCore, "ends", ends)
+    with ProcessWorld() as world:
+        world.fill(30)
+        assert world.process().records_in == 30
+        assert failed
+
+
+@pytest.mark.parametrize("large", ["error", "record"])
+def test_a_dead_letter_fits_whatever_became_dead(large: str) -> None:
+    """Otherwise every worker that comes to the record ends there, for ever."""
+
+    def fails(record: Record) -> Any:
+        raise ValueError("x" * (9 << 20) if large == "error" else "never")
+
+    with ProcessWorld() as world:
+
+        async def work() -> ProcessStats:
+            async with world.log() as log:
+                await log.create_topic("large", config={"max_message_bytes": 16 << 20})
+                async with log.producer() as producer:
+                    await producer.send("large", bytes(9 << 20) if large == "record" else b"small")
+                work = log.process("large", OTHER, GROUP, fails, until="end", retries=0)
+                return await work.wait()
+
+        assert world.run(work()).dead_letters == 1
+        assert len(world.records("large.dead")) == 1

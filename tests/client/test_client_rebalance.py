@@ -39,7 +39,9 @@ def test_fifty_members_share_five_hundred_partitions(monkeypatch: pytest.MonkeyP
         readers = [world.reader(f"r{number}") for number in range(MEMBERS)]
         took = world.until(lambda: world.is_shared(PARTITIONS))
         assert took < 3.0
-        assert max(wire.beats.values()) <= 20, "heartbeats from joining to all consuming"
+        # docs/SEMANTICS.md tells users: 4 to 10 each, 298 in all
+        assert max(wire.beats.values()) <= 12, "heartbeats from joining to all consuming"
+        assert sum(wire.beats.values()) <= 6.5 * MEMBERS
         world.loop.run_for(1.0)
         assert moved(readers) < 2 * PARTITIONS
         before = {reader.name: set(reader.assigned) for reader in readers}

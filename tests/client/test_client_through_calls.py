@@ -15,6 +15,7 @@ from fake_cluster import TOPIC, SimWorld, lose_answer, move_to, numbered, send_s
 
 from raftlog import aio
 from raftlog.client.cluster import ClusterClient
+from raftlog.net.network import StreamProtocol
 from raftlog.net.tunnel_dial import dial
 from raftlog.net.tunnel_serve import Tunnels
 
@@ -35,7 +36,7 @@ class FailingCalls:
         self.tasks: set[asyncio.Task[None]] = set()
 
     async def connect(
-        self, protocol_factory: Callable[[], asyncio.Protocol], host: str, port: int, *, timeout: float
+        self, protocol_factory: Callable[[], StreamProtocol], host: str, port: int, *, timeout: float
     ) -> Any:
         return await dial(partial(self._call, (host, port)), protocol_factory, host, timeout=timeout)
 

@@ -15,7 +15,7 @@ from raftlog.client.transports import ChosenNetwork
 from raftlog.errors import AuthenticationFailed, Busy, ConnectionLost, ProtocolError
 from raftlog.net import tunnel_serve
 from raftlog.net.connection import RpcConnection
-from raftlog.net.network import Network
+from raftlog.net.network import Network, StreamProtocol
 from raftlog.net.server import RpcServer
 from raftlog.net.stream import Limits
 from raftlog.net.tunnel import CALLS_MAX, CHUNK_BYTES, HELD_MAX, HOLD_S, WINDOW_BYTES, Message
@@ -62,7 +62,7 @@ class Calls:
         self.under_way -= 1
 
     async def connect(
-        self, protocol_factory: Callable[[], asyncio.Protocol], host: str, port: int, *, timeout: float
+        self, protocol_factory: Callable[[], StreamProtocol], host: str, port: int, *, timeout: float
     ) -> Any:
         return await dial(self.call, protocol_factory, "the server", timeout=timeout)
 
@@ -299,7 +299,7 @@ class Streams:
         self.dialed: list[int] = []
 
     async def connect(
-        self, protocol_factory: Callable[[], asyncio.Protocol], host: str, port: int, *, timeout: float
+        self, protocol_factory: Callable[[], StreamProtocol], host: str, port: int, *, timeout: float
     ) -> Any:
         self.dialed.append(port)
         if port in self.open_ports:

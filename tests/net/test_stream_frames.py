@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from itertools import pairwise
 
 import msgspec
@@ -11,7 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raftlog.errors import ProtocolError
-from raftlog.net.frames import PREFIX, PREFIX_BYTES, Frame, FrameParser, Kind, encode_head
+from raftlog.net.frames import (
+    GROWTH_BYTES,
+    INBOX_BYTES,
+    PREFIX,
+    PREFIX_BYTES,
+    Frame,
+    FrameParser,
+    Kind,
+    encode_head,
+)
 from raftlog.net.rpc import FetchPartition
 
 
@@ -25,6 +35,22 @@ def parse(parser: FrameParser, chunks: list[bytes]) -> list[Frame]:
         parser.feed(chunk)
         while (frame := parser.next()) is not None:
             frames.append(frame)
+    return frames
+
+
+def receive(parser: FrameParser, chunks: list[bytes]) -> list[Frame]:
+    """As ``parse``, into the buffers that the parser gives, as many bytes at a time as they hold."""
+    frames = []
+    for chunk in chunks:
+        while chunk:
+            buffer = parser.buffer()
+            count = min(len(buffer), len(chunk))
+            buffer[:count] = chunk[:count]
+            parser.filled(count)
+            del buffer
+            chunk = chunk[count:]
+            while (frame := parser.next()) is not None:
+                frames.append(frame)
     return frames
 
 
@@ -44,11 +70,40 @@ def test_any_chunking_gives_the_same_frames(
     stream = b"".join(encode(kind, header, payload) for kind, header, payload in messages)
     edges = sorted({min(cut, len(stream)) for cut in cuts} | {0, len(stream)})
     chunks = [stream[a:b] for a, b in pairwise(edges)]
-    parser = FrameParser()
-    frames = parse(parser, chunks)
+    for take in parse, receive:
+        parser = FrameParser()
+        frames = take(parser, chunks)
+        assert parser.is_between_frames
+        assert [(f[0], msgspec.msgpack.decode(f[4]), bytes(f[5])) for f in frames] == messages
+        assert all(frame[1:4] == (10, 1, 5) for frame in frames)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    sizes=st.lists(
+        st.sampled_from([0, 100, INBOX_BYTES, INBOX_BYTES + 1, 200_000, 1_000_000, 2_500_000]), max_size=5
+    ),
+    cuts=st.lists(st.integers(1, 900_000), max_size=12),
+    feeds=st.booleans(),
+)
+def test_long_frames_are_received_where_they_stay(sizes: list[int], cuts: list[int], feeds: bool) -> None:
+    payloads = [bytes([index + 1]) * size for index, size in enumerate(sizes)]
+    left = b"".join(encode(Kind.REQUEST, [], payload) for payload in payloads)
+    parser, frames = FrameParser(), []
+    for index, cut in enumerate([*cuts, len(left)]):
+        chunk, left = left[:cut], left[cut:]
+        take = parse if feeds and index % 2 else receive
+        frames += take(parser, [chunk])
     assert parser.is_between_frames
-    assert [(f[0], msgspec.msgpack.decode(f[4]), bytes(f[5])) for f in frames] == messages
-    assert all(frame[1:4] == (10, 1, 5) for frame in frames)
+    assert [bytes(frame[5]) for frame in frames] == payloads
+    assert all(frame[5].readonly for frame in frames)
+
+
+def test_what_is_missing_of_a_long_frame_is_received_into_it() -> None:
+    parser = FrameParser()
+    frame = encode(Kind.REQUEST, [], bytes(GROWTH_BYTES))
+    assert receive(parser, [frame[:100]]) == []
+    assert len(parser.buffer()) == len(frame) - 100
 
 
 @settings(deadline=None, max_examples=300)
@@ -119,14 +174,18 @@ def test_memory_follows_what_arrived_not_what_was_announced() -> None:
     parse(parser, [PREFIX.pack(60 << 20, Kind.REQUEST, 1, 1, 0, 0, 0) + b"x"])
     assert parser._partial is not None
     assert len(parser._partial) == PREFIX_BYTES + 1
+    assert len(parser.buffer()) == GROWTH_BYTES, "and then a step of limited size"
 
 
-def test_collecting_a_big_frame_is_not_quadratic() -> None:
+@pytest.mark.parametrize("take", [parse, receive])
+def test_collecting_a_big_frame_is_not_quadratic(
+    take: Callable[[FrameParser, list[bytes]], list[Frame]],
+) -> None:
     def seconds(size: int) -> float:
         frame = encode(Kind.REQUEST, [], bytes(size))
         chunks = [frame[i : i + 1024] for i in range(0, len(frame), 1024)]
         start = time.process_time()
-        assert len(parse(FrameParser(), chunks)) == 1
+        assert len(take(FrameParser(), chunks)) == 1
         return time.process_time() - start
 
     small = min(seconds(1 << 20) for _ in range(3))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
 import ray
 
 import raftlog
+from raftlog.client.identity_pool import process_pool
 from raftlog.errors import NotRunning, TopicExists
 
 
@@ -62,6 +64,27 @@ def test_tasks_and_actors_find_the_cluster_by_its_name(log: raftlog.Log, cluster
     assert [sorted(one) for one in offsets] == [list(range(20)), list(range(20))]
     values = ray.get(Reader.remote(log).read.remote(), timeout=120)
     assert sorted(values) == sorted(b"%d:%d" % (worker, n) for worker in range(2) for n in range(20))
+
+
+def test_short_tasks_take_a_producer_id_for_each_worker_process(log: raftlog.Log) -> None:
+    log.create_topic("short-tasks", partitions=1)
+
+    @ray.remote(num_cpus=0.5)
+    def produce(log: raftlog.Log, number: int) -> tuple[int, list[int]]:
+        with log.producer() as producer:
+            producer.send("short-tasks", b"%d" % number).result(30)
+        left = process_pool(log.describe_cluster().cluster_id)._free
+        return os.getpid(), [lease.identity[0] for lease in left]
+
+    taken: dict[int, set[int]] = {}
+    for process, ids in ray.get([produce.remote(log, number) for number in range(60)], timeout=120):
+        taken.setdefault(process, set()).update(ids)
+    assert len(taken) < 20, "a few workers carry out all tasks"
+    assert {len(ids) for ids in taken.values()} == {1}
+    assert len(set.union(*taken.values())) == len(taken), "no two processes share one"
+    with log.consumer("short-tasks") as consumer:
+        values = [record.value for record in consumer.records(until="end")]
+    assert sorted(values) == sorted(b"%d" % number for number in range(60))
 
 
 def test_start_attaches_to_what_runs(log: raftlog.Log, cluster_name: str) -> None:

@@ -17,8 +17,8 @@ from raftlog.record.arrow_rows import ArrowRows, varints
 from raftlog.record.batch import Compression
 from raftlog.record.codec import TIMESTAMP_MS_MAX, decode_batch
 from raftlog.record.columns import SCHEMA
+from raftlog.record.layout import varint
 from raftlog.record.partitioner import DefaultPartitioner
-from raftlog.record.rows import varint
 from raftlog.record.types import Record
 
 HEADERS = SCHEMA.field("headers").type

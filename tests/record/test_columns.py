@@ -18,7 +18,7 @@ from raftlog.errors import CorruptBatch
 from raftlog.record.batch import TIMESTAMP_TYPE, Compression, stamped
 from raftlog.record.codec import TIMESTAMP_MS_MAX, BatchBuilder, decode_batch, encode_batch
 from raftlog.record.columns import SCHEMA, columns_of, decode_columns, table_of
-from raftlog.record.rows import varint
+from raftlog.record.layout import varint
 
 payloads = st.none() | st.binary(max_size=300)
 pairs = st.lists(st.tuples(st.text(max_size=8), st.none() | st.binary(max_size=9)), max_size=3).map(tuple)

@@ -399,3 +399,66 @@ def test_brokers_check_and_stamp_without_loading_the_codec() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+LARGE = bytes(range(256)) * 400
+
+
+@pytest.mark.parametrize("compression", [Compression.NONE, Compression.LZ4])
+@pytest.mark.parametrize("key", [None, b"", b"k" * 300])
+@pytest.mark.parametrize("others", [[], [b"after"], [None, b"x" * 100_000, b"y"]])
+def test_a_large_first_record_is_encoded_as_the_codec_would(
+    compression: Compression, key: bytes | None, others: list[bytes | None]
+) -> None:
+    def built(value: bytes | bytearray, *, extends: bool) -> tuple[int, bytes]:
+        builder = BatchBuilder(1 << 20)
+        assert builder.append(17, key, value) == 0
+        sizes = [builder.size]
+        if extends:
+            assert builder.extend(others, None, 18) == len(others)
+        else:
+            for other in others:
+                assert builder.append(18, None, other) == builder.count - 1
+        return sizes[0], builder.build(compression)
+
+    expected = built(bytearray(LARGE), extends=False)
+    assert built(LARGE, extends=False) == built(LARGE, extends=True) == expected
+
+
+def test_a_large_record_alone_in_its_batch_is_not_copied() -> None:
+    builder = BatchBuilder(1 << 20)
+    builder.append(17, b"key", LARGE)
+    assert any(piece is LARGE for piece in builder.finish().seal())
+
+
+def test_what_may_change_is_copied() -> None:
+    value = bytearray(LARGE)
+    builder = BatchBuilder(1 << 20)
+    builder.append(17, None, value)
+    value[:] = bytes(len(value))
+    (record,) = decode_batch(builder.build(), "t", 0)
+    assert record.value == LARGE
+
+
+@pytest.mark.parametrize("bytes_max", [1_000, len(LARGE) + 200])
+def test_a_batch_with_a_large_record_takes_what_fits(bytes_max: int) -> None:
+    ours, codec = BatchBuilder(bytes_max), BatchBuilder(bytes_max)
+    assert ours.append(1, None, LARGE) == codec.append(1, None, bytearray(LARGE)) == 0
+    for size in (len(LARGE), 1_000, 150, 90, 60, 10, 0):
+        value = b"v" * size
+        assert ours.append(1, None, value) == codec.append(1, None, value)
+        assert ours.extend([value], None, 1) == codec.extend([value], None, 1)
+        assert (ours.count, ours.size) == (codec.count, codec.size)
+    assert ours.build() == codec.build()
+
+
+def test_what_is_wrong_after_a_large_record_leaves_it_as_it_was() -> None:
+    builder = BatchBuilder(1 << 20)
+    builder.append(1, None, LARGE)
+    for wrong in (5, "text"):
+        with pytest.raises(InvalidRecord):
+            builder.append(1, None, wrong)  # type: ignore[arg-type]
+        with pytest.raises(InvalidRecord):
+            builder.extend([wrong], None, 1)  # type: ignore[list-item]
+    assert builder.count == 1
+    assert [each.value for each in decode_batch(builder.build(), "t", 0)] == [LARGE]

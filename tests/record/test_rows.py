@@ -12,8 +12,9 @@ from kafka_oracle import TheirBatch
 from raftlog.errors import InvalidRecord
 from raftlog.record.batch import BATCH_HEADER_BYTES, Compression, check_batch
 from raftlog.record.codec import decode_batch, encode_batch
+from raftlog.record.layout import varint
 from raftlog.record.partitioner import DefaultPartitioner
-from raftlog.record.rows import ListRows, varint
+from raftlog.record.rows import ListRows
 
 Bytes = bytes | None
 

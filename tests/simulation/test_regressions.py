@@ -10,7 +10,7 @@ from raftlog.client import handle
 from raftlog.testing.history import Outcome
 from raftlog.testing.pipeline_profile import PipelineProfile
 from raftlog.testing.run import Verdict, run_once
-from raftlog.testing.swarm import Profile
+from raftlog.testing.swarm import Profile, draw
 from raftlog.testing.workload import Workload
 
 
@@ -52,3 +52,32 @@ def test_what_is_on_the_disks_is_the_same_in_every_process(monkeypatch: pytest.M
             workload.close()
 
     assert contents(7) == contents(1_234_567)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_no_time_passes_between_the_choice_of_a_quorum_and_the_end_of_the_others(seed: int) -> None:
+    """Found by seed 701. One that had been chosen of three was none of the four that there were when the last
+    of the others had been killed."""
+    workload = Workload(Profile(seed, fault_count=0, values=5))
+    try:
+        cluster, nemesis = workload.cluster, workload.nemesis
+        cluster.start()
+        nemesis._kill(seed % 3)
+        looked = []
+        is_quorum = nemesis.mover.is_quorum
+
+        def look(brokers: set[int]) -> bool:
+            looked.append(cluster.loop.time())
+            return is_quorum(brokers)
+
+        nemesis.mover.is_quorum = look  # type: ignore[method-assign]
+        nemesis.heal_quorum()
+        assert cluster.loop.time() == looked[-1]
+    finally:
+        workload.close()
+
+
+def test_a_leader_that_gets_its_place_back_is_calm() -> None:
+    """Found by seed 8000158: a clog that outlived the faults cost a leader its place, and the controller gave
+    it back while elections were counted."""
+    assert run_once(draw(8_000_158)).verdict is Verdict.GOOD

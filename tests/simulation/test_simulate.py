@@ -21,7 +21,7 @@ from raftlog.testing.workload import Workload
 def rich(profile: Profile, verdict: Verdict = Verdict.GOOD, text: str = "") -> Result:
     """A result in which everything happened."""
     result = Result(profile, verdict, text)
-    result.faults = Counter(dict.fromkeys(FAULTS | CLIENT_FAULTS | ELASTIC_FAULTS, 1))
+    result.faults = Counter(dict.fromkeys((*FAULTS, *CLIENT_FAULTS, *ELASTIC_FAULTS, *simulate.REPLACED), 1))
     result.counts = Counter(dict.fromkeys(simulate.EVENTS_EXPECTED, 1))
     return result
 
@@ -98,6 +98,13 @@ def test_shrinking_leaves_only_the_faults_that_it_takes(monkeypatch: pytest.Monk
     assert len(tried) <= run.SHRINK_RUNS_MAX
 
 
+def test_a_good_run_shows_its_trace_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert simulate.main(["--seed", "5", "--trace"]) == 0
+    assert "is leader in term" in capsys.readouterr().out
+
+
 def test_another_failure_is_not_taken_for_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     fake(monkeypatch, lambda profile: rich(profile, Verdict.LIVENESS, "NoProgress: none"))
     best = shrink(rich(Profile(0), Verdict.CORRECTNESS, "lost write: a value"))
@@ -153,6 +160,11 @@ def test_a_mutation_that_no_longer_applies_is_an_error(source: str) -> None:
 def test_a_planted_bug_is_found_in_a_process_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
     assert mutations.run_all(2, "committed when one has it") == []
     assert "correctness: durable before told" in capsys.readouterr().out
+
+
+def test_a_name_that_no_planted_bug_has_is_an_error() -> None:
+    with pytest.raises(PatchFailed, match="no planted bug"):
+        mutations.run_all(1, "no such bug")
 
 
 def test_a_planted_bug_that_is_not_found_is_told(

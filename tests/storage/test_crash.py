@@ -323,3 +323,25 @@ def test_write_is_positional() -> None:
         assert disk.crash(CrashMode.ALL).content("a") == b"y" * 1200
 
     run(main())
+
+
+@pytest.mark.parametrize("mode", [CrashMode.RANDOM, CrashMode.PREFIX])
+def test_what_a_crash_keeps_is_torn_at_sectors_and_nowhere_else(mode: CrashMode) -> None:
+    """The simulated disk itself: of a write across sectors any of them may be kept, never part of one."""
+
+    async def kept(seed: int) -> bytes:
+        disk = SimDisk(random.Random(seed))
+        file = await disk.open("a", create=True)
+        await disk.write([Write(file, 0, [b"x" * 4 * 512])])
+        await disk.write([Write(file, 100, [b"y" * (3 * 512)])], sync=False)
+        return disk.crash(mode).content("a")
+
+    pieces = [(100, 512), (512, 1024), (1024, 1536), (1536, 1636)]
+    seen = set()
+    for seed in range(100):
+        content = run(kept(seed))
+        assert content[:100] == b"x" * 100
+        assert content[1636:] == b"x" * (2048 - 1636)
+        assert all(len(set(content[start:end])) == 1 for start, end in pieces)
+        seen.add(tuple(content[start] == ord("y") for start, _ in pieces))
+    assert len(seen) == (16 if mode is CrashMode.RANDOM else 5)

@@ -117,6 +117,41 @@ def test_close_while_full_tells_those_who_wait() -> None:
     run(main())
 
 
+class FullAtTheIndex(SimDisk):
+    """Has no room when the index of a segment is to be written."""
+
+    full = False
+
+    async def replace_file(self, path: str, data: bytes) -> None:
+        if self.full and path.endswith(".idx"):
+            raise StorageFull("no room")
+        await super().replace_file(path, data)
+
+
+def test_a_segment_whose_index_found_no_room_is_sealed_later_and_can_be_dropped() -> None:
+    async def main() -> None:
+        disk = FullAtTheIndex()
+        store = await BrokerStore.open(disk, SMALL, disk_id=DISK_ID)
+        log = await store.create(spec(1))
+        disk.full = True
+        for _ in range(100):
+            (entry,) = await grow(store, log, 1)
+            if log.is_segment_end(entry.index):
+                log.save_snapshot(snapshot_at(log, entry.index))
+        with pytest.raises(StorageFull):
+            await store.flush()
+        disk.full = False
+        await store.flush()
+        assert log.flushed_index == log.last_index
+        assert len(log.segments) > 2
+        await log.truncate_prefix(log.last_index)
+        assert log.first_index > 1, "nothing can be dropped, for ever"
+        assert all(segment.sealed for segment in log.segments[:-1])
+        await store.close()
+
+    run(main())
+
+
 # -- a failing device ----------------------------------------------------------------------------------------
 
 
@@ -199,6 +234,32 @@ def test_a_store_that_fails_while_the_journal_begins_a_file_writes_no_more(
         for _ in range(20):
             await asyncio.sleep(0)
         assert disk.commits == commits
+        await store.abort()
+
+    run(main())
+
+
+@pytest.mark.parametrize("name", ["rename", "file_size"], ids=["the journal's next file", "a full segment"])
+def test_a_file_that_is_gone_fails_the_store_and_does_not_stop_it_in_silence(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    async def missing(*_: object) -> int:
+        raise FileNotFoundError(2, "No such file or directory")
+
+    async def main() -> None:
+        disk = SimDisk()
+        store = await BrokerStore.open(disk, SMALL, disk_id=DISK_ID)
+        log = await store.create(spec(1))
+        monkeypatch.setattr(disk, name, missing)
+
+        async def work() -> None:
+            while True:
+                await grow(store, log, 5)
+                log.save_snapshot(snapshot_at(log, log.last_index))
+
+        with pytest.raises(StorageFailed):
+            await asyncio.wait_for(work(), 3)
+        assert isinstance(store.fault, StorageFailed)
         await store.abort()
 
     run(main())

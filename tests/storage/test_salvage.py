@@ -319,6 +319,35 @@ def test_a_frame_inside_of_a_record_is_no_anchor_that_blocks() -> None:
     run(main())
 
 
+def test_frames_of_another_log_that_a_misdirected_write_put_here_block_nothing() -> None:
+    """The peer has what they stand upon, and not the last entries: these are behind them in our own file."""
+
+    async def main() -> None:
+        disk, foreign, good = SimDisk(), SimDisk(), SimDisk()
+        await (await filled(disk, count=20)).close()
+        peer = await filled(good, count=14)
+        other = await open_store(foreign)
+        log = await other.create(spec(2, partition=1))
+        await grow(other, log, 10)
+        await other.flush()
+        await other.close()
+        forget_indexes(disk)
+        (path,) = whole = segments(disk)
+        (theirs,) = segments(foreign)
+        disk.overwrite(path, 0, disk_sectors(foreign, theirs, 2))
+        store = await open_store(disk)
+        assert await repaired(store, peer) >= 1
+        assert segments(disk) == whole
+        await store.close()
+        await peer.close()
+
+    run(main())
+
+
+def disk_sectors(disk: SimDisk, path: str, count: int) -> bytes:
+    return bytes(disk.content(path)[: count * 512])
+
+
 def test_what_does_not_follow_is_refused() -> None:
     async def main() -> None:
         disk, other = SimDisk(), SimDisk()

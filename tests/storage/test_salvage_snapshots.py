@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import pytest
 from salvage_kit import (
+    flip_in,
+    forget_indexes,
     open_store,
     remove,
     repaired,
     segments,
 )
-from storage_kit import contents, grow, run, snapshot_at, spec
+from storage_kit import append, contents, grow, run, snapshot_at, spec
 
 from raftlog.errors import DamagedData
+from raftlog.raft.types import HardState
 from raftlog.storage.damage import BrokenSnapshot
 from raftlog.storage.replica_log import ReplicaLog
 from raftlog.storage.snapshot_file import snapshot_path
@@ -22,15 +25,22 @@ from raftlog.testing.disk import SimDisk
 # -- snapshots -----------------------------------------------------------------------------------------------
 
 
-async def compacted(disk: SimDisk) -> BrokerStore:
-    """A store whose log begins behind a snapshot; there is another one further on."""
+async def uncompacted(disk: SimDisk, *, term: int = 1) -> BrokerStore:
+    """A store with a log of five segments and a snapshot at the end of each."""
     store = await open_store(disk)
     log = await store.create(spec())
     while len(log.segments) < 5:
-        await grow(store, log, 1)
+        await grow(store, log, 1, term=term)
         if log.is_segment_end(log.last_index):
             log.save_snapshot(snapshot_at(log, log.last_index))
     await store.flush()
+    return store
+
+
+async def compacted(disk: SimDisk) -> BrokerStore:
+    """A store whose log begins behind a snapshot; there is another one further on."""
+    store = await uncompacted(disk)
+    log = store.logs[1]
     await log.truncate_prefix(log.segments[2].base_index - 1)
     assert log.first_index > 1
     return store
@@ -145,5 +155,62 @@ def test_verify_tells_what_peers_repair_from_what_stops_the_broker() -> None:
                 problems = (await verify(disk)).problems
                 assert {problem.outcome for problem in problems} == {outcome}, (path, problems)
                 assert str(outcome) in str(problems[0])
+
+    run(main())
+
+
+def test_a_sleeper_begins_where_the_others_do_if_its_log_goes_on_from_there() -> None:
+    """The others dropped what it lacks before it could be repaired. It keeps term, vote and what follows; a
+    crash on the way is harmless."""
+
+    async def main() -> None:
+        disk, other = SimDisk(), SimDisk()
+        store, peer = await uncompacted(disk), await uncompacted(other)
+        vote = HardState(7, 1, store.logs[1].last_index)
+        await append(store, store.logs[1], [], vote)
+        first_index = peer.logs[1].segments[2].base_index
+        await peer.logs[1].truncate_prefix(first_index - 1)
+        await store.close()
+        forget_indexes(disk)
+        first = min(segments(disk))
+        flip_in(disk, [first], 0.5)
+        snapshot = other.content(snapshot_path(1, first_index - 1))
+        store = await open_store(disk)
+        with pytest.raises(DamagedData):
+            await store.ward.begin_behind(1, first_index - 1, snapshot[:-1])
+        for _ in range(2):
+            assert await store.ward.next_damage(1) is not None
+            assert await store.ward.begin_behind(1, first_index - 1, snapshot)
+            assert await store.ward.next_damage(1) is None
+            log = store.logs[1]
+            assert log.first_index == first_index
+            assert (log.recovered.hard_state.term, log.recovered.hard_state.vote) == (7, 1)
+            assert await contents(log) == await contents(peer.logs[1])
+            assert first not in segments(disk)
+            disk = disk.kill()  # before the journal says where the log begins
+            store = await open_store(disk)
+        await store.close()
+        await peer.close()
+
+    run(main())
+
+
+def test_a_sleeper_whose_log_does_not_go_on_from_there_waits() -> None:
+    async def main() -> None:
+        disk, other = SimDisk(), SimDisk()
+        store, peer = await uncompacted(disk), await uncompacted(other, term=2)
+        first_index = peer.logs[1].segments[2].base_index
+        await peer.logs[1].truncate_prefix(first_index - 1)
+        await store.close()
+        forget_indexes(disk)
+        flip_in(disk, [min(segments(disk))], 0.5)
+        whole = segments(disk)
+        store = await open_store(disk)
+        snapshot = other.content(snapshot_path(1, first_index - 1))
+        assert not await store.ward.begin_behind(1, first_index - 1, snapshot)
+        assert await store.ward.next_damage(1) is not None
+        assert segments(disk) == whole
+        await store.close()
+        await peer.close()
 
     run(main())

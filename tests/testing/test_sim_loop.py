@@ -6,7 +6,9 @@ import asyncio
 import gc
 import random
 import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -327,6 +329,14 @@ def test_the_real_world_is_refused(loop: SimLoop) -> None:
             await asyncio.open_connection("127.0.0.1", 1)
         with pytest.raises(RuntimeError, match="seams"):
             await asyncio.start_server(print, "127.0.0.1", 0)
+        with pytest.raises(RuntimeError, match="seams"):
+            threading.Thread(target=print).start()
+        with pytest.raises(RuntimeError, match="seams"):
+            ThreadPoolExecutor(1).submit(print)
+        for clock in ("time()", "time_ns()", "monotonic()", "perf_counter()", "sleep(0)"):
+            with pytest.raises(RuntimeError, match="seams"):
+                eval(f"time.{clock}", {"__name__": "raftlog.broker.any", "time": time})
+        assert time.time(), "others may"
 
     loop.run_until_complete(main())
     failures: list[Exception] = []
