@@ -75,7 +75,17 @@ _order: Callable[[Sent], int] = attrgetter("order")
 class Window(Generic[B]):
     """See the module."""
 
-    __slots__ = ("_orders", "broken", "draining", "identity", "in_flight", "next_sequence", "retry", "size")
+    __slots__ = (
+        "_orders",
+        "broken",
+        "draining",
+        "identity",
+        "in_flight",
+        "inherited",
+        "next_sequence",
+        "retry",
+        "size",
+    )
 
     def __init__(self, size: int = WINDOW_SIZE) -> None:
         assert 1 <= size <= WINDOW_SIZE, "a leader remembers five batches"
@@ -89,6 +99,8 @@ class Window(Generic[B]):
         self.broken = False
         self.identity: Identity | None = None
         self.next_sequence = 0
+        self.inherited = False
+        """The sequences before the first were an earlier producer's, and none of ours is acknowledged."""
         self._orders = 0
 
     def unsettled(self) -> list[B]:
@@ -101,6 +113,7 @@ class Window(Generic[B]):
         assert not self.retry, "nothing of the old identity is left"
         self.identity = identity
         self.next_sequence = sequence
+        self.inherited = sequence > 0
         self.draining = self.broken = False
 
     def end(self) -> None:
@@ -148,6 +161,7 @@ class Window(Generic[B]):
     def acknowledged(self, batch: B) -> None:
         """It is in the log."""
         self.in_flight.remove(batch)
+        self.inherited = False
         if not self.in_flight:
             self.draining = False
 
@@ -158,7 +172,12 @@ class Window(Generic[B]):
         self.in_flight.remove(batch)
         batch.in_doubt = batch.doubt_before or error.indeterminate
         verdict = judge(
-            error, oldest=oldest, broken=self.broken, in_doubt=batch.in_doubt, renewable=renewable
+            error,
+            oldest=oldest,
+            broken=self.broken,
+            in_doubt=batch.in_doubt,
+            renewable=renewable,
+            inherited=self.inherited,
         )
         if verdict is Verdict.FAIL:
             self.broken = True
@@ -209,7 +228,13 @@ class Window(Generic[B]):
 
 
 def judge(
-    error: RaftlogError, *, oldest: bool, broken: bool, in_doubt: bool, renewable: bool = True
+    error: RaftlogError,
+    *,
+    oldest: bool,
+    broken: bool,
+    in_doubt: bool,
+    renewable: bool = True,
+    inherited: bool = False,
 ) -> Verdict:
     """What an error means.
 
@@ -219,14 +244,16 @@ def judge(
         broken: a batch before it was given up.
         in_doubt: an earlier attempt of it may have been written.
         renewable: it may be sent under another identity: it is not part of a transaction.
+        inherited: all that was acknowledged under its identity here is an earlier producer's.
     """
     if isinstance(error, DuplicateSequence):
         return Verdict.WRITTEN
     if isinstance(error, (OutOfOrderSequence, UnknownProducer)) and (broken or not oldest):
         # what comes of following a batch that failed (UnknownProducer, if that one was the producer's first)
         return Verdict.RETRY
-    if isinstance(error, UnknownProducer):
-        # the partition forgot this producer (it was idle for long): KIP-360
+    if isinstance(error, UnknownProducer) or (isinstance(error, OutOfOrderSequence) and inherited):
+        # the partition forgot this producer (it was idle for long): KIP-360; or it lost what an earlier
+        # producer wrote (``raftlog recover``, a copy of the data from before), not this one's to tell
         return Verdict.RENEW if renewable and not in_doubt else Verdict.FAIL
-    # OutOfOrderSequence for the oldest means that the log lost what it acknowledged: not retriable
+    # OutOfOrderSequence for the oldest means that the log lost what it acknowledged to us: not retriable
     return Verdict.RETRY if error.retriable else Verdict.FAIL

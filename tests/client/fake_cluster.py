@@ -107,6 +107,15 @@ class FakePartition:
         for wake in waiting:
             wake()
 
+    def lose_last(self) -> None:
+        """It forgets the last that was appended, as after ``raftlog recover``."""
+        *kept, _ = self.frames
+        self.frames, self.last_index, self.state = [], 0, PartitionState()
+        for frame in kept:
+            self.state.apply(Entry.parse(memoryview(frame)))
+            self.frames.append(frame)
+            self.last_index += 1
+
     def records(self) -> list[Record]:
         """Everything in it."""
         found: list[Record] = []

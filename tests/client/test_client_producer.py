@@ -23,6 +23,7 @@ from raftlog.errors import (
     DeliveryFailed,
     InvalidRecord,
     InvalidTopic,
+    OutOfOrderSequence,
     RaftlogError,
     RecordTooLarge,
     RequestTimeout,
@@ -303,6 +304,43 @@ def test_a_producer_with_something_in_doubt_leaves_nothing_to_the_next(world: Si
     world.run(work())
     assert world.cluster.producer_ids == 1002
     assert partition.values()[-1] == b"b"
+
+
+@pytest.mark.parametrize("kept", [0, 1])
+def test_what_a_partition_lost_of_an_earlier_producer_does_not_concern_the_next(
+    world: SimWorld, kept: int
+) -> None:
+    (partition,) = world.cluster.create(TOPIC)
+
+    async def work() -> None:
+        async with world.log() as log:
+            async with log.producer(linger_ms=0) as producer:
+                for value in [*[b"kept"] * kept, b"lost"]:
+                    await (await producer.send(TOPIC, value))
+            partition.lose_last()
+            async with log.producer(linger_ms=0) as producer:
+                for value in (b"a", b"b"):
+                    await (await producer.send(TOPIC, value))
+
+    world.run(work())
+    assert partition.values() == [b"kept"] * kept + [b"a", b"b"]
+    assert world.cluster.producer_ids == 1001, "the same one, in its next epoch"
+
+
+def test_a_producer_hears_of_its_own_record_that_was_lost(world: SimWorld) -> None:
+    (partition,) = world.cluster.create(TOPIC)
+
+    async def work() -> None:
+        async with world.log() as log, log.producer(linger_ms=0) as producer:
+            for value in (b"kept", b"lost"):
+                await (await producer.send(TOPIC, value))
+            partition.lose_last()
+            with pytest.raises(OutOfOrderSequence):
+                await (await producer.send(TOPIC, b"a"))
+            await (await producer.send(TOPIC, b"b"))
+
+    world.run(work())
+    assert partition.values() == [b"kept", b"b"]
 
 
 # -- the buffer ----------------------------------------------------------------------------------------------

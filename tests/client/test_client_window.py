@@ -156,6 +156,17 @@ def test_what_an_error_means(
     assert judge(error, oldest=oldest, broken=broken, in_doubt=in_doubt) is verdict
 
 
+def test_what_an_earlier_producer_wrote_and_the_partition_lost_is_not_this_one_s_to_tell() -> None:
+    window: Window[Batch] = Window()
+    window.begin(Identity(7, 0), 200)
+    first = send(window)
+    assert window.refused(first, OutOfOrderSequence("")) is Verdict.RENEW
+    assert window.dissolve() == ([first], [])
+    window.begin(Identity(7, 1))
+    window.acknowledged(send(window))
+    assert window.refused(send(window), OutOfOrderSequence("")) is Verdict.FAIL
+
+
 class Leader:
     """A partition that keeps the rules of sequences, as the window must be able to rely on."""
 
