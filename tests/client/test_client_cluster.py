@@ -7,7 +7,8 @@ import random
 from typing import Any
 
 import pytest
-from fake_cluster import TOPIC, FakeBroker, FakePartition, SimWorld
+from fake_cluster import TOPIC, FakeBroker, SimWorld
+from fake_partition import FakePartition
 
 from raftlog.client.cluster import ClusterClient
 from raftlog.client.connections import Bootstrap, Connections

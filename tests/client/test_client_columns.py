@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from fake_cluster import FakePartition, SimWorld
+from fake_cluster import SimWorld
+from fake_partition import FakePartition
 from group_kit import GROUP, GroupWorld
 from group_kit import TOPIC as GROUP_TOPIC
 

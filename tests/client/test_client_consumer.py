@@ -8,7 +8,8 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pytest
-from fake_cluster import FakePartition, SimWorld
+from fake_cluster import SimWorld
+from fake_partition import FakePartition
 
 from raftlog import aio
 from raftlog.errors import (

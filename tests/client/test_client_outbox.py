@@ -11,10 +11,10 @@ from fake_cluster import (
     TOPIC,
     Answer,
     FakeBroker,
-    FakePartition,
     SimWorld,
     ignore,
 )
+from fake_partition import FakePartition
 
 from raftlog.client import outbox
 from raftlog.errors import Closed, DeliveryTimeout

@@ -125,8 +125,8 @@ def test_consumers_beyond_the_end_are_told_and_producers_too(tmp_path: Path) -> 
         wait_for_replicas(cluster, "orders", [0, 1, 2])
         cluster.kill_broker(1)
         log = Log(cluster.bootstrap)
-        with log.producer() as producer:
-            producer.send_batch("orders", [b"unlucky"] * 20).result(30)
+        earlier = log.producer()
+        earlier.send_batch("orders", [b"unlucky"] * 20).result(30)
         consumer = log.consumer("orders", auto_offset_reset="none")
         consumer.seek(TopicPartition("orders", 0), 0)
         assert len(list(consumer.records(until="end"))) == len(VALUES) + 20
@@ -134,12 +134,14 @@ def test_consumers_beyond_the_end_are_told_and_producers_too(tmp_path: Path) -> 
     assert recover("--yes", data_dirs=[data]).exit_code == 0
     with LocalCluster(1, data_dir=data) as cluster:
         assert len(read(cluster, "orders")) == len(VALUES)
-        with cluster.log.producer() as producer:
-            with pytest.raises(OutOfOrderSequence):  # this process goes on under the id it had
-                producer.send_batch("orders", [b"new"] * 50).result(30)
-            producer.send_batch("orders", [b"new"] * 50).result(30)
-        with log, consumer, pytest.raises(LogTruncated) as told:
-            consumer.poll(timeout=30.0)
+        with cluster.log.producer() as new:  # lost nothing of its own, whatever identity it goes on under
+            new.send_batch("orders", [b"new"] * 50).result(30)
+        with log, consumer, earlier:
+            with pytest.raises(OutOfOrderSequence):
+                earlier.send_batch("orders", [b"new"] * 50).result(30)
+            earlier.send_batch("orders", [b"new"] * 50).result(30)
+            with pytest.raises(LogTruncated) as told:
+                consumer.poll(timeout=30.0)
         assert told.value.details["offset"] <= len(VALUES)
 
 
